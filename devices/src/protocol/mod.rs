@@ -1,0 +1,207 @@
+//! The cell channel: what the VMM and a device process say to each other.
+//!
+//! One [`Hello`] with all fds, answered by [`FromCell::Ready`] once the jail is
+//! sealed (or [`FromCell::Failed`]); afterwards [`ToCell`] and [`FromCell`]
+//! messages in both directions. A message that does not decode ends the channel,
+//! and with it the process; never the VM.
+
+pub mod ring;
+
+use serde::{Deserialize, Serialize};
+
+/// The fd number of the cell channel in a device process.
+pub const CELL_FD: i32 = 3;
+/// The fd number of the vhost-user socket in a virtio device process.
+pub const VHOST_USER_FD: i32 = 4;
+/// First argument of a device process; the second is the role, the third the device id.
+pub const CELL_ARG: &str = "@cell";
+
+/// The first message a device process receives.
+///
+/// Its fds are, in order: the violation page (a sealed memfd of one page), then
+/// those that [`Start`] lists for the role.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// The device's id, unique in the VM: `disk0`, `com1`.
+    pub id: String,
+    /// What happens on a system call outside the policy.
+    pub seccomp: SeccompMode,
+    /// False only with `--disable-sandbox`: no namespaces, no filter.
+    pub sandbox: bool,
+    /// The most detailed level the device process logs.
+    pub log: LogLevel,
+    /// What to be.
+    pub start: Start,
+}
+
+/// What happens on a system call outside the policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SeccompMode {
+    /// The process ends after writing the call to its violation page.
+    #[default]
+    Kill,
+    /// The kernel logs the call and it goes on: for finding a missing call.
+    Log,
+}
+
+/// Role and configuration of a device process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Start {
+    /// fds: the disk image, opened as [`BlkStart::read_only`] says.
+    Blk(BlkStart),
+    /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
+    /// [`SerialStart`] says so, the input, the output, the listening socket.
+    Serial(SerialStart),
+}
+
+/// Configuration of a block device process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BlkStart {
+    /// Offer VIRTIO_BLK_F_RO and refuse writes.
+    pub read_only: bool,
+    /// Bytes of the image; a multiple of 512.
+    pub size: u64,
+    /// What GET_ID answers: at most 20 bytes of ASCII.
+    pub serial: String,
+    /// Number of queues (and workers).
+    pub queues: u16,
+    /// How long, in microseconds, a worker polls the avail ring before it sleeps.
+    pub poll_us: u32,
+}
+
+/// Configuration of a serial device process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SerialStart {
+    /// Where guest output goes and input comes from.
+    pub endpoint: SerialEndpoint,
+    /// Watch the input for the escape sequence (ctrl-a x) that quits the VM.
+    pub escape: bool,
+    /// Bytes of guest output kept for a slow reader before more is dropped and counted.
+    pub buffer: u32,
+}
+
+/// The kind of console endpoint, and so which fds follow in the hello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SerialEndpoint {
+    /// No fds: output is discarded, there is no input.
+    Null,
+    /// Two fds: input, then output (they may be the same file).
+    Stdio,
+    /// One fd: output only.
+    File,
+    /// One fd, both ways: the master side of a pseudo-terminal.
+    Pty,
+    /// One fd: a listening Unix stream socket; one client at a time, the newest refused.
+    Socket,
+}
+
+/// VMM to device process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum ToCell {
+    /// Take everything out of the ring and hand it to the endpoint; answer
+    /// [`FromCell::Drained`] with the same epoch, at the latest after `limit_ms`.
+    Drain {
+        /// Echoed in the answer.
+        epoch: u64,
+        /// Longest time to wait for a slow reader, in milliseconds.
+        limit_ms: u32,
+    },
+    /// Answer [`FromCell::Stats`].
+    Stats,
+}
+
+/// Device process to VMM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum FromCell {
+    /// The jail is sealed; the device serves from now on.
+    Ready,
+    /// The process cannot start, and exits.
+    Failed {
+        /// Jail step or preparation that failed.
+        step: String,
+        /// One line: what went wrong, and the remedy.
+        message: String,
+    },
+    /// One log line.
+    Log {
+        /// Severity.
+        level: LogLevel,
+        /// The text, one line.
+        message: String,
+    },
+    /// Answer to [`ToCell::Drain`].
+    Drained {
+        /// Of the request.
+        epoch: u64,
+        /// Bytes dropped because the reader did not keep up, since the start.
+        dropped: u64,
+    },
+    /// Answer to [`ToCell::Stats`].
+    Stats(CellStats),
+    /// The user typed the escape sequence at the console.
+    Quit,
+    /// The guest printed a marker line `cellblock:NAME`.
+    Marker(Marker),
+}
+
+/// Readiness markers a guest gives by port 0xCB0 or by a console line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Marker {
+    /// `cellblock:heartbeat`, byte 1.
+    Heartbeat,
+    /// `cellblock:pre-exec`, byte 2.
+    PreExec,
+    /// `cellblock:listener`, byte 3.
+    Listener,
+    /// Byte 4 (no console line).
+    ListenerGone,
+    /// `cellblock:parked`, byte 5.
+    Parked,
+}
+
+/// Counters of a device process, cumulative.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CellStats {
+    /// Nothing counted yet.
+    #[default]
+    None,
+    /// A serial process.
+    Serial {
+        /// Bytes the guest wrote.
+        output: u64,
+        /// Bytes handed to the guest.
+        input: u64,
+        /// Bytes of output dropped because the reader did not keep up.
+        dropped: u64,
+    },
+    /// A block process.
+    Blk {
+        /// Requests answered OK.
+        reads: u64,
+        /// Requests answered OK.
+        writes: u64,
+        /// Requests answered OK.
+        flushes: u64,
+        /// Bytes read.
+        bytes_read: u64,
+        /// Bytes written.
+        bytes_written: u64,
+        /// Requests answered with an error.
+        errors: u64,
+    },
+}
+
+/// Severity of a log line, most severe first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum LogLevel {
+    /// Something failed.
+    Error,
+    /// Something is wrong but handled.
+    Warn,
+    /// What a user may want to know.
+    Info,
+    /// For developers.
+    Debug,
+    /// Everything.
+    Trace,
+}

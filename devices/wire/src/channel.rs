@@ -1,0 +1,292 @@
+//! A `SOCK_SEQPACKET` socket that carries one serde value, and its fds, per datagram.
+//!
+//! The peer is not trusted: a datagram is bounded in bytes and fds, one that was
+//! cut short or does not decode is an error of this channel and of nothing else,
+//! and fds that came with it are closed.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::codec::{self, CodecError};
+
+/// The largest message, in bytes. Fits the default socket buffer of Linux.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+/// The most file descriptors one message carries.
+pub const MAX_FDS: usize = 64;
+
+/// A failed exchange on a [`Channel`].
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The socket pair could not be made.
+    #[error("creating a channel")]
+    Create(#[source] Errno),
+    /// The datagram could not be sent.
+    #[error("sending a message")]
+    Send(#[source] Errno),
+    /// The datagram could not be received.
+    #[error("receiving a message")]
+    Receive(#[source] Errno),
+    /// The peer closed its end, or died.
+    #[error("peer closed the channel")]
+    Closed,
+    /// No message came, or could be sent, in time.
+    #[error("peer did not answer within {0:?}")]
+    TimedOut(Duration),
+    /// A message was larger, or carried more fds, than allowed.
+    #[error("message from peer was cut short")]
+    Truncated,
+    /// More fds than [`MAX_FDS`] were to be sent.
+    #[error("{0} file descriptors are more than the {MAX_FDS} a message carries")]
+    TooManyFds(usize),
+    /// The message did not encode or decode.
+    #[error("message is not valid")]
+    Codec(#[from] CodecError),
+}
+
+/// One end of a `SOCK_SEQPACKET` connection. Dropping it closes it.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Makes a connected pair, close-on-exec.
+    pub fn pair() -> Result<(Channel, Channel), ChannelError> {
+        let (a, b) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(ChannelError::Create)?;
+        Ok((Channel(a), Channel(b)))
+    }
+
+    /// Takes over a connected `SOCK_SEQPACKET` socket.
+    pub fn from_fd(fd: OwnedFd) -> Channel {
+        Channel(fd)
+    }
+
+    /// Gives the socket away, for a child process.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+
+    /// Sends `message` with copies of `fds`, waiting for room as long as it takes.
+    pub fn send<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        self.send_bytes(&codec::encode(message)?, fds, MsgFlags::empty())
+    }
+
+    /// Like [`Channel::send`], but returns `Ok(false)` where the peer's buffer is full.
+    pub fn try_send<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<bool, ChannelError> {
+        match self.send_bytes(&codec::encode(message)?, fds, MsgFlags::MSG_DONTWAIT) {
+            Ok(()) => Ok(true),
+            Err(ChannelError::Send(Errno::EAGAIN)) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn send_bytes(
+        &self,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        flags: MsgFlags,
+    ) -> Result<(), ChannelError> {
+        if fds.len() > MAX_FDS {
+            return Err(ChannelError::TooManyFds(fds.len()));
+        }
+        let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        loop {
+            match sendmsg::<()>(
+                self.0.as_raw_fd(),
+                &[IoSlice::new(bytes)],
+                control,
+                flags | MsgFlags::MSG_NOSIGNAL,
+                None,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(e) => return Err(ChannelError::Send(e)),
+            }
+        }
+    }
+
+    /// Waits for the next message and the fds that came with it.
+    pub fn recv<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+        self.recv_flags(MsgFlags::empty())
+    }
+
+    /// The next message if one is there.
+    pub fn try_recv<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
+        match self.recv_flags(MsgFlags::MSG_DONTWAIT) {
+            Ok(message) => Ok(Some(message)),
+            Err(ChannelError::Receive(Errno::EAGAIN)) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Waits at most `limit` for the next message.
+    pub fn recv_timeout<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+    ) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            // Rounded up, so that the last wait does not become a busy loop.
+            let timeout = PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000) as u64)
+                .unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Ok(0) if left.is_zero() => return Err(ChannelError::TimedOut(limit)),
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => {
+                    if let Some(message) = self.try_recv()? {
+                        return Ok(message);
+                    }
+                }
+                Err(e) => return Err(ChannelError::Receive(e)),
+            }
+        }
+    }
+
+    fn recv_flags<T: DeserializeOwned>(
+        &self,
+        flags: MsgFlags,
+    ) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+        let mut bytes = vec![0u8; MAX_MESSAGE];
+        let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let (len, fds, cut) = loop {
+            let mut iov = [IoSliceMut::new(&mut bytes)];
+            match recvmsg::<()>(
+                self.0.as_raw_fd(),
+                &mut iov,
+                Some(&mut control),
+                flags | MsgFlags::MSG_CMSG_CLOEXEC,
+            ) {
+                Ok(message) => {
+                    let fds = collect_fds(&message)?;
+                    let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+                    break (message.bytes, fds, cut);
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(e) => return Err(ChannelError::Receive(e)),
+            }
+        };
+        if cut {
+            return Err(ChannelError::Truncated);
+        }
+        // Every message of ours has at least one byte, so zero is the end of file.
+        if len == 0 {
+            return Err(ChannelError::Closed);
+        }
+        Ok((codec::decode(&bytes[..len])?, fds))
+    }
+}
+
+#[allow(unsafe_code)] // owning fds the kernel just handed over
+fn collect_fds(
+    message: &nix::sys::socket::RecvMsg<'_, '_, ()>,
+) -> Result<Vec<OwnedFd>, ChannelError> {
+    let mut fds = Vec::new();
+    // A control buffer cut short still holds the fds that fitted; they are owned
+    // here, and so closed, before the caller sees the truncation.
+    for control in message.cmsgs().map_err(|_| ChannelError::Truncated)? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            for fd in received {
+                // SAFETY: recvmsg installed `fd` in this process just now, and
+                // nothing else knows its number.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    Ok(fds)
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn values_and_fds_arrive_together() {
+        let (a, b) = Channel::pair().expect("pair");
+        let (mut near, far) = std::os::unix::net::UnixStream::pair().expect("pair");
+        a.send(&("disk0".to_string(), 3u8), &[far.as_fd()]).expect("send");
+        drop(far);
+        let ((name, n), fds) = b.recv::<(String, u8)>().expect("recv");
+        assert_eq!((name.as_str(), n, fds.len()), ("disk0", 3, 1));
+        let mut far = std::os::unix::net::UnixStream::from(fds.into_iter().next().expect("fd"));
+        near.write_all(b"hi").expect("write");
+        let mut got = [0; 2];
+        far.read_exact(&mut got).expect("read");
+        assert_eq!(&got, b"hi");
+    }
+
+    #[test]
+    fn a_dead_peer_is_closed_not_an_error_number() {
+        let (a, b) = Channel::pair().expect("pair");
+        drop(b);
+        assert!(matches!(a.recv::<u8>(), Err(ChannelError::Closed)));
+        assert!(matches!(a.send(&1u8, &[]), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn garbage_is_refused_and_the_channel_goes_on() {
+        let (a, b) = Channel::pair().expect("pair");
+        a.send_bytes(&[255; 9], &[], MsgFlags::empty()).expect("send");
+        a.send(&5u32, &[]).expect("send");
+        assert!(matches!(b.recv::<String>(), Err(ChannelError::Codec(_))));
+        assert_eq!(b.recv::<u32>().expect("recv").0, 5);
+    }
+
+    #[test]
+    fn oversized_datagrams_are_truncated_not_believed() {
+        let (a, b) = Channel::pair().expect("pair");
+        a.send_bytes(&vec![0; MAX_MESSAGE + 1], &[], MsgFlags::empty()).expect("send");
+        assert!(matches!(b.recv::<Vec<u8>>(), Err(ChannelError::Truncated)));
+    }
+
+    #[test]
+    fn silence_times_out() {
+        let (a, _b) = Channel::pair().expect("pair");
+        let limit = Duration::from_millis(20);
+        assert!(matches!(a.recv_timeout::<u8>(limit), Err(ChannelError::TimedOut(_))));
+        assert!(a.try_recv::<u8>().expect("quiet").is_none());
+    }
+
+    #[test]
+    fn a_full_channel_says_so() {
+        let (a, _b) = Channel::pair().expect("pair");
+        let block = vec![0u8; 32 * 1024];
+        let sent = (0..1000).take_while(|_| a.try_send(&block, &[]).expect("open")).count();
+        assert!(sent > 0 && sent < 1000, "{sent}");
+    }
+}

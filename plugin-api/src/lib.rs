@@ -1,0 +1,1 @@
+//! How plugins and outside tools will control a Cellblock VM. Nothing is here yet.

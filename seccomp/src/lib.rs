@@ -1,0 +1,1 @@
+//! Cellblock's jails.

@@ -3,6 +3,8 @@
 pub mod bus;
 pub mod cell;
 pub mod cli;
+pub mod config;
+pub mod console;
 pub mod control;
 pub mod logging;
 pub mod remedy;

@@ -1,0 +1,158 @@
+//! `cellblock run`.
+
+use std::path::PathBuf;
+
+use cellblock_devices::protocol::{LogLevel, SeccompMode};
+use clap::Args;
+
+use super::Failure;
+use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
+use crate::logging;
+use crate::remedy::one_line;
+use crate::spec::{DiskSpec, SerialSpec, name_disks};
+
+const EXAMPLES: &str = "\
+A disk SPEC is PATH[,key=value]...:
+  ro             the guest may only read
+  id=NAME        name in this VM, [a-z0-9_-]{1,32} [default: disk0, disk1, ...]
+  serial=TEXT    what the guest reads as serial number, up to 20 characters [default: the id]
+  poll-us=N      poll for N microseconds before sleeping: faster, at the cost of CPU time
+A serial SPEC is one of:
+  stdout         this terminal (ctrl-a x stops the VM), or standard input and output
+  file=F         output only, to a file that is created or emptied
+  pty            a new pseudo-terminal, whose name is printed
+  socket=PATH    a new Unix stream socket, one client at a time
+  null           nothing
+A comma inside a value is written twice. A size takes K, M, G or T.
+
+Examples:
+  cellblock run --kernel vmlinux --cmdline 'console=ttyS0 root=/dev/vda ro' --disk root.img,ro
+  cellblock run --kernel bzImage --initrd initrd.img -c 4 -m 2G --disk data.img,id=data
+  cellblock run --config vm.toml --control /tmp/vm --serial pty
+
+Exit status: 0 the guest shut down or was stopped, 1 an error, 2 wrong usage.";
+
+/// Run a virtual machine until its guest shuts down.
+///
+/// Each disk and the serial line is served by a process of its own in a jail of its own.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Run {
+    /// Kernel: an ELF vmlinux, one with a PVH entry, or a bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(short, long, value_name = "N", value_parser = config::cpus, allow_hyphen_values = true)]
+    cpus: Option<u8>,
+    /// Guest memory, 32M or more; a plain number counts MiB [default: 512M]
+    #[arg(short, long, value_name = "SIZE", value_parser = config::memory, allow_hyphen_values = true)]
+    memory: Option<u64>,
+    /// A disk; give it again for more
+    #[arg(long, value_name = "SPEC")]
+    disk: Vec<DiskSpec>,
+    /// Where the serial console goes [default: stdout]
+    #[arg(long, value_name = "SPEC")]
+    serial: Option<SerialSpec>,
+    /// Make a control socket here, for pause, resume, stop, stats, ps and events
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Run the device processes without jails: for debugging only
+    #[arg(long)]
+    disable_sandbox: bool,
+    /// On a system call outside a policy: kill (end the process, naming the call) or
+    /// log (let it pass and have the kernel log it) [default: kill]
+    #[arg(long, value_name = "MODE", value_parser = config::seccomp)]
+    seccomp: Option<SeccompMode>,
+    /// Read options from a TOML file: the same names without dashes, disk as a list;
+    /// options on the command line win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl Run {
+    pub(super) fn execute(self, log: Option<LogLevel>) -> Result<(), Failure> {
+        let config = self.into_config(log)?;
+        logging::init(config.log);
+        // However the VM ended, it is what somebody asked for: the guest, a control
+        // client, a signal or the console.
+        crate::vmm::run(config).map(|_end| ()).map_err(Failure::error)
+    }
+
+    /// Puts options, configuration file and defaults together.
+    fn into_config(self, log: Option<LogLevel>) -> Result<VmConfig, Failure> {
+        let file = match &self.config {
+            Some(path) => ConfigFile::read(path).map_err(|error| match error {
+                ConfigFileError::Read { .. } => Failure::Error(one_line(&error)),
+                ConfigFileError::Content { .. } => Failure::Usage(one_line(&error)),
+            })?,
+            None => ConfigFile::default(),
+        };
+        let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
+            Failure::Usage("no kernel given; say --kernel FILE, or kernel in --config FILE".into())
+        })?;
+        let cmdline = self.cmdline.or(file.cmdline).unwrap_or_default();
+        if cmdline.contains('\0') {
+            return Err(Failure::Usage("the kernel's command line has a zero byte in it".into()));
+        }
+        let mut disks = if self.disk.is_empty() { file.disk } else { self.disk };
+        name_disks(&mut disks).map_err(|error| Failure::Usage(error.to_string()))?;
+        Ok(VmConfig {
+            kernel,
+            initrd: self.initrd.or(file.initrd),
+            cmdline,
+            cpus: self.cpus.or(file.cpus).unwrap_or(1),
+            memory: self.memory.or(file.memory).unwrap_or(config::DEFAULT_MEMORY),
+            disks,
+            serial: self.serial.or(file.serial).unwrap_or_default(),
+            control: self.control.or(file.control),
+            sandbox: !(self.disable_sandbox || file.disable_sandbox),
+            seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
+            log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Wrapper {
+        #[command(flatten)]
+        run: Run,
+    }
+
+    fn config(args: &[&str]) -> Result<VmConfig, Failure> {
+        let args = std::iter::once("run").chain(args.iter().copied());
+        Wrapper::try_parse_from(args).expect("parses").run.into_config(Some(LogLevel::Warn))
+    }
+
+    #[test]
+    fn defaults() {
+        let config = config(&["--kernel", "k"]).unwrap();
+        assert_eq!((config.cpus, config.memory), (1, 512 << 20));
+        assert_eq!((config.serial, config.sandbox), (SerialSpec::Stdout, true));
+        assert_eq!(config.seccomp, SeccompMode::Kill);
+        assert!(config.control.is_none() && config.disks.is_empty() && config.cmdline.is_empty());
+    }
+
+    #[test]
+    fn options_win_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm.toml");
+        std::fs::write(&file, "kernel = 'a'\ncpus = 2\nmemory = '1G'\ndisk = ['x', 'y']").unwrap();
+        let file = file.to_str().unwrap();
+        let from_file = config(&["--config", file]).unwrap();
+        assert_eq!((from_file.cpus, from_file.memory, from_file.disks.len()), (2, 1 << 30, 2));
+        let both = config(&["--config", file, "-c", "4", "--disk", "z,ro"]).unwrap();
+        assert_eq!((both.cpus, both.memory, both.disks.len()), (4, 1 << 30, 1));
+        assert_eq!(both.disks[0].id(), "disk0");
+    }
+}

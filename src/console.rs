@@ -37,7 +37,6 @@ pub struct OpenedConsole {
 #[derive(Debug, Default)]
 pub struct Keep {
     _node: Option<Node>,
-    _slave: Option<OwnedFd>,
 }
 
 /// A serial endpoint that could not be opened.
@@ -203,8 +202,8 @@ fn pty() -> Result<OpenedConsole, ConsoleError> {
     grantpt(&master).map_err(fail())?;
     unlockpt(&master).map_err(fail())?;
     let name = ptsname_r(&master).map_err(fail())?;
-    // Held open, so that the master does not report a hang-up before the first user
-    // comes and after each one leaves; what the guest says meanwhile waits in it.
+    // Opened once and closed, which makes the master say so when nobody has it open:
+    // until somebody does, the serial process keeps what the guest says.
     let slave = OpenOptions::new()
         .read(true)
         .write(true)
@@ -217,7 +216,6 @@ fn pty() -> Result<OpenedConsole, ConsoleError> {
     let master = master.as_fd().try_clone_to_owned().map_err(system("keeping a pty", None))?;
     let mut console = plain(SerialEndpoint::Pty, vec![master]);
     console.note = Some(format!("serial console on {name}"));
-    console.keep._slave = Some(slave.into());
     Ok(console)
 }
 
@@ -226,6 +224,7 @@ mod tests {
     use super::*;
     use crate::remedy::one_line;
     use crate::spec::DiskSpec;
+    use nix::sys::termios::LocalFlags;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -282,10 +281,14 @@ mod tests {
         let mut seen = [0; 4];
         master.read_exact(&mut seen).unwrap();
         assert_eq!(&seen, b"in\r\x03");
-        // Nothing was echoed, and the user's leaving is no hang-up.
-        drop(user);
+        // Nothing was echoed.
         let error = master.read(&mut seen).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        // The user's leaving is seen, and the mode outlives it.
+        drop(user);
+        assert_eq!(master.read(&mut seen).unwrap_err().raw_os_error(), Some(libc::EIO));
+        let user = OpenOptions::new().read(true).write(true).open(name).unwrap();
+        assert!(!tcgetattr(&user).unwrap().local_flags.contains(LocalFlags::ECHO));
     }
 
     #[test]

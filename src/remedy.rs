@@ -14,8 +14,8 @@ pub trait Remedy: Error {
     }
 }
 
-/// The whole chain of `error` joined by `": "`, then its remedy, as one printable line.
-pub fn one_line(error: &dyn Remedy) -> String {
+/// The whole chain of `error` joined by `": "`, as one printable line: for logs.
+pub fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -23,11 +23,16 @@ pub fn one_line(error: &dyn Remedy) -> String {
         let _ = write!(line, ": {cause}");
         source = cause.source();
     }
-    if let Some(remedy) = error.remedy() {
-        line.push_str("; ");
-        line.push_str(&remedy);
-    }
     printable(&line)
+}
+
+/// [`chain`] and the remedy: for people.
+pub fn one_line(error: &impl Remedy) -> String {
+    let line = chain(error);
+    match error.remedy() {
+        Some(remedy) => format!("{line}; {}", printable(&remedy)),
+        None => line,
+    }
 }
 
 /// `text` with every control character escaped, so that it stays on one line and

@@ -45,6 +45,9 @@ fn text(event: &Event) -> String {
         EventKind::DeviceDied { role, id, pid, how } => {
             format!("device process {role} {id} (pid {pid}) died: {how}")
         }
+        EventKind::NeedsReset { id } => {
+            format!("the driver of {id} broke the rules of its queue and has to reset the device")
+        }
         EventKind::Violation { process, syscall, thread } => {
             format!("{process} made a forbidden system call: {syscall}, thread {thread}")
         }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::Args;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 
 use super::Failure;
 use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
@@ -73,10 +75,16 @@ pub(super) struct Run {
     /// options on the command line win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// End when the process that started this one does
+    #[arg(long, hide = true)]
+    die_with_parent: bool,
 }
 
 impl Run {
     pub(super) fn execute(self, log: Option<LogLevel>) -> Result<(), Failure> {
+        if self.die_with_parent {
+            die_with_parent()?;
+        }
         let config = self.into_config(log)?;
         logging::init(config.log);
         // However the VM ended, it is what somebody asked for: the guest, a control
@@ -116,6 +124,12 @@ impl Run {
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
         })
     }
+}
+
+/// For programs that start a VM and must not leave it behind, as the demo does.
+fn die_with_parent() -> Result<(), Failure> {
+    prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(|errno| Failure::Error(format!("tying the VM to its parent's life: {errno}")))
 }
 
 #[cfg(test)]

@@ -302,6 +302,11 @@ pub enum EventKind {
         /// `exit status 1`, `signal 9 (SIGKILL)`.
         how: String,
     },
+    /// The driver of a device broke the rules of its queue and has to reset it.
+    NeedsReset {
+        /// Id of the device.
+        id: String,
+    },
     /// A process made a system call its policy does not allow.
     Violation {
         /// `blk disk0`.

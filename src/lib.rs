@@ -3,8 +3,17 @@
 pub mod bus;
 pub mod cell;
 pub mod cli;
+pub mod config;
+pub mod console;
 pub mod control;
+pub mod demo;
+pub mod event;
 pub mod guest;
+pub mod logging;
+pub mod remedy;
+pub mod spec;
+pub mod terminal;
 pub mod transport;
 pub mod vcpu;
 pub mod vm;
+pub mod vmm;

@@ -221,13 +221,20 @@ pub struct Violation {
     pub thread: String,
 }
 
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Violation {
+    /// Name and number of the call: `openat (257)`.
+    pub fn call(&self) -> String {
         let name = match self.arch {
             AUDIT_ARCH_X86_64 => syscalls::name(self.syscall).unwrap_or("unknown"),
             _ => "of another architecture",
         };
-        write!(f, "system call {name} ({}) by thread {} ({})", self.syscall, self.thread, self.tid)
+        format!("{name} ({})", self.syscall)
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "system call {} by thread {} ({})", self.call(), self.thread, self.tid)
     }
 }
 

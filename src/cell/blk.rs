@@ -5,13 +5,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use cellblock_devices::protocol::{BlkStart, Start};
+use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::launch::{Common, launch};
 use super::{Cell, CellError};
-use crate::spec::OpenedDisk;
+use crate::event::event;
+use crate::spec::{DiskSpec, OpenedDisk};
+use crate::vcpu::Kicks;
 use crate::transport::front_end::{FrontEnd, FrontEndError};
 use crate::transport::mmio::VirtioMmio;
 use crate::vm::kvm::{KvmError, Machine};
@@ -62,18 +64,20 @@ pub struct StartingDisk {
 pub fn start(
     spawner: &mut Spawner,
     common: Common,
+    spec: &DiskSpec,
     disk: &OpenedDisk,
 ) -> Result<StartingDisk, DiskError> {
+    let id = spec.id();
     let (near, far) = UnixStream::pair()
-        .map_err(|source| DiskError::Connect { id: disk.id.clone(), source })?;
+        .map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
     let start = Start::Blk(BlkStart {
         read_only: disk.read_only,
         size: disk.size,
         serial: disk.serial.clone(),
         queues: 1,
-        poll_us: disk.poll_us,
+        poll_us: spec.poll_us,
     });
-    let cell = launch(spawner, common, &disk.id, start, &[disk.fd.as_fd()], Some(far))?;
+    let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
     Ok(StartingDisk { cell, socket: near })
 }
 
@@ -83,14 +87,12 @@ pub fn connect(
     ram: &Arc<GuestRam>,
     slot: VirtioSlot,
     starting: StartingDisk,
-    on_thread: impl FnOnce() + Send + 'static,
+    kicks: Arc<Kicks>,
+    on_thread: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
 ) -> Result<(Cell, VirtioMmio), DiskError> {
     let StartingDisk { cell, socket } = starting;
     let id = cell.id().to_string();
-    let event = || {
-        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|source| DiskError::Connect { id: id.clone(), source })
-    };
+    let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
     let kvm = |source| DiskError::Kvm { id: id.clone(), source };
 
     let front_end = FrontEnd::start(&id, socket, CONFIG_LEN, ram.clone(), on_thread)?;
@@ -104,6 +106,6 @@ pub fn connect(
 
     let info = front_end.wait(&opening)?;
     let device =
-        VirtioMmio::new(&id, VIRTIO_ID_BLOCK, info, ram.clone(), front_end, vec![kick], call, err);
+        VirtioMmio::new(&id, VIRTIO_ID_BLOCK, info, ram.clone(), front_end, vec![kick], call, err, kicks);
     Ok((cell, device))
 }

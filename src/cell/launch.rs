@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::{FromCell, Hello, LogLevel, SeccompMode, Start};
+use cellblock_devices::protocol::{CellStats, FromCell, Hello, LogLevel, SeccompMode, Start};
 use cellblock_seccomp::spawner::{Event, Request, Spawner};
 use cellblock_seccomp::violation;
 use cellblock_wire::{Access, Channel, ChannelError, Mapping};
@@ -76,6 +76,7 @@ pub fn launch(
         violation,
         process: None,
         open: true,
+        stats: CellStats::None,
     })
 }
 

@@ -16,7 +16,9 @@ pub mod serial;
 
 use std::os::fd::OwnedFd;
 
-use cellblock_devices::protocol::{FromCell, LogLevel};
+use std::time::Instant;
+
+use cellblock_devices::protocol::{CellStats, FromCell, LogLevel};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
 use cellblock_wire::{Channel, ChannelError, Mapping, ShmError};
@@ -91,6 +93,7 @@ pub struct Cell {
     violation: Mapping,
     process: Option<(i32, OwnedFd)>,
     open: bool,
+    stats: CellStats,
 }
 
 impl Cell {
@@ -135,7 +138,7 @@ impl Cell {
                     tracing::warn!(
                         role = self.role,
                         device = self.id,
-                        error = crate::error_chain(&error),
+                        error = crate::remedy::chain(&error),
                         "cell channel ended"
                     );
                     self.open = false;
@@ -145,6 +148,32 @@ impl Cell {
         }
     }
 
+    /// Like [`Cell::next_message`], but waits until `end` for one.
+    pub fn wait_message(&mut self, end: Instant) -> Option<FromCell> {
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.channel.recv_timeout::<FromCell>(left) {
+                Ok((FromCell::Log { level, message }, _)) => self.log(level, &message),
+                Ok((message, _)) => return Some(message),
+                Err(ChannelError::TimedOut(_)) => return None,
+                Err(_) => {
+                    self.open = false;
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// The counters it last reported.
+    pub fn stats(&self) -> &CellStats {
+        &self.stats
+    }
+
+    /// Keeps counters it reported.
+    pub fn keep_stats(&mut self, stats: CellStats) {
+        self.stats = stats;
+    }
+
     /// One line that says how the process ended: by a violation, a signal, a status.
     pub fn obituary(&self, status: ExitStatus) -> String {
         match (self.violation(), status) {
@@ -152,8 +181,7 @@ impl Cell {
                 "seccomp stopped {violation}; if the call is legitimate, find all that are \
                  missing with --seccomp log and report them"
             ),
-            (None, ExitStatus::Signal(signal)) => format!("killed by signal {signal}"),
-            (None, ExitStatus::Code(code)) => format!("exited with status {code}"),
+            (None, status) => status.to_string(),
         }
     }
 
@@ -164,8 +192,7 @@ impl Cell {
 
     fn log(&self, level: LogLevel, message: &str) {
         // A hostile process may put anything into its text; one line stays one line.
-        let text: String =
-            message.chars().take(512).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let text = crate::remedy::printable(&message.chars().take(512).collect::<String>());
         let (role, device) = (self.role, self.id.as_str());
         match level {
             LogLevel::Error => tracing::error!(role, device, "{text}"),

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cellblock_devices::protocol::ring::{Producer, ReadTicket};
 
 use crate::bus::{BusDevice, Outcome};
+use crate::vcpu::Kicks;
 
 /// Ports of a 16550.
 pub const PORTS: u64 = 8;
@@ -16,6 +17,7 @@ pub const PORTS: u64 = 8;
 /// The bus device in front of a register ring.
 pub struct SerialPort {
     ring: Arc<Producer>,
+    kicks: Arc<Kicks>,
     /// What each vCPU had begun when it was kicked.
     begun: Vec<Mutex<Begun>>,
 }
@@ -29,9 +31,10 @@ struct Begun {
 }
 
 impl SerialPort {
-    /// A port for `vcpus` vCPUs.
-    pub fn new(ring: Arc<Producer>, vcpus: usize) -> SerialPort {
-        SerialPort { ring, begun: (0..vcpus).map(|_| Mutex::default()).collect() }
+    /// A port for the vCPUs of `kicks`.
+    pub fn new(ring: Arc<Producer>, kicks: Arc<Kicks>) -> SerialPort {
+        let begun = (0..kicks.len()).map(|_| Mutex::default()).collect();
+        SerialPort { ring, kicks, begun }
     }
 }
 
@@ -40,16 +43,17 @@ impl BusDevice for SerialPort {
         // Each vCPU takes its own lock only; it is never contended.
         let mut begun = self.begun[vcpu].lock().unwrap_or_else(PoisonError::into_inner);
         let len = data.len().min(8);
+        let kicked = || self.kicks.kicked(vcpu);
         while begun.done < len {
             let register = ((offset + begun.done as u64) % PORTS) as u8;
             let ticket = match begun.ticket.take() {
                 Some(ticket) => ticket,
-                None => match self.ring.begin_read(vcpu, register) {
+                None => match self.ring.begin_read(vcpu, register, &kicked) {
                     Ok(ticket) => ticket,
                     Err(_) => return Outcome::Retry,
                 },
             };
-            match self.ring.wait_read(vcpu, ticket, &|| false) {
+            match self.ring.wait_read(vcpu, ticket, &kicked) {
                 Ok(value) => {
                     let done = begun.done;
                     begun.bytes[done] = value;
@@ -70,7 +74,7 @@ impl BusDevice for SerialPort {
         let mut begun = self.begun[vcpu].lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(&value) = data.get(begun.done) {
             let register = ((offset + begun.done as u64) % PORTS) as u8;
-            if self.ring.post_write(vcpu, register, value).is_err() {
+            if self.ring.post_write(vcpu, register, value, &|| self.kicks.kicked(vcpu)).is_err() {
                 return Outcome::Retry;
             }
             begun.done += 1;

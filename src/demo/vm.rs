@@ -116,7 +116,7 @@ impl DemoVm {
             Some(client) => client,
             none => none.insert(Client::connect(&self.dir.control())?),
         };
-        Ok(client.ask(request)?)
+        Ok(client.ask(request)?.0)
     }
 
     /// Guest memory that is counted in the processes' proportional sizes, in KiB.

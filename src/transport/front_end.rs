@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock_seccomp::filter::FilterError;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
@@ -138,13 +139,14 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Starts the thread. `on_start` runs on it first (it applies the seccomp policy).
+    /// Starts the thread. `on_start` confines it, first of all; where that fails the
+    /// thread does nothing but refuse its jobs.
     pub fn start(
         id: &str,
         socket: UnixStream,
         config_len: u32,
         ram: Arc<GuestRam>,
-        on_start: impl FnOnce() + Send + 'static,
+        on_start: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<FrontEnd, FrontEndError> {
         let wrap = |source| FrontEndError::Thread { id: id.to_string(), source };
         let handle = socket.try_clone().map_err(wrap)?;
@@ -159,7 +161,10 @@ impl FrontEnd {
         std::thread::Builder::new()
             .name(format!("vu-{id}"))
             .spawn(move || {
-                on_start();
+                if let Err(error) = on_start() {
+                    tracing::error!(device = worker.id, error = crate::remedy::chain(&error));
+                    return worker.refuse(&inbox);
+                }
                 worker.run(&inbox);
             })
             .map_err(wrap)?;
@@ -229,6 +234,16 @@ impl Worker {
                 Job::Open(answer) => answer.complete(self.open()),
                 Job::Activate(activation, answer) => answer.complete(self.activate(&activation)),
                 Job::Reset(answer) => answer.complete(self.reset()),
+            }
+        }
+    }
+
+    fn refuse(self, inbox: &Receiver<Job>) {
+        let gone = || FrontEndError::Gone { id: self.id.clone() };
+        while let Ok(job) = inbox.recv() {
+            match job {
+                Job::Open(answer) => answer.complete(Err(gone())),
+                Job::Activate(_, answer) | Job::Reset(answer) => answer.complete(Err(gone())),
             }
         }
     }

@@ -8,7 +8,7 @@
 //! configuration bit is ours, set before the line is raised. InterruptACK of the
 //! used-buffer bit alone is swallowed by an ioeventfd.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -22,8 +22,14 @@ use super::front_end::{Activation, DEADLINE, DeviceInfo, FrontEnd, FrontEndError
 use super::queue::{QUEUE_SIZE_MAX, QueueConfig, QueueError};
 use super::wait::{Completion, Waited};
 use crate::bus::{BusDevice, Outcome};
+use crate::event;
+use crate::vcpu::Kicks;
 use crate::vm::memory::GuestRam;
 
+/// Offset of QueueNotify.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of InterruptACK.
+pub const INTERRUPT_ACK: u64 = 0x64;
 /// Bytes of a device's register window.
 pub const WINDOW: u64 = 0x1000;
 
@@ -59,6 +65,7 @@ pub struct VirtioMmio {
     kicks: Vec<EventFd>,
     call: EventFd,
     err: EventFd,
+    kicks_asked: Arc<Kicks>,
     registers: Mutex<Registers>,
 }
 
@@ -72,8 +79,6 @@ struct Registers {
     queues: Vec<QueueConfig>,
     config_changed: bool,
     generation: u32,
-    /// vCPUs kicked since they last looked: bit n is vCPU n.
-    kicked: u64,
     pending: Option<Pending>,
 }
 
@@ -104,6 +109,7 @@ impl VirtioMmio {
         kicks: Vec<EventFd>,
         call: EventFd,
         err: EventFd,
+        kicks_asked: Arc<Kicks>,
     ) -> VirtioMmio {
         let registers = Registers {
             queues: vec![QueueConfig::default(); kicks.len()],
@@ -118,14 +124,14 @@ impl VirtioMmio {
             kicks,
             call,
             err,
+            kicks_asked,
             registers: Mutex::new(registers),
         }
     }
 
     /// The kick hook: a vCPU that waits for this device process stops waiting.
     pub fn kick(&self, vcpu: usize) {
-        let mut registers = self.lock();
-        registers.kicked |= 1 << vcpu;
+        let registers = self.lock();
         if let Some(pending) = registers.pending.as_ref().filter(|p| p.vcpu == vcpu) {
             pending.answer.kick();
         }
@@ -145,8 +151,19 @@ impl VirtioMmio {
     }
 
     /// Rung when the device process gives a queue up.
-    pub fn err_event(&self) -> &EventFd {
-        &self.err
+    pub fn err_event(&self) -> BorrowedFd<'_> {
+        event::fd(&self.err)
+    }
+
+    /// The device process gave a queue up: the driver has to reset the device.
+    pub fn gave_up(&self) {
+        let _ = self.err.read(); // it is level-triggered; an empty one is fine
+        self.fail();
+    }
+
+    /// Lets the device process finish what it holds and stop, at the end of the VM.
+    pub fn drain(&self) -> Result<(), FrontEndError> {
+        self.front_end.wait(&self.front_end.reset())
     }
 
     // Nothing that can panic runs under this lock but slice indexing that was
@@ -249,14 +266,7 @@ impl VirtioMmio {
             }
         };
         // A kick from before there was anything to kick.
-        let bit = 1 << vcpu;
-        let kicked = {
-            let mut registers = self.lock();
-            let kicked = registers.kicked & bit != 0;
-            registers.kicked &= !bit;
-            kicked
-        };
-        if kicked {
+        if self.kicks_asked.kicked(vcpu) {
             return Outcome::Retry;
         }
         let result = match pending.answer.wait(DEADLINE) {
@@ -314,12 +324,11 @@ impl VirtioMmio {
                 // The guest sees its reset done in any case; a device process that
                 // failed it fails the next activation too.
                 if let Err(error) = result {
-                    tracing::warn!(device = self.id, error = crate::error_chain(&error), "reset");
+                    tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
                 let queues = vec![QueueConfig::default(); self.kicks.len()];
-                let kicked = registers.kicked;
                 let generation = registers.generation;
-                *registers = Registers { queues, kicked, generation, ..Registers::default() };
+                *registers = Registers { queues, generation, ..Registers::default() };
             }
         }
     }
@@ -330,7 +339,7 @@ impl VirtioMmio {
         status: u32,
         error: &dyn std::error::Error,
     ) {
-        tracing::warn!(device = self.id, error = crate::error_chain(error), "not activated");
+        tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
         registers.status = status;
         self.needs_reset(registers);
     }

@@ -323,6 +323,11 @@ impl Vcpus {
         self.seats.iter().map(|seat| seat.cell.get()).collect()
     }
 
+    /// The number of the last pause, or of the stop.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
     /// Whether a vCPU is asked to leave what it does.
     pub fn kicked(&self, vcpu: usize) -> bool {
         self.kicks.kicked(vcpu)

@@ -15,14 +15,16 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
-use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError};
+use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::Cell;
 use crate::control::protocol::EventKind;
-use crate::control::server::ControlServer;
+use crate::console::Keep;
+use crate::control::protocol::{Reply, Request, Shutdown};
+use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
-use crate::vcpu::Vcpus;
+use crate::vcpu::{ExitListener, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
 
@@ -33,16 +35,28 @@ pub(super) struct Vm {
     pub(super) _machine: Machine,
     pub(super) ram: Arc<GuestRam>,
     pub(super) vcpus: Vcpus,
+    pub(super) ended: ExitListener,
     pub(super) ring: Arc<Producer>,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
+    pub(super) disks: Vec<DiskFacts>,
     pub(super) spawner: Spawner,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
-    pub(super) terminal: Option<RawTerminal>,
+    // Given back when the machine is dropped.
+    pub(super) _terminal: Option<RawTerminal>,
+    pub(super) _console: Keep,
+    pub(super) events: Vec<EventKind>,
     pub(super) asked_to_stop: bool,
-    pub(super) pending_ps: Vec<crate::control::server::Token>,
+    pub(super) asked_for_processes: Vec<Token>,
+}
+
+/// What does not change about a disk.
+pub(super) struct DiskFacts {
+    pub(super) id: String,
+    pub(super) size: u64,
+    pub(super) read_only: bool,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.
@@ -85,6 +99,11 @@ impl Source {
     }
 }
 
+/// How long the spawner may take to end every device process.
+const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
+/// How long control clients may take to read their last lines.
+const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
+
 /// Whether the machine goes on.
 type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
 const ON: Flow = Flow::Continue(());
@@ -120,7 +139,7 @@ impl Vm {
         };
         add(self.signals.as_fd(), Source::Signals)?;
         add(self.spawner.as_fd(), Source::Spawner)?;
-        add(self.vcpus.exit_fd(), Source::Vcpus)?;
+        add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
@@ -142,8 +161,8 @@ impl Vm {
             }
             Source::Signals => {}
             Source::Vcpus => {
-                if let Some((vcpu, exit)) = self.vcpus.take_exit() {
-                    return Flow::Break(ended(vcpu, exit));
+                if let Some(end) = self.ended.end() {
+                    return Flow::Break(outcome(end.vcpu, &end.exit));
                 }
             }
             Source::Spawner => return self.spawner_events(),
@@ -155,7 +174,7 @@ impl Vm {
             }
             Source::Notices => {
                 for Notice::Marker(marker) in self.notifier.take() {
-                    self.event(EventKind::Marker { marker: marker.into() });
+                    self.event(requests::marker_event(marker, "port"));
                 }
             }
             Source::Cell(n) => return self.cell_messages(epoll, n),
@@ -164,7 +183,7 @@ impl Vm {
                 let id = id.clone();
                 device.gave_up();
                 tracing::warn!(device = id, "driver broke the rules of its queue; it has to reset the device");
-                self.event(EventKind::NeedsReset { device: id });
+                self.event(EventKind::NeedsReset { id });
             }
         }
         ON
@@ -172,18 +191,10 @@ impl Vm {
 
     fn cell_messages(&mut self, epoll: &Epoll, n: usize) -> Flow {
         while let Some(message) = self.cells[n].next_message() {
-            match message {
-                FromCell::Quit => {
-                    tracing::info!("stopping on the console's escape sequence");
-                    return Flow::Break(Ok(VmEnd::Stopped));
-                }
-                FromCell::Marker(marker) => {
-                    self.event(EventKind::Marker { marker: marker.into() });
-                }
-                FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
-                // The rest is said only when asked for, and then waited for.
-                _ => {}
-            }
+            self.cell_message(n, message);
+        }
+        if self.asked_to_stop {
+            return Flow::Break(Ok(VmEnd::Stopped));
         }
         if !self.cells[n].is_open() {
             // Its death follows from the spawner; there is nothing more to read.
@@ -192,15 +203,48 @@ impl Vm {
         ON
     }
 
+    pub(super) fn cell_message(&mut self, n: usize, message: FromCell) {
+        match message {
+            FromCell::Quit => {
+                tracing::info!("stopping on the console's escape sequence");
+                self.asked_to_stop = true;
+            }
+            FromCell::Marker(marker) => self.event(requests::marker_event(marker, "console")),
+            FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
+            // The rest is said only when asked for, and then waited for.
+            _ => {}
+        }
+    }
+
+    fn control_requests(&mut self) {
+        // Taken out, so that carrying a request out may use all of the machine.
+        let Some(mut control) = self.control.take() else { return };
+        control.poll(&mut Requests(self));
+        for kind in std::mem::take(&mut self.events) {
+            control.broadcast(kind);
+        }
+        self.control = Some(control);
+    }
+
+    fn answer_processes(&mut self, reply: &Reply) {
+        for token in std::mem::take(&mut self.asked_for_processes) {
+            if let Some(control) = &mut self.control {
+                control.complete(token, reply);
+            }
+        }
+    }
+
     fn spawner_events(&mut self) -> Flow {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
-                Ok(Some(SpawnerEvent::Processes(processes))) => self.answer_ps(&processes),
+                Ok(Some(SpawnerEvent::Processes(processes))) => {
+                    self.answer_processes(&requests::processes(&processes));
+                },
                 Ok(Some(_)) => {}
                 Ok(None) => return ON,
                 Err(error) => {
-                    tracing::error!(error = crate::error_chain(&error), "spawner");
+                    tracing::error!(error = crate::remedy::chain(&error), "spawner");
                     return Flow::Break(Err(VmmError::SpawnerDied));
                 }
             }
@@ -217,31 +261,52 @@ impl Vm {
             Some((_, device)) => device.lost(),
             None => self.ring.set_dead(true),
         }
-        self.event(EventKind::ProcessDied { role: role.to_string(), device: id, pid, how });
+        if let Some(violation) = self.cells[n].violation() {
+            self.event(EventKind::Violation {
+                process: format!("{role} {id}"),
+                syscall: violation.call(),
+                thread: format!("{} ({})", violation.thread, violation.tid),
+            });
+        }
+        self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
     }
 
     /// Tells whoever listens on the control socket.
     pub(super) fn event(&mut self, kind: EventKind) {
-        if let Some(control) = &mut self.control {
-            control.broadcast(kind);
+        match &mut self.control {
+            Some(control) => {
+                control.broadcast(kind);
+            }
+            // None too while a request is carried out, which sends them afterwards.
+            None => self.events.push(kind),
         }
     }
 
     /// Takes the machine down: vCPUs, then what devices hold, then the processes.
-    pub(super) fn shut_down(mut self) {
+    pub(super) fn shut_down(mut self, end: &Result<VmEnd, VmmError>) {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
-            tracing::warn!(error = crate::error_chain(&error), "stopping vCPUs");
+            tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
         for (id, device) in &self.devices {
             if let Err(error) = device.drain() {
-                tracing::warn!(device = id, error = crate::error_chain(&error), "finishing requests");
+                tracing::warn!(device = id, error = crate::remedy::chain(&error), "finishing requests");
             }
         }
         self.drain_console();
-        self.event(EventKind::Ended);
+        let (reason, message) = match end {
+            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Reset) => (Shutdown::Reset, None),
+            Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
+            Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
+        };
+        self.event(EventKind::Shutdown { reason, message });
         self.cells.clear(); // end of file on its channel ends a cell
-        self.spawner.finish();
-        drop(self.terminal.take());
+        if !self.spawner.shutdown(SPAWNER_LIMIT) {
+            tracing::warn!("the spawner is slow to end");
+        }
+        if let Some(control) = self.control.take() {
+            control.finish(CLIENTS_LIMIT);
+        }
     }
 
     fn drain_console(&mut self) {
@@ -252,7 +317,8 @@ impl Vm {
             if cell.channel().send(&ToCell::Drain { epoch: EPOCH, limit_ms }, &[]).is_err() {
                 continue;
             }
-            let dropped = cell.wait_for(end + Duration::from_millis(500), |message| match message {
+            let grace = end + Duration::from_millis(500);
+            let dropped = std::iter::from_fn(|| cell.wait_message(grace)).find_map(|m| match m {
                 FromCell::Drained { epoch: EPOCH, dropped } => Some(dropped),
                 _ => None,
             });
@@ -267,7 +333,22 @@ impl Vm {
     }
 }
 
-fn ended(vcpu: usize, exit: VmExit) -> Result<VmEnd, VmmError> {
+/// Carries control requests out on the machine.
+struct Requests<'a>(&'a mut Vm);
+
+impl Handler for Requests<'_> {
+    fn handle(&mut self, request: Request, token: Token) -> Response {
+        match self.0.answer(request) {
+            Some(reply) => Response::Now(reply),
+            None => {
+                self.0.asked_for_processes.push(token);
+                Response::Later
+            }
+        }
+    }
+}
+
+fn outcome(vcpu: usize, exit: &VmExit) -> Result<VmEnd, VmmError> {
     match exit {
         VmExit::Shutdown => Ok(VmEnd::Shutdown),
         VmExit::Reset => Ok(VmEnd::Reset),

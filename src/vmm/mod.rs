@@ -23,8 +23,6 @@ use crate::config::VmConfig;
 use crate::console::ConsoleError;
 use crate::control::server::ServerError;
 use crate::spec::SpecError;
-use crate::vcpu::VcpuError;
-use crate::vm::acpi::AcpiError;
 use crate::vm::boot::BootError;
 use crate::vm::cpu::CpuError;
 use crate::vm::kvm::KvmError;
@@ -66,8 +64,8 @@ pub enum VmmError {
     Kvm(#[from] KvmError),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("writing the ACPI tables")]
-    Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Acpi(#[from] crate::vm::acpi::AcpiError),
     #[error(transparent)]
     Cpu(#[from] CpuError),
     #[error(transparent)]
@@ -75,7 +73,15 @@ pub enum VmmError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
-    Vcpu(#[from] VcpuError),
+    VcpuStart(#[from] crate::vcpu::StartError),
+    #[error(transparent)]
+    VcpuRun(#[from] crate::vcpu::RunError),
+    #[error(transparent)]
+    Image(#[from] crate::spec::DiskError),
+    #[error("creating COM1")]
+    Shm(#[from] cellblock_wire::ShmError),
+    #[error("creating COM1")]
+    Ring(#[from] cellblock_devices::protocol::ring::RingError),
     #[error("confining the VMM")]
     Jail(#[from] cellblock_seccomp::jail::JailError),
     #[error("confining the VMM")]
@@ -99,6 +105,6 @@ pub enum VmmError {
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
     let mut vm = assemble::assemble(config)?;
     let end = vm.run();
-    vm.shut_down();
+    vm.shut_down(&end);
     end
 }

@@ -31,7 +31,7 @@ impl Vm {
             // The spawner looks, and answers in its own time.
             Request::Ps => match self.spawner.inspect() {
                 Ok(()) => None,
-                Err(error) => Some(Reply::error(crate::error_chain(&error), None)),
+                Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
             },
             Request::Events => Some(Reply::Events),
         }
@@ -45,7 +45,7 @@ impl Vm {
                 Reply::Pause { epoch, took_us }
             }
             Err(error) => {
-                Reply::error(crate::error_chain(&error), Some("the vCPUs that had parked run on"))
+                Reply::error(crate::remedy::chain(&error), Some("the vCPUs that had parked run on"))
             }
         }
     }
@@ -58,7 +58,7 @@ impl Vm {
                 self.event(EventKind::Resume { epoch });
                 Reply::Resume { epoch, took_us: start.elapsed().as_micros() as u64 }
             }
-            Err(error) => Reply::error(crate::error_chain(&error), None),
+            Err(error) => Reply::error(crate::remedy::chain(&error), None),
         }
     }
 

@@ -1,0 +1,189 @@
+//! The command line's side of the control socket: blocking, with deadlines.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeVal;
+
+use super::protocol::{Event, Reply, Request};
+use crate::remedy::Remedy;
+
+/// Longest wait for an answer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Longest line accepted from a VM, in bytes.
+const MAX_ANSWER: u64 = 4 << 20;
+
+/// A request that was not answered as hoped.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No connection.
+    #[error("connecting to the control socket {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke while talking.
+    #[error("{doing} the VM")]
+    Talk {
+        /// What was being done.
+        doing: &'static str,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer in time.
+    #[error("the VM did not answer within {} s", ANSWER.as_secs())]
+    Timeout,
+    /// End of file in place of an answer.
+    #[error("the VM closed the connection without an answer")]
+    Gone,
+    /// End of file in place of the shutdown event.
+    #[error("the VM went away without a shutdown event")]
+    Vanished,
+    /// Something that is no reply.
+    #[error("the answer is not one of Cellblock's control protocol")]
+    Garbage(#[source] Option<serde_json::Error>),
+    /// The VM said no.
+    #[error("{message}")]
+    Refused {
+        /// The VM's line.
+        message: String,
+        /// The VM's remedy.
+        remedy: Option<String>,
+    },
+}
+
+impl Remedy for ClientError {
+    fn remedy(&self) -> Option<String> {
+        match self {
+            ClientError::Connect { source, .. } => match source.kind() {
+                ErrorKind::NotFound => Some(
+                    "check the path: it is the one given to 'cellblock run --control'".into(),
+                ),
+                ErrorKind::PermissionDenied => Some("run as the VM's user or as root".into()),
+                ErrorKind::ConnectionRefused => {
+                    Some("the VM that made it is gone, or it is no control socket".into())
+                }
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                    Some("the VM does not take connections; it may be stopped or stuck".into())
+                }
+                _ => None,
+            },
+            ClientError::Timeout => {
+                Some("see with 'ps' whether its process is stopped or starved".into())
+            }
+            ClientError::Gone | ClientError::Vanished => {
+                Some("it ended or was killed; its standard error says why".into())
+            }
+            ClientError::Refused { remedy, .. } => remedy.clone(),
+            ClientError::Talk { .. } | ClientError::Garbage(_) => None,
+        }
+    }
+}
+
+/// A connection to a running VM.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the VM at `path`.
+    pub fn connect(path: &Path) -> Result<Client, ClientError> {
+        let stream = connect_within(path, ANSWER).map_err(|source| ClientError::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Client { stream: BufReader::new(stream) })
+    }
+
+    /// Sends `request` and returns the answer, with its line as it came.
+    ///
+    /// # Errors
+    /// An answer that is an error becomes [`ClientError::Refused`].
+    pub fn ask(&mut self, request: Request) -> Result<(Reply, String), ClientError> {
+        let mut line = serde_json::to_vec(&request).map_err(|e| ClientError::Garbage(Some(e)))?;
+        line.push(b'\n');
+        // A server that turned us away has closed already: its line says why.
+        let written = self.stream.get_mut().write_all(&line);
+        let answer = match self.line() {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return Err(ClientError::Gone),
+            Err(error) => {
+                return Err(match written {
+                    Err(source) => ClientError::Talk { doing: "sending the request to", source },
+                    Ok(()) => error,
+                });
+            }
+        };
+        match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
+            Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
+            reply => Ok((reply, answer)),
+        }
+    }
+
+    /// After [`Request::Events`]: the next event with its line, or `None` at the end.
+    /// Waits for as long as it takes.
+    pub fn next_event(&mut self) -> Result<Option<(Event, String)>, ClientError> {
+        self.stream
+            .get_ref()
+            .set_read_timeout(None)
+            .map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
+        let Some(line) = self.line()? else { return Ok(None) };
+        let event = serde_json::from_str(&line).map_err(|e| ClientError::Garbage(Some(e)))?;
+        Ok(Some((event, line)))
+    }
+
+    /// Waits until the VM closes the connection, at most `limit`. True if it did.
+    pub fn wait_closed(&mut self, limit: Duration) -> bool {
+        let _ = self.stream.get_ref().set_read_timeout(Some(limit));
+        matches!(self.line(), Ok(None))
+    }
+
+    /// One line without its end; `None` at the end of the stream.
+    fn line(&mut self) -> Result<Option<String>, ClientError> {
+        let mut line = Vec::new();
+        let read = (&mut self.stream).take(MAX_ANSWER).read_until(b'\n', &mut line);
+        match read {
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(ClientError::Timeout);
+            }
+            // The VM was killed with our request unread.
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => return Ok(None),
+            Err(source) => return Err(ClientError::Talk { doing: "reading the answer of", source }),
+        }
+        if line.pop() != Some(b'\n') {
+            return Err(ClientError::Garbage(None));
+        }
+        String::from_utf8(line).map(Some).map_err(|_| ClientError::Garbage(None))
+    }
+}
+
+/// Connects with a deadline: a Unix socket whose queue is full makes `connect` wait.
+fn connect_within(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let seconds = i64::try_from(limit.as_secs()).map_err(|_| Errno::EINVAL)?;
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::new(seconds, 0))?;
+    let address = UnixAddr::new(path)?;
+    loop {
+        match connect(fd.as_raw_fd(), &address) {
+            Err(Errno::EINTR) => {}
+            done => break done?,
+        }
+    }
+    let stream = UnixStream::from(fd);
+    stream.set_read_timeout(Some(limit))?;
+    Ok(stream)
+}

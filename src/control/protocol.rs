@@ -1,0 +1,394 @@
+//! Messages of the control socket: newline-delimited JSON over a Unix stream socket.
+//!
+//! A client writes one [`Request`] a line, `{"request":"pause"}`, and gets one
+//! [`Reply`] a line, in the order of its requests. A reply names its kind in
+//! `"reply"`: that of the request, or `"error"`. After `{"request":"events"}` the
+//! connection carries [`Event`]s, one a line, first those of the recent past, until
+//! the VM ends. A line that is no request is answered with an error, and the
+//! connection closed.
+//!
+//! The shapes are stable: fields are added, never renamed, removed or given another
+//! meaning; readers ignore what they do not know. Times are microseconds, sizes bytes
+//! unless the name says otherwise.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What a client asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Park every vCPU. Refused while the VM is not running.
+    Pause,
+    /// Let the vCPUs go on. Refused while the VM is not paused.
+    Resume,
+    /// End the VM, paused or not.
+    Stop,
+    /// State and counters.
+    Stats,
+    /// Every process of the VM.
+    Ps,
+    /// Turn this connection into a stream of events.
+    Events,
+}
+
+/// What a client is answered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// All vCPUs are parked.
+    Pause {
+        /// Number of this pause.
+        epoch: u64,
+        /// From the request to the last vCPU parked, in microseconds.
+        took_us: u64,
+    },
+    /// All vCPUs run again.
+    Resume {
+        /// Number of the pause that ended.
+        epoch: u64,
+        /// From the request to the last vCPU released, in microseconds.
+        took_us: u64,
+    },
+    /// The VM stops; the socket goes away when it has.
+    Stop,
+    /// State and counters.
+    Stats(Box<Stats>),
+    /// Every process of the VM.
+    Ps {
+        /// The VMM first, then the spawner, then the devices.
+        processes: Vec<Process>,
+    },
+    /// Events follow on this connection.
+    Events,
+    /// The request was not carried out.
+    Error {
+        /// One line: what went wrong.
+        message: String,
+        /// What to do about it, if anything.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        remedy: Option<String>,
+    },
+}
+
+impl Reply {
+    /// An error with an optional remedy.
+    pub fn error(message: impl Into<String>, remedy: Option<&str>) -> Reply {
+        Reply::Error { message: message.into(), remedy: remedy.map(str::to_owned) }
+    }
+}
+
+/// State of the VM, or of one vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Made, not yet started.
+    Created,
+    /// Executing the guest.
+    Running,
+    /// Asked to pause, not yet parked.
+    Pausing,
+    /// Parked.
+    Paused,
+    /// Ended.
+    Stopped,
+}
+
+/// State of a device process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// Being jailed and prepared.
+    Starting,
+    /// Serving.
+    Running,
+    /// Died.
+    Dead,
+}
+
+/// Answer to [`Request::Stats`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Version of the program that runs the VM.
+    pub version: String,
+    /// Process id of the VMM.
+    pub pid: i32,
+    /// State of the VM.
+    pub state: State,
+    /// Number of the last pause; 0 before the first.
+    pub epoch: u64,
+    /// Since the VM was made, in microseconds.
+    pub uptime_us: u64,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// In the order of their ids.
+    pub vcpus: Vec<VcpuStats>,
+    /// In the order of the command line.
+    pub disks: Vec<DiskStats>,
+    /// The serial lines.
+    pub serials: Vec<SerialStats>,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuStats {
+    /// From 0.
+    pub id: u32,
+    /// What it is doing.
+    pub state: State,
+    /// Exits to the VMM by kind (`io-in`, `io-out`, `mmio-read`, ...); absent where not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits: Option<BTreeMap<String, u64>>,
+}
+
+/// One disk. Counters are those the device process reports, cumulative.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// Its id in the VM.
+    pub id: String,
+    /// Its process; absent while there is none.
+    pub pid: Option<i32>,
+    /// State of its process.
+    pub state: DeviceState,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Bytes.
+    pub size: u64,
+    /// Read requests done.
+    pub reads: u64,
+    /// Write requests done.
+    pub writes: u64,
+    /// Flush requests done.
+    pub flushes: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// One serial line. Counters as for a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialStats {
+    /// Its id in the VM.
+    pub id: String,
+    /// Its process; absent while there is none.
+    pub pid: Option<i32>,
+    /// State of its process.
+    pub state: DeviceState,
+    /// Bytes the guest wrote.
+    pub output: u64,
+    /// Bytes handed to the guest.
+    pub input: u64,
+    /// Bytes of output dropped because their reader did not keep up.
+    pub dropped: u64,
+}
+
+/// One process of the VM, as the kernel describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// `vmm`, `spawner`, `blk`, `serial`.
+    pub role: String,
+    /// Id of the device it serves; empty for the VMM and the spawner.
+    pub id: String,
+    /// Host process id.
+    pub pid: i32,
+    /// Real user id, as the host sees it.
+    pub uid: u32,
+    /// Seccomp mode of the main thread: 0 none, 2 filter.
+    pub seccomp: u8,
+    /// Whether no_new_privs is set.
+    pub no_new_privs: bool,
+    /// Effective capabilities.
+    pub cap_eff: CapSet,
+    /// Permitted capabilities.
+    pub cap_prm: CapSet,
+    /// Bounding set.
+    pub cap_bnd: CapSet,
+    /// Namespace inode by kind: `user`, `mnt`, `pid`, `net`, `ipc`, `uts`, `cgroup`.
+    pub namespaces: BTreeMap<String, u64>,
+    /// Resident memory in KiB, shared pages counted in full.
+    pub rss_kib: u64,
+    /// Proportional set size in KiB: shared pages divided among their users.
+    pub pss_kib: u64,
+    /// Its threads.
+    pub threads: Vec<Thread>,
+}
+
+/// One thread of a process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thread {
+    /// Its name.
+    pub name: String,
+    /// Host thread id.
+    pub tid: i32,
+    /// Its seccomp mode: 0 none, 2 filter.
+    pub seccomp: u8,
+}
+
+/// A set of capabilities; 16 hexadecimal digits in JSON, as in `/proc/PID/status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct CapSet(pub u64);
+
+impl fmt::Display for CapSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl From<CapSet> for String {
+    fn from(set: CapSet) -> String {
+        set.to_string()
+    }
+}
+
+impl TryFrom<String> for CapSet {
+    type Error = std::num::ParseIntError;
+
+    fn try_from(text: String) -> Result<CapSet, Self::Error> {
+        u64::from_str_radix(&text, 16).map(CapSet)
+    }
+}
+
+/// Something that happened to the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// From 1, without gaps: a gap in what a client sees is what it missed.
+    pub seq: u64,
+    /// Microseconds since the Unix epoch.
+    pub time_us: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// What happened, named in `"event"`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The vCPUs run for the first time.
+    Start,
+    /// All vCPUs are parked.
+    Pause {
+        /// Number of the pause.
+        epoch: u64,
+        /// From the request to the last vCPU parked, in microseconds.
+        took_us: u64,
+    },
+    /// The vCPUs run again.
+    Resume {
+        /// Number of the pause that ended.
+        epoch: u64,
+    },
+    /// The guest reported readiness.
+    Marker {
+        /// `heartbeat`, `pre-exec`, `listener`, `listener-gone`, `parked`.
+        marker: String,
+        /// `port` or `console`.
+        source: String,
+    },
+    /// A device process ended without being asked to.
+    DeviceDied {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// Host process id it had.
+        pid: i32,
+        /// `exit status 1`, `signal 9 (SIGKILL)`.
+        how: String,
+    },
+    /// The driver of a device broke the rules of its queue and has to reset it.
+    NeedsReset {
+        /// Id of the device.
+        id: String,
+    },
+    /// A process made a system call its policy does not allow.
+    Violation {
+        /// `blk disk0`.
+        process: String,
+        /// The system call: `openat (257)`.
+        syscall: String,
+        /// Name and id of the thread.
+        thread: String,
+    },
+    /// The VM ends; the last event.
+    Shutdown {
+        /// Why.
+        reason: Shutdown,
+        /// The error's line, where there was one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        message: Option<String>,
+    },
+}
+
+/// Why a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shutdown {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset, or triple-faulted.
+    Reset,
+    /// Somebody outside stopped it: a control client, a signal, the console's escape.
+    Stopped,
+    /// The VM could not go on.
+    Error,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn json(value: &impl Serialize) -> String {
+        serde_json::to_string(value).unwrap()
+    }
+
+    #[test]
+    fn requests_read_as_documented() {
+        for (text, request) in [
+            (r#"{"request":"pause"}"#, Request::Pause),
+            (r#"{"request":"resume"}"#, Request::Resume),
+            (r#"{"request":"stop"}"#, Request::Stop),
+            (r#"{"request":"stats"}"#, Request::Stats),
+            (r#"{"request":"ps"}"#, Request::Ps),
+            (r#"{"request":"events"}"#, Request::Events),
+        ] {
+            assert_eq!(json(&request), text);
+            assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
+        }
+        for text in ["", "{}", "[]", "pause", r#"{"request":"explode"}"#, r#"{"request":1}"#] {
+            assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn replies_and_events_have_their_stable_shape() {
+        assert_eq!(
+            json(&Reply::Pause { epoch: 3, took_us: 41 }),
+            r#"{"reply":"pause","epoch":3,"took_us":41}"#
+        );
+        assert_eq!(json(&Reply::Stop), r#"{"reply":"stop"}"#);
+        assert_eq!(
+            json(&Reply::error("no", Some("yes"))),
+            r#"{"reply":"error","message":"no","remedy":"yes"}"#
+        );
+        assert_eq!(json(&CapSet(0x1ff)), r#""00000000000001ff""#);
+        let event = Event {
+            seq: 2,
+            time_us: 5,
+            kind: EventKind::Marker { marker: "heartbeat".into(), source: "port".into() },
+        };
+        let text = r#"{"seq":2,"time_us":5,"event":"marker","marker":"heartbeat","source":"port"}"#;
+        assert_eq!(json(&event), text);
+        assert_eq!(serde_json::from_str::<Event>(text).unwrap(), event);
+        assert_eq!(
+            json(&EventKind::Shutdown { reason: Shutdown::PowerOff, message: None }),
+            r#"{"event":"shutdown","reason":"power-off"}"#
+        );
+    }
+}

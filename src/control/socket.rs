@@ -1,0 +1,221 @@
+//! A Unix stream socket at a path: made private, and removed again if still ours.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sys::stat::{Mode, fchmod, fstatat};
+
+use crate::remedy::Remedy;
+
+/// Longest path a Unix socket can have, in bytes.
+const PATH_MAX: usize = 107;
+
+/// A socket that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The path is longer than the kernel takes.
+    #[error("the socket path {} has {} bytes", .0.display(), .0.as_os_str().len())]
+    TooLong(PathBuf),
+    /// A socket somebody answers on.
+    #[error("the socket path {} is in use by a running program", .0.display())]
+    Live(PathBuf),
+    /// A socket nobody answers on.
+    #[error("the socket path {} exists, left over from a program that is gone", .0.display())]
+    Stale(PathBuf),
+    /// Something else.
+    #[error("the socket path {} exists and is no socket", .0.display())]
+    Exists(PathBuf),
+    /// The kernel refused.
+    #[error("{doing} the socket {}", path.display())]
+    System {
+        /// What was being done.
+        doing: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Remedy for SocketError {
+    fn remedy(&self) -> Option<String> {
+        Some(match self {
+            SocketError::TooLong(_) => format!("choose a path of at most {PATH_MAX} bytes"),
+            SocketError::Live(_) => "choose another path".into(),
+            SocketError::Stale(path) => format!("remove it with 'rm {}'", path.display()),
+            SocketError::Exists(_) => "choose another path, or move it away".into(),
+            SocketError::System { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => "make the directory first".into(),
+                io::ErrorKind::PermissionDenied => {
+                    "choose a directory that this user may write to".into()
+                }
+                _ => return None,
+            },
+        })
+    }
+}
+
+/// A listening socket and its path, which is unlinked on drop if it still names it.
+#[derive(Debug)]
+pub struct ListeningSocket {
+    fd: OwnedFd,
+    node: Node,
+}
+
+/// The path of a socket, unlinked on drop if it still names that socket.
+#[derive(Debug)]
+pub struct Node {
+    path: PathBuf,
+    /// Device and inode of the socket made there.
+    identity: (u64, u64),
+}
+
+impl ListeningSocket {
+    /// Makes a socket at `path` with mode 0600 and listens. An existing path is refused.
+    pub fn bind(path: &Path) -> Result<ListeningSocket, SocketError> {
+        let fail = |doing| {
+            move |errno: Errno| SocketError::System {
+                doing,
+                path: path.to_owned(),
+                source: errno.into(),
+            }
+        };
+        if path.as_os_str().len() > PATH_MAX {
+            return Err(SocketError::TooLong(path.to_owned()));
+        }
+        let fd = stream_socket().map_err(fail("making"))?;
+        // The node takes the mode of the socket's inode at the moment it is made, less
+        // the umask: no other user can connect even for an instant, and the umask,
+        // which is the whole process's, is left alone.
+        fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(fail("setting the mode of"))?;
+        let address = UnixAddr::new(path).map_err(fail("naming"))?;
+        match bind(fd.as_raw_fd(), &address) {
+            Ok(()) => {}
+            Err(Errno::EADDRINUSE) => return Err(occupied(path)),
+            Err(errno) => return Err(fail("making")(errno)),
+        }
+        let identity = identity(path).map_err(fail("examining"))?;
+        // From here on the path is ours to remove.
+        let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
+        listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
+        Ok(made)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.node.path
+    }
+
+    /// The socket for somebody else to accept from, and the path to be kept here.
+    pub fn into_parts(self) -> (OwnedFd, Node) {
+        (self.fd, self.node)
+    }
+
+    /// As the standard library's listener.
+    pub(super) fn into_listener(self) -> (UnixListener, Node) {
+        (UnixListener::from(self.fd), self.node)
+    }
+}
+
+impl AsFd for ListeningSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Somebody may have moved ours away and put theirs in its place.
+        if identity(&self.path) == Ok(self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Device and inode of what is at `path`, links not followed.
+fn identity(path: &Path) -> Result<(u64, u64), Errno> {
+    // AT_EMPTY_PATH means nothing for a path that is not empty; it is the form of
+    // the call that the VMM's seccomp policy lets through when the VM ends.
+    let flags = AtFlags::AT_SYMLINK_NOFOLLOW | AtFlags::AT_EMPTY_PATH;
+    let stat = fstatat(AT_FDCWD, path, flags)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+fn stream_socket() -> Result<OwnedFd, Errno> {
+    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Says what occupies `path`.
+fn occupied(path: &Path) -> SocketError {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    if !is_socket {
+        return SocketError::Exists(path.to_owned());
+    }
+    let refused = || -> Result<bool, Errno> {
+        let fd = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            None,
+        )?;
+        Ok(connect(fd.as_raw_fd(), &UnixAddr::new(path)?) == Err(Errno::ECONNREFUSED))
+    };
+    match refused() {
+        Ok(true) => SocketError::Stale(path.to_owned()),
+        _ => SocketError::Live(path.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::remedy::one_line;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_node_is_private_and_goes_with_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let made = ListeningSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(made);
+        assert!(!path.exists());
+
+        let made = ListeningSocket::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "somebody else's").unwrap();
+        drop(made);
+        assert!(path.exists(), "what is not ours stays");
+    }
+
+    #[test]
+    fn an_occupied_path_is_refused_with_what_occupies_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let refused = |path: &Path| one_line(&ListeningSocket::bind(path).unwrap_err());
+
+        let live = ListeningSocket::bind(&path).unwrap();
+        assert!(refused(&path).contains("in use by a running program; choose another"));
+        let (fd, node) = live.into_parts();
+        drop(fd);
+        let line = refused(&path);
+        assert!(line.contains("left over") && line.contains("; remove it with 'rm "), "{line}");
+        drop(node);
+
+        std::fs::write(&path, "").unwrap();
+        assert!(refused(&path).contains("exists and is no socket"));
+        assert!(path.exists());
+        assert!(refused(&dir.path().join("no/s")).contains("make the directory first"));
+        let long = dir.path().join("x".repeat(120));
+        assert!(refused(&long).contains("; choose a path of at most 107 bytes"));
+    }
+}

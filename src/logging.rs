@@ -1,0 +1,141 @@
+//! Log lines on standard error: one line an event, and nothing in it that could
+//! drive the terminal, since part of the text comes from device processes.
+
+use std::fmt;
+use std::time::Instant;
+
+use cellblock_devices::protocol::LogLevel;
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::remedy::printable;
+use crate::terminal;
+
+/// Environment variable with the level, where no option gives one.
+pub const ENV: &str = "CELLBLOCK_LOG";
+
+/// Reads a level as options and the environment spell it.
+pub fn level(text: &str) -> Result<LogLevel, String> {
+    match text {
+        "error" => Ok(LogLevel::Error),
+        "warn" => Ok(LogLevel::Warn),
+        "info" => Ok(LogLevel::Info),
+        "debug" => Ok(LogLevel::Debug),
+        "trace" => Ok(LogLevel::Trace),
+        other => Err(format!("'{other}' is not one of error, warn, info, debug, trace")),
+    }
+}
+
+/// The level to log at: the option's, else [`ENV`]'s, else warnings.
+pub fn choose(option: Option<LogLevel>) -> Result<LogLevel, String> {
+    match (option, std::env::var(ENV)) {
+        (Some(level), _) => Ok(level),
+        (None, Ok(text)) => level(&text).map_err(|why| format!("environment variable {ENV}: {why}")),
+        (None, Err(_)) => Ok(LogLevel::Warn),
+    }
+}
+
+/// Starts logging to standard error. Later calls change nothing.
+pub fn init(level: LogLevel) {
+    let filter = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(filter)
+        .with_writer(std::io::stderr)
+        .event_format(OneLine { start: Instant::now(), raw: terminal::is_raw })
+        .finish();
+    // Fails only where a subscriber is installed, as in a test of a whole program.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// `cellblock[ 0.012] warn: text key=value`.
+struct OneLine {
+    start: Instant,
+    /// Whether the terminal needs a carriage return of its own.
+    raw: fn() -> bool,
+}
+
+impl<S, N> FormatEvent<S, N> for OneLine
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        ctx: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut text = String::new();
+        ctx.format_fields(Writer::new(&mut text), event)?;
+        let level = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warn",
+            Level::INFO => "info",
+            Level::DEBUG => "debug",
+            Level::TRACE => "trace",
+        };
+        let end = if (self.raw)() { "\r\n" } else { "\n" };
+        let seconds = self.start.elapsed().as_secs_f64();
+        write!(writer, "cellblock[{seconds:.3}] {level}: {}{end}", printable(&text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn line(raw: fn() -> bool, log: impl FnOnce()) -> String {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .event_format(OneLine { start: Instant::now(), raw })
+            .finish();
+        tracing::subscriber::with_default(subscriber, log);
+        let bytes = sink.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn an_event_is_one_harmless_line() {
+        let text = line(|| false, || tracing::warn!(disk = "disk0", "said: {}", "a\nb\x1b[2J"));
+        assert!(text.starts_with("cellblock["), "{text}");
+        assert!(text.contains("] warn: said: a b\\u{1b}[2J disk=\"disk0\"\n"), "{text}");
+        assert_eq!(text.lines().count(), 1);
+    }
+
+    #[test]
+    fn a_raw_terminal_gets_its_carriage_return() {
+        assert!(line(|| true, || tracing::error!("x")).ends_with("error: x\r\n"));
+    }
+
+    #[test]
+    fn levels_are_the_documented_ones() {
+        assert_eq!(level("debug"), Ok(LogLevel::Debug));
+        assert!(level("loud").unwrap_err().contains("error, warn, info, debug, trace"));
+    }
+}

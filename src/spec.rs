@@ -1,0 +1,62 @@
+//! `--disk` and `--serial`: `PATH[,key=value]...` as the user wrote it, checked.
+//!
+//! A bare key means true. A comma inside a value is written twice. Everything
+//! that is wrong with a SPEC is found here, before anything is opened.
+
+mod disk;
+mod fields;
+mod serial;
+mod size;
+
+pub(crate) use disk::lock;
+pub use disk::{DiskError, DiskSpec, OpenedDisk, name_disks};
+pub use serial::SerialSpec;
+pub use size::{memory_size, size};
+
+/// A SPEC that cannot be used as written. Each variant's text is a whole line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Nothing where the path belongs.
+    #[error("the SPEC starts with no path: write PATH[,key=value]...")]
+    NoPath,
+    /// A key that no SPEC of this kind has.
+    #[error("unknown key '{key}': known keys are {known}")]
+    UnknownKey {
+        /// As written.
+        key: String,
+        /// All keys, separated by commas.
+        known: String,
+    },
+    /// A key of the documented command line that this version does not implement.
+    #[error("key '{0}' is not supported yet by this version")]
+    NotYet(String),
+    /// The same key twice.
+    #[error("key '{0}' is given twice")]
+    Twice(String),
+    /// A key without its value.
+    #[error("key '{key}' needs a value: {key}={hint}")]
+    NoValue {
+        /// The key.
+        key: String,
+        /// What a value looks like.
+        hint: &'static str,
+    },
+    /// A value that its key does not take.
+    #[error("key '{key}' cannot be '{value}': {why}")]
+    BadValue {
+        /// The key.
+        key: String,
+        /// The value as written.
+        value: String,
+        /// What it may be.
+        why: String,
+    },
+    /// An id that two devices of the VM would share.
+    #[error("the id '{0}' is used by two devices: give each disk its own with id=NAME")]
+    SharedId(String),
+    /// A serial endpoint that does not exist.
+    #[error(
+        "unknown serial endpoint '{0}': known ones are stdout, file=F, pty, socket=PATH and null"
+    )]
+    UnknownEndpoint(String),
+}

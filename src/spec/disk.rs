@@ -1,0 +1,466 @@
+//! A disk as the user asked for it, and its image opened.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::{SpecError, fields};
+use crate::remedy::Remedy;
+
+/// Keys of the documented command line, in its order.
+const KEYS: &[&str] = &[
+    "ro",
+    "direct",
+    "cow",
+    "id",
+    "serial",
+    "engine",
+    "queues",
+    "poll-us",
+    "bw",
+    "bw-burst",
+    "iops",
+    "iops-burst",
+    "vhost-user",
+];
+/// Those of them that are refused until what they ask for is built.
+const LATER: &[&str] = &[
+    "direct",
+    "cow",
+    "engine",
+    "queues",
+    "bw",
+    "bw-burst",
+    "iops",
+    "iops-burst",
+    "vhost-user",
+];
+/// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
+const SERIAL_BYTES: usize = 20;
+/// Longest busy wait a disk may be given, in microseconds.
+const POLL_US_MAX: u32 = 100_000;
+/// Bytes of a virtio-blk sector; an image is a whole number of them.
+const SECTOR: u64 = 512;
+/// Ids that other devices of a VM carry.
+const RESERVED: &[&str] = &["com1"];
+
+/// A disk SPEC: `PATH[,key=value]...`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The image: a regular file or a block device.
+    pub path: PathBuf,
+    /// Name of the disk in this VM, `[a-z0-9_-]{1,32}`; [`name_disks`] fills it in
+    /// where the user gave none.
+    pub id: Option<String>,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number; the id where none is given.
+    /// At most 20 bytes of printable ASCII.
+    pub serial: Option<String>,
+    /// How long, in microseconds, the disk's worker polls before it sleeps.
+    pub poll_us: u32,
+}
+
+impl FromStr for DiskSpec {
+    type Err = SpecError;
+
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        let parts = fields::split(spec);
+        let (path, rest) = parts.split_first().ok_or(SpecError::NoPath)?;
+        if path.is_empty() {
+            return Err(SpecError::NoPath);
+        }
+        let mut disk = DiskSpec {
+            path: path.into(),
+            id: None,
+            read_only: false,
+            serial: None,
+            poll_us: 0,
+        };
+        for field in fields::fields(rest, KEYS)? {
+            match field.key.as_str() {
+                "ro" => disk.read_only = field.switch()?,
+                "id" => {
+                    let id = field.value("NAME")?;
+                    check_id(id).map_err(|why| field.bad(why))?;
+                    disk.id = Some(id.to_owned());
+                }
+                "serial" => {
+                    let serial = field.value("TEXT")?;
+                    if serial.len() > SERIAL_BYTES || !serial.bytes().all(|b| b.is_ascii_graphic())
+                    {
+                        return Err(field.bad(format!(
+                            "it is 1 to {SERIAL_BYTES} printable ASCII characters without spaces"
+                        )));
+                    }
+                    disk.serial = Some(serial.to_owned());
+                }
+                "poll-us" => {
+                    disk.poll_us = field
+                        .value("MICROSECONDS")?
+                        .parse()
+                        .ok()
+                        .filter(|us| *us <= POLL_US_MAX)
+                        .ok_or_else(|| field.bad(format!("it is a number of microseconds up to {POLL_US_MAX}")))?;
+                }
+                later => {
+                    debug_assert!(LATER.contains(&later), "{later} is known but not read");
+                    return Err(SpecError::NotYet(later.to_owned()));
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+fn check_id(id: &str) -> Result<(), String> {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-';
+    if id.is_empty() || id.len() > 32 || !id.bytes().all(letter) {
+        return Err("an id is 1 to 32 of a-z, 0-9, '_' and '-'".into());
+    }
+    if RESERVED.contains(&id) {
+        return Err("that is the id of another device of every VM".into());
+    }
+    Ok(())
+}
+
+/// Gives every disk without an id the name `diskN`, N being its position, and
+/// refuses ids that two disks would share.
+pub fn name_disks(disks: &mut [DiskSpec]) -> Result<(), SpecError> {
+    for (n, disk) in disks.iter_mut().enumerate() {
+        disk.id.get_or_insert_with(|| format!("disk{n}"));
+    }
+    for (n, disk) in disks.iter().enumerate() {
+        if let Some(id) = &disk.id
+            && disks[..n].iter().any(|d| d.id.as_ref() == Some(id))
+        {
+            return Err(SpecError::SharedId(id.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// A disk image that was checked and locked.
+#[derive(Debug)]
+pub struct OpenedDisk {
+    /// The image, close-on-exec. Its lock lasts until every duplicate of it is closed.
+    pub fd: OwnedFd,
+    /// Bytes, a positive multiple of 512.
+    pub size: u64,
+    /// How it was opened.
+    pub read_only: bool,
+    /// What the guest reads as its serial number, at most 20 bytes.
+    pub serial: String,
+}
+
+/// A disk that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The image could not be opened.
+    #[error("opening disk {} for {}", path.display(), if *read_only { "reading" } else { "reading and writing" })]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// As asked for.
+        read_only: bool,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that is neither a file nor a block device.
+    #[error("disk {} is {kind}, not a disk image", path.display())]
+    Kind {
+        /// The image.
+        path: PathBuf,
+        /// What it is, with its article.
+        kind: &'static str,
+    },
+    /// No bytes at all.
+    #[error("disk {} is empty", .0.display())]
+    Empty(PathBuf),
+    /// Not a whole number of sectors.
+    #[error("disk {} has {size} bytes, which is not a multiple of {SECTOR}", path.display())]
+    Ragged {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// Another process, or another disk of this VM, holds it.
+    #[error("disk {} is in use, by another VM or as another disk of this one", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// As asked for.
+        read_only: bool,
+    },
+    /// Its size could not be found or its lock not taken, for a reason of the kernel's.
+    #[error("{doing} disk {}", path.display())]
+    Examine {
+        /// What was being done.
+        doing: &'static str,
+        /// The image.
+        path: PathBuf,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Remedy for DiskError {
+    fn remedy(&self) -> Option<String> {
+        use io::ErrorKind as Kind;
+        Some(match self {
+            DiskError::Open { read_only, source, .. } => match source.kind() {
+                Kind::NotFound => {
+                    "check the path, or make an image with 'truncate -s 1G FILE'".into()
+                }
+                Kind::PermissionDenied | Kind::ReadOnlyFilesystem if !read_only => {
+                    "add ',ro' to use it read-only, or make it writable".into()
+                }
+                Kind::PermissionDenied => "make it readable for this user".into(),
+                _ => return None,
+            },
+            DiskError::Kind { .. } => "give a raw image file or a block device".into(),
+            DiskError::Empty(_) => "give it a size with 'truncate -s 1G FILE'".into(),
+            DiskError::Ragged { size, .. } => match size.checked_next_multiple_of(SECTOR) {
+                Some(next) => format!(
+                    "if it is a raw image, pad it with 'truncate -s {next} FILE'; other formats need converting first"
+                ),
+                None => return None,
+            },
+            DiskError::InUse { read_only: false, .. } => {
+                "stop the other one, or use the image read-only in both with ',ro'".into()
+            }
+            DiskError::InUse { read_only: true, .. } => "stop the one that writes it".into(),
+            DiskError::Examine { .. } => return None,
+        })
+    }
+}
+
+impl DiskSpec {
+    /// The id, once [`name_disks`] has been over the VM's disks.
+    pub fn id(&self) -> &str {
+        self.id.as_deref().unwrap_or_default()
+    }
+
+    /// Opens, checks and locks the image: one writer or any number of readers.
+    ///
+    /// The lock is one on the open file description, so it is held by whatever
+    /// process gets a duplicate of the fd, and gone when the last of them is. Other
+    /// machine monitors that lock images in this way respect it, as we do theirs.
+    pub fn open(&self) -> Result<OpenedDisk, DiskError> {
+        let path = || self.path.clone();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!self.read_only)
+            // A FIFO without a peer must not hang the start.
+            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
+            .open(&self.path)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EISDIR) => DiskError::Kind { path: path(), kind: "a directory" },
+                Some(libc::ENXIO) => DiskError::Kind { path: path(), kind: "a socket or device" },
+                _ => DiskError::Open { path: path(), read_only: self.read_only, source },
+            })?;
+        let size = image_size(&file, &self.path)?;
+        lock(&file, self.read_only).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => {
+                DiskError::InUse { path: path(), read_only: self.read_only }
+            }
+            errno => DiskError::Examine { doing: "locking", path: path(), source: errno.into() },
+        })?;
+        let mut serial = self.serial.clone().unwrap_or_else(|| self.id().to_owned());
+        serial.truncate(SERIAL_BYTES);
+        Ok(OpenedDisk { fd: file.into(), size, read_only: self.read_only, serial })
+    }
+}
+
+/// Checks what kind of file it is and returns its size in bytes.
+fn image_size(mut file: &File, path: &Path) -> Result<u64, DiskError> {
+    let examine = |doing| {
+        let path = path.to_owned();
+        move |source| DiskError::Examine { doing, path, source }
+    };
+    let kind = file.metadata().map_err(examine("examining"))?.file_type();
+    let wrong = |kind| DiskError::Kind { path: path.to_owned(), kind };
+    if kind.is_dir() {
+        return Err(wrong("a directory"));
+    } else if kind.is_fifo() {
+        return Err(wrong("a pipe"));
+    } else if kind.is_char_device() {
+        return Err(wrong("a character device"));
+    } else if !kind.is_file() && !kind.is_block_device() {
+        return Err(wrong("something else"));
+    }
+    // Non-blocking was for the open alone.
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|e| examine("examining")(e.into()))?;
+    let flags = OFlag::from_bits_retain(flags) - OFlag::O_NONBLOCK;
+    fcntl(file, FcntlArg::F_SETFL(flags)).map_err(|e| examine("examining")(e.into()))?;
+    // The end of a block device is its size, as it is a file's.
+    let size = file.seek(SeekFrom::End(0)).map_err(examine("finding the size of"))?;
+    file.rewind().map_err(examine("finding the size of"))?;
+    match size {
+        0 => Err(DiskError::Empty(path.to_owned())),
+        size if !size.is_multiple_of(SECTOR) => {
+            Err(DiskError::Ragged { path: path.to_owned(), size })
+        }
+        size => Ok(size),
+    }
+}
+
+/// Locks the whole file, for as long as its open file description lives.
+pub(crate) fn lock(file: &File, shared: bool) -> Result<(), Errno> {
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0, // to the end, wherever that will be
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&range)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::remedy::one_line;
+
+    fn parse(spec: &str) -> Result<DiskSpec, SpecError> {
+        spec.parse()
+    }
+
+    #[test]
+    fn every_key_of_this_version() {
+        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50").unwrap();
+        assert_eq!(
+            disk,
+            DiskSpec {
+                path: "a/b.img".into(),
+                id: Some("root-1".into()),
+                read_only: true,
+                serial: Some("S/N=7".into()),
+                poll_us: 50,
+            }
+        );
+        let plain = parse("x,,y").unwrap();
+        assert_eq!(plain.path, Path::new("x,y"));
+        assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == 0);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let long_id = format!("d,id={}", "a".repeat(33));
+        for (spec, part) in [
+            ("", "no path"),
+            (",ro", "no path"),
+            ("d,rw", "unknown key 'rw': known keys are ro, direct,"),
+            ("d,", "unknown key ''"),
+            ("d,ro,ro", "'ro' is given twice"),
+            ("d,ro=yes", "'ro' cannot be 'yes'"),
+            ("d,id", "'id' needs a value: id=NAME"),
+            ("d,id=", "'id' needs a value"),
+            ("d,id=A", "'id' cannot be 'A': an id is 1 to 32"),
+            ("d,id=a/b", "an id is 1 to 32"),
+            (long_id.as_str(), "an id is 1 to 32"),
+            ("d,id=com1", "another device"),
+            ("d,serial=123456789012345678901", "1 to 20"),
+            ("d,serial=a b", "1 to 20"),
+            ("d,poll-us=-1", "microseconds"),
+            ("d,poll-us=100001", "up to 100000"),
+            ("d,direct", "'direct' is not supported yet by this version"),
+            ("d,vhost-user=/s", "'vhost-user' is not supported yet by this version"),
+        ] {
+            let line = parse(spec).unwrap_err().to_string();
+            assert!(line.contains(part), "{spec}: {line}");
+        }
+    }
+
+    #[test]
+    fn every_known_key_is_read_or_refused() {
+        for key in KEYS {
+            match parse(&format!("d,{key}=7")) {
+                Err(SpecError::NotYet(_)) => assert!(LATER.contains(key), "{key}"),
+                Ok(_) | Err(SpecError::BadValue { .. }) => assert!(!LATER.contains(key), "{key}"),
+                Err(other) => panic!("{key}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn disks_get_names_of_their_own() {
+        let mut disks = [parse("a").unwrap(), parse("b,id=b").unwrap(), parse("c").unwrap()];
+        name_disks(&mut disks).unwrap();
+        assert_eq!(disks.each_ref().map(DiskSpec::id), ["disk0", "b", "disk2"]);
+
+        let mut shared = [parse("a,id=disk1").unwrap(), parse("b").unwrap()];
+        assert_eq!(name_disks(&mut shared), Err(SpecError::SharedId("disk1".into())));
+    }
+
+    fn image(dir: &Path, name: &str, size: u64) -> DiskSpec {
+        let path = dir.join(name);
+        File::create(&path).unwrap().set_len(size).unwrap();
+        let mut disk = [parse(path.to_str().unwrap()).unwrap()];
+        name_disks(&mut disk).unwrap();
+        let [disk] = disk;
+        disk
+    }
+
+    #[test]
+    fn an_image_opens_with_its_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = image(dir.path(), "a", 1024);
+        let opened = disk.open().unwrap();
+        assert_eq!((opened.size, opened.read_only, opened.serial.as_str()), (1024, false, "disk0"));
+        let flags = fcntl(&opened.fd, FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        assert_eq!(flags & libc::O_ACCMODE, libc::O_RDWR);
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| DiskSpec { path: dir.path().join(name), ..parse("x").unwrap() };
+        nix::unistd::mkfifo(&dir.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::os::unix::net::UnixListener::bind(dir.path().join("sock")).unwrap();
+        for (disk, part) in [
+            (at("none"), "(os error 2); check the path"),
+            (at("."), "is a directory, not a disk image; give a raw"),
+            (DiskSpec { read_only: true, ..at(".") }, "is a directory"),
+            (at("fifo"), "is a pipe"),
+            (at("sock"), "is a socket"),
+            (DiskSpec { path: "/dev/null".into(), ..at("x") }, "is a character device"),
+            (image(dir.path(), "empty", 0), "is empty; give it a size"),
+            (image(dir.path(), "ragged", 513), "513 bytes, which is not a multiple of 512; if it"),
+        ] {
+            let line = one_line(&disk.open().unwrap_err());
+            assert!(line.contains(part), "{line}");
+        }
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = image(dir.path(), "a", 512);
+        let reader = DiskSpec { read_only: true, ..writer.clone() };
+
+        let held = writer.open().unwrap();
+        assert!(matches!(writer.open(), Err(DiskError::InUse { .. })));
+        assert!(matches!(reader.open(), Err(DiskError::InUse { .. })));
+        // A duplicate, as a device process gets one, keeps the lock.
+        let duplicate = held.fd.try_clone().unwrap();
+        drop(held);
+        assert!(matches!(writer.open(), Err(DiskError::InUse { .. })));
+        drop(duplicate);
+
+        let (_one, _two) = (reader.open().unwrap(), reader.open().unwrap());
+        let line = one_line(&writer.open().unwrap_err());
+        assert!(line.contains("in use") && line.contains(",ro"), "{line}");
+    }
+}

@@ -37,7 +37,6 @@ struct RefuseGroup {
     why: String,
     calls: Vec<String>,
     errno: String,
-    unless: Option<ConditionText>,
 }
 
 /// A condition on one argument; exactly one of the four tests is given.
@@ -74,21 +73,15 @@ pub enum Test {
     AtLeast(u64),
 }
 
-/// A call that gets an errno, unless the condition holds.
-pub struct Refusal {
-    pub number: u32,
-    pub errno: u32,
-    pub unless: Option<Condition>,
-}
-
 /// A policy with everything it includes.
 #[derive(Default)]
 pub struct Policy {
     /// Alternatives of conditions per call, in the order of the files; an empty
     /// list of alternatives allows the call with any arguments.
     pub allow: BTreeMap<i64, Vec<Vec<Condition>>>,
-    /// Answered before `allow` is looked at.
-    pub refuse: Vec<Refusal>,
+    /// Calls answered with an errno: always, or where the conditions under which
+    /// they are allowed do not hold.
+    pub refuse: BTreeMap<i64, u32>,
 }
 
 /// Reads `constants.json`.
@@ -117,18 +110,10 @@ pub fn resolve(
 ) -> Result<Policy, String> {
     let mut policy = Policy::default();
     add(folder, name, constants, &mut policy, &mut BTreeSet::new())?;
-    for refusal in &policy.refuse {
-        let allowed = policy.allow.contains_key(&i64::from(refusal.number));
-        if allowed != refusal.unless.is_some() {
-            return Err(format!(
-                "{name}.json: call {} is refused {}",
-                refusal.number,
-                if allowed {
-                    "always, and allowed"
-                } else {
-                    "with an exception that nothing allows"
-                }
-            ));
+    for call in policy.refuse.keys() {
+        if policy.allow.get(call).is_some_and(Vec::is_empty) {
+            let call = syscalls::name(*call).unwrap_or("?");
+            return Err(format!("{name}.json: {call} is refused, and allowed with any arguments"));
         }
     }
     Ok(policy)
@@ -165,11 +150,10 @@ fn add(
     }
     for group in file.refuse {
         let errno = errno(&group.errno).map_err(within)?;
-        let unless =
-            group.unless.as_ref().map(|c| condition(c, constants)).transpose().map_err(within)?;
         for call in numbers(&group.calls, &group.why).map_err(within)? {
-            let number = u32::try_from(call).map_err(|e| within(e.to_string()))?;
-            policy.refuse.push(Refusal { number, errno, unless: unless.clone() });
+            if policy.refuse.insert(call, errno).is_some() {
+                return Err(within(format!("call {call} is refused twice")));
+            }
         }
     }
     for include in &file.include {

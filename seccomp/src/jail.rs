@@ -79,6 +79,7 @@ pub fn die_with_parent() -> Result<(), JailError> {
 /// still be single-threaded, and must already have closed what it does not need.
 /// After a failure it must exit: the jail is only half built.
 pub fn enter() -> Result<(), JailError> {
+    in_own_namespaces()?;
     single_threaded()?;
     die_with_parent()?;
     root::empty()?;
@@ -103,6 +104,19 @@ pub fn drop_vmm_privileges() -> Result<(), JailError> {
 fn no_new_privs() -> Result<(), JailError> {
     prctl::set_no_new_privs()
         .map_err(JailError::new("set no_new_privs", "a kernel of at least 3.5 is needed"))
+}
+
+/// Fails with EPERM where the process is not the first of a pid namespace: it was
+/// not made by the spawner, and what follows would unmount the host's file systems.
+fn in_own_namespaces() -> Result<(), JailError> {
+    if nix::unistd::getpid().as_raw() == 1 {
+        return Ok(());
+    }
+    Err(JailError {
+        step: "check for namespaces",
+        source: Errno::EPERM,
+        remedy: "device processes are started by `cellblock run`, not by hand",
+    })
 }
 
 /// Fails with EINVAL where the process has more than one thread: what is done to

@@ -10,7 +10,8 @@ use std::ptr;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
@@ -25,11 +26,26 @@ const FIRST_FD: RawFd = 3;
 /// Above everything a child keeps: fds are parked here while they are arranged.
 const PARKING: RawFd = FIRST_FD + MAX_CHILD_FDS as RawFd;
 
-/// Seven new namespaces.
+/// Signals of the terminal and of `kill` are for the VMM; the spawner ends when the
+/// VMM has. SIGTTOU, because the terminal is restored from the background.
+pub(super) const IGNORED_SIGNALS: [Signal; 10] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+    Signal::SIGTSTP,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGPIPE,
+];
+
+/// Six of the seven new namespaces. The network one takes longer than all others
+/// together: the child makes it, so that several children do so side by side.
 const NAMESPACES: i32 = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
-    | libc::CLONE_NEWNET
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP;
@@ -41,6 +57,7 @@ pub(super) enum Step {
     Socket,
     Clone,
     IdMaps,
+    Network,
     Session,
     ParentDeath,
     Groups,
@@ -49,8 +66,15 @@ pub(super) enum Step {
     Exec,
 }
 
-const CHILD_STEPS: [Step; 6] =
-    [Step::Session, Step::ParentDeath, Step::Groups, Step::Ids, Step::Fds, Step::Exec];
+const CHILD_STEPS: [Step; 7] = [
+    Step::Network,
+    Step::Session,
+    Step::ParentDeath,
+    Step::Groups,
+    Step::Ids,
+    Step::Fds,
+    Step::Exec,
+];
 
 impl Step {
     pub(super) fn name(self) -> &'static str {
@@ -58,6 +82,7 @@ impl Step {
             Step::Socket => "create socket to the child",
             Step::Clone => "create process and namespaces",
             Step::IdMaps => "write id maps",
+            Step::Network => "create network namespace",
             Step::Session => "start a session",
             Step::ParentDeath => "set parent-death signal",
             Step::Groups => "clear groups",
@@ -70,7 +95,7 @@ impl Step {
     /// What to do about a failure of this step.
     pub(super) fn remedy(self, errno: Errno) -> &'static str {
         match (self, errno) {
-            (Step::Clone, Errno::ENOSPC | Errno::EUSERS) => {
+            (Step::Clone | Step::Network, Errno::ENOSPC | Errno::EUSERS) => {
                 "raise the sysctls user.max_*_namespaces"
             }
             (Step::Clone, Errno::EPERM) => {
@@ -78,7 +103,7 @@ impl Step {
                  kernel.apparmor_restrict_unprivileged_userns=0), leave the chroot, or run as root"
             }
             (Step::Clone, Errno::EAGAIN) => "raise the limit on processes (`ulimit -u`)",
-            (Step::Clone, Errno::ENOSYS | Errno::EINVAL) => {
+            (Step::Clone | Step::Network, Errno::ENOSYS | Errno::EINVAL) => {
                 "the kernel needs clone3 and all namespaces (5.9 or newer, CONFIG_USER_NS, \
                  CONFIG_PID_NS, CONFIG_NET_NS, CONFIG_IPC_NS, CONFIG_UTS_NS, CONFIG_CGROUPS)"
             }
@@ -156,10 +181,6 @@ impl Template {
         arguments: &[CString; 4],
     ) -> ! {
         let mut socket = File::from(sync);
-        let mut go = [0];
-        if !matches!(socket.read(&mut go), Ok(1)) {
-            exit();
-        }
         let Err((step, errno)) = self.become_cell(request, fds, &socket, arguments);
         let mut report = [step as u8, 0, 0, 0, 0];
         report[1..].copy_from_slice(&(errno as i32).to_ne_bytes());
@@ -171,9 +192,16 @@ impl Template {
         &self,
         request: &Request,
         fds: &[OwnedFd],
-        sync: &File,
+        mut sync: &File,
         arguments: &[CString; 4],
     ) -> Result<std::convert::Infallible, Failure> {
+        if request.sandbox {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|e| (Step::Network, e))?;
+        }
+        // The id maps are there now, or the spawner has given up.
+        if !matches!(sync.read(&mut [0]), Ok(1)) {
+            exit();
+        }
         // Out of the terminal's reach: no ctrl-c, no stop by background access.
         setsid().map_err(|e| (Step::Session, e))?;
         default_signals();
@@ -251,14 +279,18 @@ fn clone(namespaces: i32) -> Result<Option<(i32, OwnedFd)>, Errno> {
 
 /// Puts back what the spawner ignores: ignored signals survive exec.
 fn default_signals() {
-    // Real-time ones included; glibc keeps 32 and 33 to itself.
-    for signal in 1..=64 {
-        // SAFETY: the default action runs no code of ours. SIGKILL and SIGSTOP
-        // refuse, rightly.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    for which in IGNORED_SIGNALS {
+        set_signal(which, SigHandler::SigDfl);
     }
     // Cannot fail with these arguments.
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+}
+
+/// Sets a signal to one of the actions that run no code.
+pub(super) fn set_signal(which: Signal, action: SigHandler) {
+    debug_assert!(matches!(action, SigHandler::SigDfl | SigHandler::SigIgn));
+    // SAFETY: no handler runs. SIGKILL and SIGSTOP refuse, rightly.
+    let _ = unsafe { signal(which, action) };
 }
 
 /// /dev/null as 0, 1, 2, then `fds` from 3 on; everything else goes at exec, the

@@ -10,11 +10,11 @@ use cellblock_wire::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::getppid;
 
-use super::child::{self, Made, Template};
+use super::child::{self, IGNORED_SIGNALS, Made, Template};
 use super::ids::Plan;
 use super::messages::{ExitStatus, FromSpawner, Request, ToSpawner};
 use super::terminal::Saved;
@@ -91,21 +91,13 @@ fn serve(inherited: Inherited) -> Result<(), String> {
 }
 
 fn prepare(inherited: Inherited, vmm_pid: i32) -> Result<Server, JailError> {
-    // Signals of the terminal and of `kill` are for the VMM; this process ends
-    // when the VMM has. SIGTTOU, because the terminal is restored from the background.
-    for ignored in [
-        Signal::SIGINT,
-        Signal::SIGTERM,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-        Signal::SIGTSTP,
-        Signal::SIGTTIN,
-        Signal::SIGTTOU,
-        Signal::SIGUSR1,
-        Signal::SIGUSR2,
-        Signal::SIGPIPE,
-    ] {
-        ignore(ignored);
+    // Handlers that the VMM's parent made the VMM ignore, and any of the VMM's own,
+    // are gone; children start from here.
+    for which in Signal::iterator() {
+        child::set_signal(which, SigHandler::SigDfl);
+    }
+    for which in IGNORED_SIGNALS {
+        child::set_signal(which, SigHandler::SigIgn);
     }
     // Blocked by `fork` until here. Cannot fail with these arguments.
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
@@ -375,12 +367,6 @@ fn kill(pidfd: &OwnedFd) {
             0,
         )
     };
-}
-
-#[allow(unsafe_code)] // changing a signal's action
-fn ignore(which: Signal) {
-    // SAFETY: no handler runs. Cannot fail for these signals.
-    let _ = unsafe { signal(which, SigHandler::SigIgn) };
 }
 
 /// Lets go of the VMM's input and output, so that whoever reads it sees its end

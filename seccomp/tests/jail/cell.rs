@@ -88,14 +88,17 @@ fn start(hello: &Hello, fds: Vec<OwnedFd>) -> Result<(), String> {
         _ => return Ok(()),
     };
     // A thread from before the filter is under it as well.
-    let (ready, wait) = std::sync::mpsc::channel::<()>();
+    let (running, wait) = std::sync::mpsc::channel::<()>();
     std::thread::Builder::new()
         .name("early".into())
         .spawn(move || {
-            let _ = wait.recv();
+            running.send(()).expect("waited for");
+            loop {
+                std::thread::park();
+            }
         })
         .map_err(|e| e.to_string())?;
-    std::mem::forget(ready);
+    wait.recv().map_err(|e| e.to_string())?;
     let mode = if hello.log { Mode::Log } else { Mode::Kill };
     filter::seal(policy, mode).map_err(|e| format!("{e}: {:?}", std::error::Error::source(&e)))
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
-use cellblock_devices::protocol::{SerialStart, Start};
-use cellblock_seccomp::{filter, jail, spawner};
+use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
+use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -42,6 +42,10 @@ const CONSOLE_BUFFER: u32 = 1 << 20;
 
 pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let started = Instant::now();
+    let seccomp = config.sandbox.then_some(match config.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
+    });
     let terminal =
         matches!(config.serial, spec::SerialSpec::Stdout).then(crate::terminal::stdin_terminal).flatten();
     let mut spawner = spawner::fork(spawner::Options { restore_terminal: terminal })?;
@@ -89,14 +93,18 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let vcpu_fds = cpu::create_all(&machine, &ram, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
 
+    // Everything is open. What follows starts threads, each of which confines itself.
+    if seccomp.is_some() {
+        jail::drop_vmm_privileges()?;
+        let page = violation::new_page()?;
+        let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
+        violation::install(page, "vmm")?;
+    }
+
     let mut waiting: Vec<&mut Cell> = vec![&mut serial];
     waiting.extend(starting.iter_mut().map(|disk| &mut disk.cell));
     wait_ready(&mut waiting, &mut spawner)?;
 
-    let seccomp = config.sandbox.then(|| match config.seccomp {
-        cellblock_devices::protocol::SeccompMode::Kill => filter::Mode::Kill,
-        cellblock_devices::protocol::SeccompMode::Log => filter::Mode::Log,
-    });
     let kicks = Kicks::new(usize::from(config.cpus));
     let ring = Arc::new(com1.producer(kicks.len())?);
     let notifier = Notifier::new()
@@ -142,10 +150,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         },
     )?;
 
-    if let Some(mode) = seccomp {
-        jail::drop_vmm_privileges()?;
-        filter::apply(filter::Policy::VmmMain, mode)?;
-    }
+    // Last, because threads inherit the filter of the thread that starts them.
+    confine(seccomp)()?;
     Ok(Vm {
         started,
         _machine: machine,

@@ -86,6 +86,8 @@ pub enum VmmError {
     Jail(#[from] cellblock_seccomp::jail::JailError),
     #[error("confining the VMM")]
     Filter(#[from] cellblock_seccomp::filter::FilterError),
+    #[error("confining the VMM")]
+    Violation(#[from] cellblock_seccomp::violation::InstallError),
     #[error("laying out the devices")]
     Bus(#[from] crate::bus::BusError),
     #[error("opening {what} {path}")]

@@ -512,11 +512,6 @@ fn pty() -> (OwnedFd, impl Fn() -> File) {
     (master.as_fd().try_clone_to_owned().unwrap(), open)
 }
 
-/// CPU time of this process so far.
-fn cpu_time() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap().into()
-}
-
 #[test]
 fn a_pty_may_be_opened_closed_and_opened_again() {
     let (master, open) = pty();
@@ -597,8 +592,6 @@ fn missing_fds_and_a_corrupt_ring_end_it_with_a_reason() {
     assert!(matches!(serial.serve(&far), Err(SerialError::Corrupt(_))));
 }
 
-/// Alone in its own process (see `serial_idle.rs` for the CPU time of an idle device),
-/// so here only: two vCPUs print at once, and each one's lines stay in order.
 #[test]
 fn two_vcpus_print_at_once() {
     let (reader, writer) = pipe();

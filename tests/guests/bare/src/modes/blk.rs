@@ -18,6 +18,9 @@ pub fn run(boot: &Boot) {
     let sectors = (options.buffer / SECTOR) as u64;
     let requests = ((boot.cmdline.number("mib", 4) << 20) / options.buffer as u64).max(1);
     let requests = requests.min(capacity / sectors);
+    if requests == 0 {
+        crate::exit::fail(format_args!("the disk is smaller than a request"));
+    }
     let seed = boot.cmdline.number("seed", 1);
     for round in 0..boot.cmdline.number("rounds", 1) {
         let generation = seed + round;
@@ -30,6 +33,16 @@ pub fn run(boot: &Boot) {
         }
         transfer(&mut disk, options, Kind::Read, requests, generation);
         say!("blk: verified={} bytes generation={generation}", requests * options.buffer as u64);
+    }
+    if !read_only && !boot.cmdline.flag("keep") {
+        // The very end, where a device's arithmetic is most easily wrong.
+        let last = capacity - 1;
+        pattern::fill(&mut disk.data(0)[..SECTOR], last, seed);
+        disk.request(Kind::Write, last, SECTOR);
+        disk.data(0).fill(0xa5);
+        disk.request(Kind::Read, last, SECTOR);
+        pattern::check(&disk.data(0)[..SECTOR], last, seed);
+        say!("blk: last-sector={last}");
     }
 }
 

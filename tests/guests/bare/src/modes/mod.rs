@@ -7,13 +7,17 @@ mod demo;
 mod echo;
 mod idle;
 mod pause;
+mod print;
 mod touch;
+mod uart;
 
 use crate::arch::{cpu, smp};
 use crate::boot::Boot;
 use crate::heap::Heap;
 
 const READINESS_PORT: u16 = 0xcb0;
+/// The byte that says: still well.
+const HEARTBEAT: u8 = 1;
 
 /// Runs the mode the command line asks for, and prints its last line.
 pub fn run(boot: &Boot) {
@@ -27,6 +31,8 @@ pub fn run(boot: &Boot) {
     match mode {
         "hello" => hello(boot),
         "echo" => echo::run(boot),
+        "print" => print::run(boot),
+        "uart" => uart::run(boot),
         "smp" => count_cpus(boot),
         "blk" => blk::run(boot),
         "blk-errors" => blk_errors::run(boot),
@@ -39,6 +45,11 @@ pub fn run(boot: &Boot) {
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),
     }
     say!("{mode}: ok");
+}
+
+/// Tells the monitor that the guest is alive.
+fn heartbeat() {
+    cpu::out8(READINESS_PORT, HEARTBEAT);
 }
 
 fn hello(boot: &Boot) {

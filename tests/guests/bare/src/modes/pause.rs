@@ -13,7 +13,7 @@ use crate::random::Random;
 use crate::virtio::blk::{Disk, Kind, Options};
 use crate::{exit, pattern};
 
-use super::start_others;
+use super::{heartbeat, start_others};
 
 /// Each vCPU's counter, on a cache line of its own.
 #[repr(align(64))]
@@ -23,7 +23,8 @@ static COUNTERS: [Counter; MAX_CPUS] = [const { Counter(AtomicU64::new(0)) }; MA
 
 /// The other vCPUs count for ever. The boot vCPU writes and reads back blocks (if there is a
 /// disk), reads the console, and sees that neither a counter nor a clock ever steps back. It ends
-/// after `count=` rounds, or when it reads `q`.
+/// after `count=` rounds, or when it reads `q`. Every `every=` rounds it prints a line, and writes a
+/// heartbeat to the readiness port if `heartbeat` is there.
 pub fn run(boot: &Boot) {
     let mut heap = Heap::new(&boot.memory);
     let options = Options { depth: 1, ..Options::from_cmdline(boot) };
@@ -32,6 +33,7 @@ pub fn run(boot: &Boot) {
     let cpus = start_others(boot, &mut heap, count);
     let clock = Clock::new(&mut heap);
     let (limit, every) = (boot.cmdline.number("count", 0), boot.cmdline.number("every", 1000));
+    let beats = boot.cmdline.flag("heartbeat");
     let has = |there| if there { "yes" } else { "no" };
     say!("pause: ready cpus={cpus} disk={} clock={}", has(disk.is_some()), has(clock.is_some()));
 
@@ -63,6 +65,9 @@ pub fn run(boot: &Boot) {
         }
         let quit = console::poll() == Some(b'q');
         if rounds.is_multiple_of(every) {
+            if beats {
+                heartbeat();
+            }
             let others: u64 = counted[1..].iter().sum();
             say!("pause: n={rounds} others={others} tsc={tsc} ns={nanoseconds}");
         }

@@ -392,6 +392,8 @@ fn a_stop_ends_a_vcpu_that_waits_for_a_device() {
     slow.waited_for();
     vm.vcpus.stop(PATIENCE).unwrap();
     assert_eq!(vcpu_threads(), Vec::<String>::new());
+    drop(vm);
+    assert_eq!(Arc::strong_count(&slow), 1, "no hook keeps the device of a VM that is gone");
 }
 
 #[test]
@@ -437,7 +439,8 @@ fn a_laggard_that_comes_after_all_is_not_left_parked() {
     let mut given_up = 0;
     for cycle in 0..3000u64 {
         // Deadlines around the time a pause takes: given up at every point of the way.
-        match vm.vcpus.pause(Duration::from_micros(cycle % 200)) {
+        let deadline = if cycle % 4 == 0 { 0 } else { cycle % 100 };
+        match vm.vcpus.pause(Duration::from_micros(deadline)) {
             Ok(_) => vm.vcpus.resume().unwrap(),
             Err(PauseError::Absent { .. }) => given_up += 1,
             Err(error) => panic!("{error}"),
@@ -449,7 +452,7 @@ fn a_laggard_that_comes_after_all_is_not_left_parked() {
             }
         }
     }
-    assert!((10..2990).contains(&given_up), "{given_up} of 3000 given up: not a fair mixture");
+    assert!(given_up > 100, "only {given_up} of 3000 were given up");
     vm.vcpus.pause(PATIENCE).unwrap();
 }
 

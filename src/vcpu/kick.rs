@@ -57,9 +57,13 @@ impl Kicks {
 
     /// Has `hook` called with every kick, after [`Kicks::kicked`] has become true: it wakes the
     /// vCPU if that waits in a device. It runs on the requester's thread, must not block, and must
-    /// not register hooks.
+    /// not register hooks. It is kept until the `Vcpus` that use these slots are dropped.
     pub fn on_kick(&self, hook: impl Fn(usize) + Send + Sync + 'static) {
         self.hooks.write().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
+    }
+
+    pub(super) fn forget_hooks(&self) {
+        self.hooks.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Number of vCPUs.

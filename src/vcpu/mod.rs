@@ -49,6 +49,10 @@ pub type ThreadHook = Arc<dyn Fn(usize) -> Result<(), String> + Send + Sync>;
 /// How long dropping a [`Vcpus`] waits for threads that nobody stopped.
 const DROP_DEADLINE: Duration = Duration::from_secs(1);
 
+/// Room in the event channel, so that a vCPU thread sends without allocating. More than a thread
+/// can have there at once: its start, an ack that came late, one that did not, and its two ends.
+const EVENTS_PER_VCPU: usize = 8;
+
 /// What vCPU threads work with.
 #[derive(Clone)]
 pub struct Config {
@@ -145,7 +149,7 @@ impl Vcpus {
             return Err(StartError::Slots { vcpus: fds.len(), slots: config.kicks.len() });
         }
         kick::install_handler().map_err(StartError::Handler)?;
-        let (events, inbox) = unbounded();
+        let (events, inbox) = bounded(EVENTS_PER_VCPU * fds.len());
         let mut vcpus = Self {
             seats: Vec::with_capacity(fds.len()),
             events: inbox,
@@ -429,6 +433,8 @@ impl Drop for Vcpus {
         if let Err(error) = self.stop(DROP_DEADLINE) {
             tracing::error!("{error}; their threads are left to themselves");
         }
+        // A hook may hold the device that holds the kicks.
+        self.kicks.forget_hooks();
     }
 }
 

@@ -4,8 +4,9 @@
 //! hardware virtualization) and 64-bit at CPL 3 (native everywhere), set up by registers alone.
 #![allow(unsafe_code)] // memory slots are raw pointers
 #![allow(dead_code)] // shared by several test programs
+#![allow(clippy::unwrap_used)] // a failure here is a failed test
 
-use cellblock::bus::{Bus, BusDevice};
+use cellblock::bus::{Bus, BusDevice, Outcome, VmExit};
 use cellblock::vcpu::{Config, ExitListener, Kicks, Vcpus, exit_notice};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -64,6 +65,10 @@ impl Lab {
             .map(|id| {
                 let vcpu = vm.create_vcpu(id as u64).unwrap();
                 vcpu.set_cpuid2(&cpuid).unwrap();
+                if irqchip {
+                    // Also makes KVM enter this vCPU's APIC in its map of interrupt targets.
+                    vcpu.set_lapic(&vcpu.get_lapic().unwrap()).unwrap();
+                }
                 vcpu
             })
             .collect();
@@ -75,7 +80,8 @@ impl Lab {
         Self { vm, fds, ram, kicks: Kicks::new(vcpus) }
     }
 
-    fn place(&self, id: usize, code: &[u8]) -> u64 {
+    /// Puts code where vCPU `id` would have its own, without setting one up to run it.
+    pub fn place(&self, id: usize, code: &[u8]) -> u64 {
         let at = CODE_STEP * id as u64 + CODE;
         self.ram.write_slice(code, GuestAddress(at)).unwrap();
         at
@@ -139,6 +145,28 @@ impl Lab {
     }
 }
 
+/// A guest that writes to a port: `mov dx, 0x500`, then at 3 `in al, dx`, `inc dword [0x100]`,
+/// `out dx, al`, and back to 3.
+pub const ECHO: [u8; 12] = [0xba, 0x00, 0x05, 0xec, 0x66, 0xff, 0x06, 0x00, 0x01, 0xee, 0xeb, 0xf7];
+/// The port of [`ECHO`].
+pub const ECHO_PORT: u64 = 0x500;
+/// A guest that writes al to port 0x7f, which ends the VM where [`PowerButton`] is.
+pub const END: [u8; 2] = [0xe6, 0x7f];
+/// The port of [`END`].
+pub const END_PORT: u64 = 0x7f;
+
+/// Ends the VM at any access.
+pub struct PowerButton;
+
+impl BusDevice for PowerButton {
+    fn read(&self, _: usize, _: u64, _: &mut [u8]) -> Outcome {
+        Outcome::Exit(VmExit::Shutdown)
+    }
+    fn write(&self, _: usize, _: u64, _: &[u8]) -> Outcome {
+        Outcome::Exit(VmExit::Shutdown)
+    }
+}
+
 fn counter_at(id: usize) -> u64 {
     COUNTER + COUNTER_STEP * id as u64
 }
@@ -153,7 +181,7 @@ pub struct Running {
     pub vcpus: Vcpus,
     pub exit: ExitListener,
     pub ram: GuestMemoryMmap<()>,
-    vm: VmFd,
+    pub vm: VmFd,
 }
 
 impl Running {
@@ -185,7 +213,7 @@ pub fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
 }
 
 /// A bus with one device.
-pub fn bus(base: u64, len: u64, device: Arc<impl BusDevice + 'static>) -> Bus {
+pub fn bus(base: u64, len: u64, device: Arc<dyn BusDevice>) -> Bus {
     Bus::builder().add(base, len, device).unwrap().build()
 }
 

@@ -16,8 +16,9 @@ pub(super) const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Most bytes of a data segment. With [`SEG_MAX`] segments a request stays below
 /// what Linux moves in one system call.
 pub(super) const SIZE_MAX: u32 = 4 << 20;
-/// Bytes of configuration space that may be read; those behind the fields are zero.
-pub(super) const CONFIG_BYTES: usize = 256;
+/// Bytes of struct virtio_blk_config up to the last field of virtio 1.2 that is not
+/// about zones; what a driver reads behind them is zero.
+pub(super) const CONFIG_BYTES: usize = 60;
 
 // Byte offsets in struct virtio_blk_config.
 const CAPACITY: usize = 0;

@@ -64,8 +64,7 @@ impl Counters {
 pub(super) fn sum<'a>(queues: impl Iterator<Item = &'a Counters>) -> CellStats {
     let mut total = [0u64; 6];
     for c in queues {
-        let fields =
-            [&c.reads, &c.writes, &c.flushes, &c.bytes_read, &c.bytes_written, &c.errors];
+        let fields = [&c.reads, &c.writes, &c.flushes, &c.bytes_read, &c.bytes_written, &c.errors];
         for (sum, field) in total.iter_mut().zip(fields) {
             *sum = sum.wrapping_add(field.load(Ordering::Relaxed));
         }

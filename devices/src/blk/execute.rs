@@ -240,14 +240,26 @@ mod tests {
     }
 
     #[test]
+    fn writes_are_durable_where_the_driver_cannot_flush() {
+        let (disk, memory) = (disk(8192), memory());
+        let from = slices(&memory, &[(0, 512)]);
+        for (write_through, want) in [(false, 0), (true, libc::RWF_DSYNC)] {
+            let seen = |disk: &Disk, from: &[iovec], at: u64, flags: c_int| {
+                assert_eq!(flags, want);
+                pwritev2(disk, from, at, flags)
+            };
+            Engine::new(write_through).transfer(&disk, &from, 0, &mut 0, seen).expect("write");
+        }
+    }
+
+    #[test]
     fn a_file_that_shrank_is_an_error_not_zeros() {
         let (disk, memory) = (disk(8192), memory());
         disk.file.set_len(5000).expect("truncate");
         let (to, mut filled) = (slices(&memory, &[(0, 4096)]), 0);
         let mut engine = Engine::new(false);
-        let error = engine
-            .execute(&disk, Operation::Read(4096), &to, &mut filled)
-            .expect_err("short");
+        let error =
+            engine.execute(&disk, Operation::Read(4096), &to, &mut filled).expect_err("short");
         assert!(matches!(error, ExecuteError::EndOfFile(5000)), "{error}");
         assert_eq!(filled, 904);
     }
@@ -267,7 +279,8 @@ mod tests {
     #[test]
     fn the_id_fills_what_there_is() {
         let (disk, memory) = (disk(512), memory());
-        for (parts, want) in [(&[(0, 20)][..], 20), (&[(0, 3), (3, 2)], 5), (&[(0, 3), (3, 40)], 20)]
+        for (parts, want) in
+            [(&[(0, 20)][..], 20), (&[(0, 3), (3, 2)], 5), (&[(0, 3), (3, 40)], 20)]
         {
             memory.write_slice(&[0xee; 64], GuestAddress(0)).expect("clear");
             let mut filled = 0;

@@ -8,8 +8,8 @@ use cellblock_wire::{ShmError, check_sealed};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
-    MmapRegion, VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap, MmapRegion, VolatileSlice,
 };
 
 /// Guest memory mapped into this process.
@@ -79,8 +79,7 @@ impl MemTable {
             let (offset, len) = (region.mmap_offset, region.memory_size);
             let end = offset.checked_add(len).ok_or_else(wraps)?;
             check_sealed(file.as_fd(), end).map_err(|e| MemTableError::File(i, e))?;
-            let window =
-                Window { user: region.user_addr, guest: region.guest_phys_addr, len };
+            let window = Window { user: region.user_addr, guest: region.guest_phys_addr, len };
             window.user.checked_add(len).ok_or_else(wraps)?;
             if windows.iter().any(|w: &Window| w.overlaps(&window)) {
                 return Err(MemTableError::UserOverlap);
@@ -88,13 +87,12 @@ impl MemTable {
             let size = usize::try_from(len).map_err(|_| wraps())?;
             let region = MmapRegion::from_file(FileOffset::new(file, offset), size)
                 .map_err(|e| MemTableError::Map(i, e))?;
-            mapped.push(
-                GuestRegionMmap::new(region, GuestAddress(window.guest)).ok_or_else(wraps)?,
-            );
+            mapped
+                .push(GuestRegionMmap::new(region, GuestAddress(window.guest)).ok_or_else(wraps)?);
             windows.push(window);
         }
         // The front end may list its regions in any order.
-        mapped.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region));
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
         let memory = Memory::from_regions(mapped).map_err(MemTableError::Arrange)?;
         Ok(MemTable { memory: Arc::new(memory), windows })
     }
@@ -120,7 +118,6 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::OwnedFd;
     use vm_memory::Bytes;
 
     const PAGE: u64 = 4096;
@@ -198,11 +195,9 @@ mod tests {
             map(&[region(0, PAGE, 0, 0), region(PAGE, PAGE, 8, 0)], two()),
             MemTableError::UserOverlap
         ));
-        let unsealed = File::from(
-            nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING)
-                .map(OwnedFd::from)
-                .expect("memfd"),
-        );
+        let flags = nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING;
+        let unsealed =
+            File::from(nix::sys::memfd::memfd_create(c"unsealed", flags).expect("memfd"));
         unsealed.set_len(PAGE).expect("size");
         assert!(matches!(
             map(&[region(0, PAGE, 0, 0)], vec![unsealed]),

@@ -228,9 +228,7 @@ impl Blk {
             Err(e) => return Err(BlkError::Cell(e)),
         };
         let answer = match message {
-            ToCell::Stats => {
-                FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c)))
-            }
+            ToCell::Stats => FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c))),
             // A block device holds no output back.
             ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0 },
         };

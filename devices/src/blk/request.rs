@@ -153,10 +153,7 @@ impl<'m> Parser<'m> {
     }
 
     /// Walks and checks one chain.
-    pub fn parse(
-        &mut self,
-        chain: DescriptorChain<&'m Memory>,
-    ) -> Result<Request<'_, 'm>, Broken> {
+    pub fn parse(&mut self, chain: DescriptorChain<&'m Memory>) -> Result<Request<'_, 'm>, Broken> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
         let writable = total(&self.writable);
@@ -200,11 +197,7 @@ impl<'m> Parser<'m> {
         Ok(status)
     }
 
-    fn check(
-        &mut self,
-        walk: &Walk,
-        writable: u64,
-    ) -> Result<(Operation, &[Slice<'m>]), Refusal> {
+    fn check(&mut self, walk: &Walk, writable: u64) -> Result<(Operation, &[Slice<'m>]), Refusal> {
         if walk.descriptors > MAX_DESCRIPTORS {
             return Err(Refusal::TooManyDescriptors);
         }

@@ -26,8 +26,8 @@ pub const MAX_CPUS: u8 = 32;
 pub const MIN_MEMORY: u64 = 32 << 20;
 /// Guest memory where none is asked for, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Guest memory is a whole number of pages of this many bytes.
-const PAGE: u64 = 4096;
+/// Guest memory is a whole number of these.
+const MIB: u64 = 1 << 20;
 
 /// A virtual machine, described.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u8,
-    /// Guest memory in bytes: whole pages, at least [`MIN_MEMORY`].
+    /// Guest memory in bytes: whole MiB, at least [`MIN_MEMORY`].
     pub memory: u64,
     /// The disks, each with its id.
     pub disks: Vec<DiskSpec>,
@@ -67,8 +67,8 @@ pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = crate::spec::memory_size(text)?;
     if bytes < MIN_MEMORY {
         Err(format!("a VM needs at least {}M", MIN_MEMORY >> 20))
-    } else if !bytes.is_multiple_of(PAGE) {
-        Err("memory is a multiple of 4K".into())
+    } else if !bytes.is_multiple_of(MIB) {
+        Err("memory is a whole number of MiB".into())
     } else {
         Ok(bytes)
     }

@@ -2,6 +2,7 @@
 //! drive the terminal, since part of the text comes from device processes.
 
 use std::fmt;
+use std::io::Write as _;
 use std::time::Instant;
 
 use cellblock_devices::protocol::LogLevel;
@@ -58,7 +59,14 @@ pub fn init(level: LogLevel) {
     let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
-/// `cellblock[ 0.012] warn: text key=value`.
+/// Tells the user something that is no event: one line, whatever the level.
+pub fn tell(line: &str) {
+    let end = if terminal::is_raw() { "\r\n" } else { "\n" };
+    // With standard error closed there is nobody to tell.
+    let _ = write!(std::io::stderr(), "cellblock: {}{end}", printable(line));
+}
+
+/// `cellblock[0.012] warn: text key=value`.
 struct OneLine {
     start: Instant,
     /// Whether the terminal needs a carriage return of its own.

@@ -1,1 +1,18 @@
-//! Cellblock's jails.
+//! Cellblock's jails: the processes of one VM, who makes them, and what they may do.
+//!
+//! - [`spawner`]: a small single-threaded process, forked before anything else,
+//!   that builds jailed processes on request and ends them all when the VMM dies.
+//! - [`jail`]: what a new process does to itself before it reads anything that a
+//!   guest could have influenced: empty root, limits, no capabilities.
+//! - [`filter`]: seccomp, last: a policy per kind of process and VMM thread.
+//! - [`violation`]: a refused system call is reported by name, not as a bare signal.
+//!
+//! Order in a device process: the spawner's part (namespaces, id maps, fds, exec),
+//! [`jail::close_others`], [`jail::enter`], [`violation::install`], then its own
+//! preparation, then [`filter::seal`].
+
+pub mod filter;
+pub mod jail;
+pub mod spawner;
+mod syscalls;
+pub mod violation;

@@ -1,1 +1,279 @@
-//! Being built.
+//! virtio-blk as a vhost-user back end.
+//!
+//! The front end (our VMM, or another one) hands over guest memory, rings and
+//! eventfds by the standard's messages; from then on requests go between guest
+//! and this process alone. One thread per queue does the work:
+//!
+//! ```text
+//!  vhost-user socket ─► Backend ─ start/stop ─► Worker (blk-q0) ─► Server
+//!  cell channel ─► Blk::serve                     kick ─►  Ring ─► Parser ─► Engine ─► image
+//!                                                 call ◄─
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`] | features and configuration space |
+//! | [`memory`] | the memory table, checked and mapped |
+//! | [`backend`] | vhost-user messages and the state of each ring |
+//! | [`worker`], [`server`] | the thread of a queue, and what it does |
+//! | [`ring`] | one virtqueue: chains, used entries, suppression of kicks and interrupts |
+//! | [`request`] | a chain parsed and checked, or why it is refused |
+//! | [`execute`] | a request done on the image |
+//! | [`poll`] | how long to look at a ring before sleeping |
+//! | [`counters`] | what a queue has done |
+//!
+//! Everything from the guest and from the front end is hostile. Parsing ends
+//! before the image is touched, a broken chain is still given back so that no
+//! guest waits for it, and a ring whose driver breaks it is stopped by itself.
+
+mod backend;
+mod config;
+mod counters;
+mod execute;
+mod memory;
+mod poll;
+mod request;
+mod ring;
+mod server;
+mod worker;
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cellblock_wire::{Channel, ChannelError};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
+use vhost::vhost_user::BackendReqHandler;
+
+use crate::protocol::{BlkStart, FromCell, ToCell};
+use backend::Backend;
+use config::SECTOR;
+use counters::Counters;
+use execute::{Disk, ID_BYTES};
+use worker::{Worker, WorkerError};
+
+/// Most queues of a device: as many as a VM has vCPUs.
+pub const MAX_QUEUES: u16 = 32;
+
+/// A block device that cannot start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum BlkError {
+    /// The configuration came with the wrong number of file descriptors.
+    #[error("a block device takes one file descriptor, not {0}")]
+    Fds(usize),
+    /// The disk would be empty, or its last sector cut short.
+    #[error("disk size of {0} bytes is not a positive multiple of 512")]
+    Size(u64),
+    /// The serial number does not fit.
+    #[error("disk serial {0:?} is not at most 20 characters of ASCII")]
+    Serial(String),
+    /// No queue, or more than [`MAX_QUEUES`].
+    #[error("a block device has 1 to {MAX_QUEUES} queues, not {0}")]
+    Queues(u16),
+    /// The image could not be examined.
+    #[error("examining the disk image")]
+    Examine(#[source] std::io::Error),
+    /// The image was opened in another way than the device is to use it.
+    #[error("disk image is open {found} where the device is {wanted}")]
+    Mode {
+        /// How it was opened.
+        found: &'static str,
+        /// How it has to be.
+        wanted: &'static str,
+    },
+    /// The image is shorter than the disk.
+    #[error("disk image has {found} bytes where the disk has {wanted}")]
+    Short {
+        /// Bytes of the image.
+        found: u64,
+        /// Bytes of the disk.
+        wanted: u64,
+    },
+    /// A queue's thread could not be made, or ended.
+    #[error("preparing queue {0}")]
+    Worker(u16, #[source] WorkerError),
+    /// Waiting for messages failed.
+    #[error("waiting for messages")]
+    Wait(#[source] Errno),
+    /// The VMM sent what is not a message.
+    #[error("talking to the virtual machine monitor")]
+    Cell(#[source] ChannelError),
+    /// The front end sent what no front end may send, and was not to be answered.
+    #[error("serving a vhost-user message")]
+    FrontEnd(#[source] vhost::vhost_user::Error),
+}
+
+/// A block device, ready to be sealed and to serve.
+pub struct Blk {
+    backend: Arc<Mutex<Backend>>,
+    handler: BackendReqHandler<Mutex<Backend>>,
+    socket: UnixStream,
+    counters: Vec<Arc<Counters>>,
+}
+
+/// Checks what was handed over and makes the queues' threads. Reads nothing that
+/// a guest or a front end can influence.
+pub fn prepare(
+    config: BlkStart,
+    fds: Vec<OwnedFd>,
+    vhost_user: UnixStream,
+) -> Result<Blk, BlkError> {
+    let disk = Arc::new(open(&config, fds)?);
+    if config.queues == 0 || config.queues > MAX_QUEUES {
+        return Err(BlkError::Queues(config.queues));
+    }
+    let poll = Duration::from_micros(config.poll_us.into());
+    let mut workers = Vec::new();
+    let mut counters = Vec::new();
+    for index in 0..config.queues {
+        let counter = Arc::new(Counters::default());
+        workers.push(
+            Worker::spawn(index, disk.clone(), counter.clone(), poll)
+                .map_err(|e| BlkError::Worker(index, e))?,
+        );
+        counters.push(counter);
+    }
+    let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));
+    let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
+    let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
+    Ok(Blk { backend, handler, socket, counters })
+}
+
+fn open(config: &BlkStart, fds: Vec<OwnedFd>) -> Result<Disk, BlkError> {
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| BlkError::Fds(fds.len()))?;
+    if config.size == 0 || !config.size.is_multiple_of(SECTOR) || config.size > i64::MAX as u64 {
+        return Err(BlkError::Size(config.size));
+    }
+    let mut id = [0; ID_BYTES];
+    match id.get_mut(..config.serial.len()) {
+        Some(id) if config.serial.is_ascii() => id.copy_from_slice(config.serial.as_bytes()),
+        _ => return Err(BlkError::Serial(config.serial.clone())),
+    }
+    check_mode(fd.as_fd(), config.read_only)?;
+    let mut file = File::from(fd);
+    let found = file.seek(SeekFrom::End(0)).map_err(BlkError::Examine)?;
+    if found < config.size {
+        return Err(BlkError::Short { found, wanted: config.size });
+    }
+    Ok(Disk { file, size: config.size, read_only: config.read_only, id })
+}
+
+fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {
+    let flags = fcntl(fd, FcntlArg::F_GETFL).map_err(|e| BlkError::Examine(e.into()))?;
+    let flags = OFlag::from_bits_retain(flags);
+    // With O_APPEND, Linux appends whatever offset a write names.
+    let found = if flags.contains(OFlag::O_APPEND) {
+        "for appending"
+    } else {
+        match flags & OFlag::O_ACCMODE {
+            OFlag::O_RDONLY => "read-only",
+            OFlag::O_RDWR => "for writing",
+            _ => "write-only",
+        }
+    };
+    let wanted = if read_only { "read-only" } else { "for writing" };
+    if found == wanted { Ok(()) } else { Err(BlkError::Mode { found, wanted }) }
+}
+
+impl Blk {
+    /// Serves the front end and the VMM until either closes its socket; then every
+    /// ring has stopped, with all that was taken from it answered.
+    pub fn serve(mut self, cell: &Channel) -> Result<(), BlkError> {
+        let result = self.serve_messages(cell);
+        let stopped = self.backend().stop().map_err(BlkError::FrontEnd);
+        result.and(stopped)
+    }
+
+    fn serve_messages(&mut self, cell: &Channel) -> Result<(), BlkError> {
+        loop {
+            let (front_end, vmm) = self.wait(cell)?;
+            if vmm && !self.serve_cell(cell)? {
+                return Ok(());
+            }
+            if front_end && !self.serve_front_end()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sleeps until one of the sockets has something: the front end's, the VMM's.
+    fn wait(&self, cell: &Channel) -> Result<(bool, bool), BlkError> {
+        let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut fds = [watch(self.socket.as_fd()), watch(cell.as_fd())];
+        loop {
+            match poll_fds(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(BlkError::Wait(e)),
+                Ok(_) => {
+                    let [front_end, vmm] = fds.map(|fd| fd.any().unwrap_or(true));
+                    return Ok((front_end, vmm));
+                }
+            }
+        }
+    }
+
+    /// Answers the VMM; false when it is gone.
+    fn serve_cell(&self, cell: &Channel) -> Result<bool, BlkError> {
+        let message = match cell.try_recv::<ToCell>() {
+            Ok(Some((message, _fds))) => message,
+            Ok(None) => return Ok(true),
+            Err(ChannelError::Closed) => return Ok(false),
+            Err(e) => return Err(BlkError::Cell(e)),
+        };
+        let answer = match message {
+            ToCell::Stats => FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c))),
+            // A block device holds no output back.
+            ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0 },
+        };
+        match cell.send(&answer, &[]) {
+            Ok(()) => Ok(true),
+            Err(ChannelError::Closed) => Ok(false),
+            Err(e) => Err(BlkError::Cell(e)),
+        }
+    }
+
+    /// Handles one message of the front end; false when it is gone.
+    fn serve_front_end(&mut self) -> Result<bool, BlkError> {
+        match self.handler.handle_request() {
+            Ok(()) => Ok(true),
+            Err(vhost::vhost_user::Error::Disconnected) => Ok(false),
+            Err(_) if self.backend().take_refusal() => Ok(true),
+            Err(e) => Err(BlkError::FrontEnd(e)),
+        }
+    }
+
+    fn backend(&self) -> MutexGuard<'_, Backend> {
+        // Only this thread ever takes it; the handler's type asks for a lock.
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Blk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Blk").field("queues", &self.counters.len()).finish_non_exhaustive()
+    }
+}
+
+/// An error with its sources, on one line.
+fn chain(error: &dyn StdError) -> impl fmt::Display + '_ {
+    struct Chain<'a>(&'a dyn StdError);
+    impl fmt::Display for Chain<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{}", self.0)?;
+            let mut next = self.0.source();
+            while let Some(error) = next {
+                write!(f, ": {error}")?;
+                next = error.source();
+            }
+            Ok(())
+        }
+    }
+    Chain(error)
+}

@@ -1,1 +1,133 @@
-//! Being built.
+//! The serial process: a 16550 UART behind the register ring.
+//!
+//! ```text
+//! vCPUs ── ring ──> uart ──> output ── serial-out ──> endpoint
+//!            ^       |  ^
+//!     reads answered |  └── input <── serial-in, or poll ── endpoint
+//!                    └── interrupt (irqfd)
+//! ```
+//!
+//! The main thread serves the ring and never blocks on anything else: a thread of
+//! its own writes the output, another reads stdin. What the guest transmits is
+//! kept in a bounded buffer; when that is full, or nobody is connected for long,
+//! the oldest bytes are dropped and counted. What the user types waits until the
+//! guest takes it.
+//!
+//! | endpoint | output while nobody reads | input |
+//! |---|---|---|
+//! | `Null` | discarded | none |
+//! | `Stdio` | kept up to the buffer; dropped where a write fails | by `serial-in`, until end of file |
+//! | `File` | as above | none |
+//! | `Pty` | kept up to the buffer until somebody opens the slave | yes |
+//! | `Socket` | kept up to the buffer until the next client | yes; a second client is closed at once |
+
+mod endpoint;
+mod input;
+mod marker;
+mod outbox;
+mod output;
+mod serve;
+mod uart;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use cellblock_wire::{Access, Channel, ChannelError, Mapping, ShmError};
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+use crate::protocol::ring::{Consumer, Corrupt, RING_BYTES, RingError};
+use crate::protocol::{SerialEndpoint, SerialStart};
+use endpoint::Endpoint;
+use input::Input;
+use outbox::Outbox;
+use output::Output;
+use serve::Drain;
+use uart::Uart;
+
+/// How long the ring is watched after an access before the process sleeps. A guest
+/// that prints comes back well within that; to be woken costs both sides more.
+const POLL: Duration = Duration::from_micros(50);
+
+/// What ends a serial process.
+#[derive(Debug, thiserror::Error)]
+pub enum SerialError {
+    /// The hello had fewer fds than its endpoint needs.
+    #[error("hello lacks file descriptors for a {0:?} console")]
+    MissingFd(SerialEndpoint),
+    /// The ring's memory could not be mapped.
+    #[error("mapping the register ring")]
+    Map(#[source] ShmError),
+    /// The ring cannot be used.
+    #[error("setting up the register ring")]
+    Ring(#[source] RingError),
+    /// A thread of the process, or its event, could not be made.
+    #[error("starting a console thread")]
+    Thread(#[source] io::Error),
+    /// The endpoint could not be made non-blocking.
+    #[error("making the console endpoint non-blocking")]
+    NonBlocking(#[source] Errno),
+    /// The ring holds what no VMM writes.
+    #[error("reading the register ring")]
+    Corrupt(#[from] Corrupt),
+    /// The cell channel failed, other than by being closed.
+    #[error("talking to the VMM")]
+    Channel(#[source] ChannelError),
+    /// Waiting for events failed.
+    #[error("waiting for events")]
+    Poll(#[source] Errno),
+}
+
+/// A serial device, ready to be served.
+pub struct Serial {
+    ring: Consumer,
+    uart: Uart,
+    endpoint: Endpoint,
+    output: Option<Output>,
+    input: Input,
+    outbox: Outbox,
+    drains: Vec<Drain>,
+    /// Bytes the guest was given.
+    received: u64,
+    poll: Duration,
+}
+
+/// Makes the device from the fds of [`crate::protocol::Start::Serial`] and starts
+/// its threads. Nothing that a guest wrote is read.
+pub fn prepare(config: SerialStart, fds: Vec<OwnedFd>) -> Result<Serial, SerialError> {
+    let kind = config.endpoint;
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or(SerialError::MissingFd(kind));
+    let (memory, doorbell, interrupt) = (next()?, next()?, next()?);
+    let mapping = Mapping::new(memory, RING_BYTES, Access::ReadWrite).map_err(SerialError::Map)?;
+    let ring = Consumer::new(mapping, doorbell).map_err(SerialError::Ring)?;
+    let (endpoint, output) = Endpoint::new(kind, config.buffer as usize, fds.collect())?;
+    Ok(Serial {
+        ring,
+        uart: Uart::new(interrupt),
+        endpoint,
+        output,
+        input: Input::new(config.escape),
+        outbox: Outbox::default(),
+        drains: Vec::new(),
+        received: 0,
+        poll: if has_one_cpu() { Duration::ZERO } else { POLL },
+    })
+}
+
+impl Serial {
+    /// Serves until the VMM closes the cell channel; then takes what is left in the
+    /// ring, gives the reader a moment to read it, and returns.
+    pub fn serve(mut self, cell: &Channel) -> Result<(), SerialError> {
+        self.run(cell)
+    }
+}
+
+/// Watching the ring would keep the vCPU from the only CPU there is.
+fn has_one_cpu() -> bool {
+    sched_getaffinity(Pid::from_raw(0)).is_ok_and(|cpus| {
+        (0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu).unwrap_or(false)).count() == 1
+    })
+}

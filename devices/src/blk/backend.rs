@@ -1,0 +1,490 @@
+//! The vhost-user back end: what the front end may ask for, and in which state.
+//!
+//! A ring runs while it has memory, addresses, a kick descriptor and is enabled,
+//! in whichever order these come. GET_VRING_BASE stops it and forgets its
+//! descriptors. Size, addresses, base and features change only while it is
+//! stopped; descriptors and memory may be replaced at any time, for which the
+//! ring is stopped and goes on where it was.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SIZE_MAX};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::config::{self, CONFIG_BYTES, QUEUE_SIZE, SECTOR, has};
+use super::execute::Disk;
+use super::memory::MemTable;
+use super::request::Limits;
+use super::ring::{Layout, Ring};
+use super::worker::{Start, Worker};
+
+/// The feature bit that says that there are protocol features.
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// Where the parts of a ring are in the front end's address space.
+#[derive(Clone, Copy, Debug)]
+struct Addresses {
+    descriptors: u64,
+    avail: u64,
+    used: u64,
+}
+
+/// One ring as the front end has set it up.
+#[derive(Debug)]
+struct Vring {
+    worker: Worker,
+    size: u16,
+    addresses: Option<Addresses>,
+    next_avail: u16,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<File>>,
+    err: Option<Arc<File>>,
+    enabled: bool,
+}
+
+/// The device as the front end sees it.
+#[derive(Debug)]
+pub(super) struct Backend {
+    disk: Arc<Disk>,
+    offered: u64,
+    config: [u8; CONFIG_BYTES],
+    acked: u64,
+    protocol: VhostUserProtocolFeatures,
+    memory: Option<MemTable>,
+    vrings: Vec<Vring>,
+    refused: bool,
+}
+
+impl Backend {
+    /// A device with one ring for each of `workers`.
+    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>) -> Backend {
+        let queues = workers.len() as u16;
+        let vring = |worker| Vring {
+            worker,
+            size: QUEUE_SIZE,
+            addresses: None,
+            next_avail: 0,
+            kick: None,
+            call: None,
+            err: None,
+            enabled: false,
+        };
+        Backend {
+            offered: config::features(disk.read_only, queues) | PROTOCOL_FEATURES,
+            config: config::space(disk.size, queues),
+            acked: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            memory: None,
+            vrings: workers.into_iter().map(vring).collect(),
+            refused: false,
+            disk,
+        }
+    }
+
+    /// True if the last message was well-formed but refused, and its sender was
+    /// told so; the connection can go on.
+    pub fn take_refusal(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
+            && self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    /// Stops every ring; all that was taken from them is answered.
+    pub fn stop(&mut self) -> Result<()> {
+        for index in 0..self.vrings.len() {
+            self.pause(index)?;
+        }
+        Ok(())
+    }
+
+    /// Remembers a refusal of a message whose answer is an acknowledgement.
+    fn acknowledge(&mut self, result: Result<()>) -> Result<()> {
+        self.refused = result.is_err();
+        if let Err(error) = &result {
+            tracing::warn!(%error, "refused a vhost-user message");
+        }
+        result
+    }
+
+    fn index(&self, index: u32) -> Result<usize> {
+        let index = index as usize;
+        if index < self.vrings.len() {
+            Ok(index)
+        } else {
+            Err(Error::InvalidOperation("there is no ring of this number"))
+        }
+    }
+
+    fn stopped(&mut self, index: u32) -> Result<&mut Vring> {
+        let index = self.index(index)?;
+        let vring = &mut self.vrings[index];
+        if vring.worker.is_running() {
+            return Err(Error::InvalidOperation("the ring is running"));
+        }
+        Ok(vring)
+    }
+
+    fn any_running(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.worker.is_running())
+    }
+
+    /// Stops a ring, if it runs, and remembers where it was.
+    fn pause(&mut self, index: usize) -> Result<bool> {
+        let vring = &mut self.vrings[index];
+        match vring.worker.stop().map_err(internal)? {
+            Some(next_avail) => {
+                vring.next_avail = next_avail;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Starts a ring if nothing is missing.
+    fn settle(&mut self, index: usize, interrupt: bool) -> Result<()> {
+        let vring = &self.vrings[index];
+        let (Some(table), Some(addresses), Some(kick)) =
+            (&self.memory, vring.addresses, &vring.kick)
+        else {
+            return Ok(());
+        };
+        // Without the protocol features there is no message to enable a ring.
+        if vring.worker.is_running() || !(vring.enabled || self.acked & PROTOCOL_FEATURES == 0) {
+            return Ok(());
+        }
+        let outside = Error::InvalidOperation("a part of the ring is outside guest memory");
+        let at = |user| table.guest_address(user);
+        let (Some(descriptors), Some(avail), Some(used)) =
+            (at(addresses.descriptors), at(addresses.avail), at(addresses.used))
+        else {
+            return Err(outside);
+        };
+        let layout = Layout {
+            size: vring.size,
+            descriptors,
+            avail,
+            used,
+            next_avail: vring.next_avail,
+            event_idx: has(self.acked, VIRTIO_RING_F_EVENT_IDX),
+        };
+        Ring::new(table.memory(), &layout).map_err(internal)?;
+        let size_max = has(self.acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX);
+        let start = Start {
+            memory: table.memory().clone(),
+            layout,
+            limits: Limits {
+                sectors: self.disk.size / SECTOR,
+                read_only: self.disk.read_only,
+                size_max,
+            },
+            // A driver that cannot flush has to be able to rely on every write (virtio 1.2, 5.2.6.2).
+            write_through: !has(self.acked, VIRTIO_BLK_F_FLUSH),
+            kick: kick.clone(),
+            call: vring.call.clone(),
+            err: vring.err.clone(),
+            interrupt,
+        };
+        self.vrings[index].worker.start(start).map_err(internal)
+    }
+
+    /// Replaces a descriptor of a ring, which may run.
+    fn replace(&mut self, index: u8, change: impl FnOnce(&mut Vring)) -> Result<()> {
+        let index = self.index(index.into())?;
+        let was_running = self.pause(index)?;
+        change(&mut self.vrings[index]);
+        self.settle(index, was_running)
+    }
+
+    fn try_set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.offered != 0 {
+            return Err(Error::InvalidOperation("a feature was not offered"));
+        }
+        if features != self.acked && self.any_running() {
+            return Err(Error::InvalidOperation("features cannot change while a ring runs"));
+        }
+        self.acked = features;
+        Ok(())
+    }
+
+    fn try_set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> Result<()> {
+        let table = MemTable::map(regions, files).map_err(internal)?;
+        self.stop()?;
+        self.memory = Some(table);
+        (0..self.vrings.len()).try_for_each(|index| self.settle(index, false))
+    }
+
+    fn try_set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let vring = self.stopped(index)?;
+        match u16::try_from(num) {
+            Ok(size) if size.is_power_of_two() && size <= QUEUE_SIZE => vring.size = size,
+            _ => return Err(Error::InvalidOperation("a ring has 1, 2, 4, ... or 256 entries")),
+        }
+        Ok(())
+    }
+
+    fn try_set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        addresses: Addresses,
+    ) -> Result<()> {
+        if !flags.is_empty() {
+            return Err(Error::InvalidOperation("logging was not offered"));
+        }
+        self.stopped(index)?.addresses = Some(addresses);
+        self.settle(index as usize, false)
+    }
+
+    fn try_set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let vring = self.stopped(index)?;
+        vring.next_avail =
+            u16::try_from(base).map_err(|_| Error::InvalidOperation("a ring index has 16 bits"))?;
+        Ok(())
+    }
+
+    fn try_set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let fd = fd.ok_or(Error::InvalidOperation("a ring without a kick descriptor"))?;
+        self.replace(index, |vring| vring.kick = Some(Arc::new(fd.into())))
+    }
+
+    fn try_set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let index = self.index(index)?;
+        self.vrings[index].enabled = enable;
+        if enable { self.settle(index, false) } else { self.pause(index).map(|_| ()) }
+    }
+
+    /// Everything but the memory is as it was before the front end came.
+    fn reset(&mut self) -> Result<()> {
+        self.stop()?;
+        self.acked = 0;
+        for vring in &mut self.vrings {
+            vring.forget();
+            (vring.size, vring.addresses, vring.next_avail) = (QUEUE_SIZE, None, 0);
+            (vring.err, vring.enabled) = (None, false);
+        }
+        Ok(())
+    }
+}
+
+impl Vring {
+    /// Closes the descriptors of a ring that has stopped.
+    fn forget(&mut self) {
+        (self.kick, self.call) = (None, None);
+    }
+}
+
+fn internal(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(std::io::Error::other(super::chain(&error).to_string()))
+}
+
+/// Makes writing to a descriptor of the front end's never wait.
+fn non_blocking(fd: Option<File>) -> Result<Option<Arc<File>>> {
+    let Some(file) = fd else { return Ok(None) };
+    let wrap = |e| Error::ReqHandlerError(std::io::Error::from(e));
+    let flags = fcntl(file.as_fd(), FcntlArg::F_GETFL).map_err(wrap)?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags)).map_err(wrap)?;
+    Ok(Some(Arc::new(file)))
+}
+
+/// The answer to messages that belong to features that are not offered.
+fn not_offered<T>() -> Result<T> {
+    Err(Error::InvalidOperation("this message was not offered"))
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        let result = self.reset();
+        self.acknowledge(result)
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        let result = self.reset();
+        self.acknowledge(result)
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let result = self.try_set_features(features);
+        self.acknowledge(result)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let offered = self.get_protocol_features()?;
+        let result = match VhostUserProtocolFeatures::from_bits(features) {
+            Some(features) if offered.contains(features) => {
+                self.protocol = features;
+                Ok(())
+            }
+            _ => Err(Error::InvalidOperation("a protocol feature was not offered")),
+        };
+        self.acknowledge(result)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        ctx: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let result = self.try_set_mem_table(ctx, files);
+        self.acknowledge(result).map(|()| None)
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let result = self.try_set_vring_num(index, num);
+        self.acknowledge(result)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Addresses { descriptors: descriptor, avail: available, used };
+        let result = self.try_set_vring_addr(index, flags, addresses);
+        self.acknowledge(result)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let result = self.try_set_vring_base(index, base);
+        self.acknowledge(result)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let at = self.index(index)?;
+        self.pause(at)?;
+        self.vrings[at].forget();
+        Ok(VhostUserVringState::new(index, self.vrings[at].next_avail.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_vring_kick(index, fd);
+        self.acknowledge(result)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = non_blocking(fd).and_then(|fd| self.replace(index, |vring| vring.call = fd));
+        self.acknowledge(result)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = non_blocking(fd).and_then(|fd| self.replace(index, |vring| vring.err = fd));
+        self.acknowledge(result)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let result = self.try_set_vring_enable(index, enable);
+        self.acknowledge(result)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        // The size was checked against the message, so it is small.
+        let at = |i: u32| self.config.get(offset.saturating_add(i) as usize);
+        Ok((0..size).map(|i| at(i).copied().unwrap_or(0)).collect())
+    }
+
+    fn set_config(
+        &mut self,
+        _offset: u32,
+        _buf: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> Result<()> {
+        self.acknowledge(Err(Error::InvalidOperation("the configuration space cannot be written")))
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        not_offered()
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        not_offered()
+    }
+
+    fn add_mem_region(
+        &mut self,
+        _region: &VhostUserSingleMemoryRegion,
+        _fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        not_offered()
+    }
+
+    fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        not_offered()
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered()
+    }
+}

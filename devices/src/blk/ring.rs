@@ -1,0 +1,259 @@
+//! One virtqueue from the device's side: chains out, used entries in, and who
+//! has to be woken for it.
+
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::config::QUEUE_SIZE;
+use super::memory::Memory;
+
+/// Where the parts of a ring are, and where to go on in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    /// Entries: a power of two up to [`QUEUE_SIZE`].
+    pub size: u16,
+    /// Descriptor table.
+    pub descriptors: GuestAddress,
+    /// Available ring.
+    pub avail: GuestAddress,
+    /// Used ring.
+    pub used: GuestAddress,
+    /// First available entry not taken yet.
+    pub next_avail: u16,
+    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+}
+
+/// A ring that cannot be used, or not any longer.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// A part is misaligned, or the size is not one a queue may have.
+    #[error("setting up a ring of {size} entries")]
+    Setup {
+        /// Entries asked for.
+        size: u16,
+        /// What is wrong with it.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// A part is not in guest memory.
+    #[error("a ring of {size} entries is not wholly in guest memory")]
+    Outside {
+        /// Entries asked for.
+        size: u16,
+    },
+    /// The driver made more entries available than the ring has, or used a
+    /// descriptor number beyond its table.
+    #[error("driver broke the ring")]
+    Poisoned(#[source] virtio_queue::Error),
+    /// Guest memory refused an access.
+    #[error("accessing the ring")]
+    Access(#[source] GuestMemoryError),
+}
+
+/// A ring in use. All of it was checked to be in guest memory.
+#[derive(Debug)]
+pub(super) struct Ring<'m> {
+    memory: &'m Memory,
+    queue: Queue,
+}
+
+impl<'m> Ring<'m> {
+    /// Checks `layout` and goes on where it says; used entries go on behind those
+    /// the used ring has.
+    pub fn new(memory: &'m Memory, layout: &Layout) -> Result<Ring<'m>, RingError> {
+        let size = layout.size;
+        let setup = |source| RingError::Setup { size, source };
+        let mut queue = Queue::new(QUEUE_SIZE).map_err(setup)?;
+        queue.try_set_size(size).map_err(setup)?;
+        queue.try_set_desc_table_address(layout.descriptors).map_err(setup)?;
+        queue.try_set_avail_ring_address(layout.avail).map_err(setup)?;
+        queue.try_set_used_ring_address(layout.used).map_err(setup)?;
+        queue.set_event_idx(layout.event_idx);
+        queue.set_next_avail(layout.next_avail);
+        queue.set_ready(true);
+        if !queue.is_valid(memory) {
+            return Err(RingError::Outside { size });
+        }
+        let used = queue.used_idx(memory, Ordering::Acquire).map_err(setup)?;
+        queue.set_next_used(used.0);
+        Ok(Ring { memory, queue })
+    }
+
+    /// First available entry not taken yet.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Entries, which is also the most chains one batch can have.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// True when the driver has made a chain available. One load.
+    pub fn has_work(&self) -> Result<bool, RingError> {
+        let idx =
+            self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
+        Ok(idx.0 != self.queue.next_avail())
+    }
+
+    /// Takes the next available chain.
+    pub fn pop(&mut self) -> Result<Option<DescriptorChain<&'m Memory>>, RingError> {
+        let chain = self.queue.iter(self.memory).map_err(RingError::Poisoned)?.next();
+        match chain {
+            Some(chain) if chain.head_index() >= self.queue.size() => {
+                Err(RingError::Poisoned(virtio_queue::Error::InvalidDescriptorIndex))
+            }
+            chain => Ok(chain),
+        }
+    }
+
+    /// Gives the chain that starts at `head` back; the driver sees it at once.
+    pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        self.queue.add_used(self.memory, head, len).map_err(RingError::Poisoned)
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last call.
+    pub fn wants_interrupt(&mut self) -> Result<bool, RingError> {
+        if self.queue.event_idx_enabled() {
+            return self.queue.needs_notification(self.memory).map_err(RingError::Poisoned);
+        }
+        // The used index must be visible before the flag is read.
+        fence(Ordering::SeqCst);
+        let flags = self
+            .memory
+            .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(RingError::Access)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver for no kicks: the ring is being looked at anyway.
+    pub fn suppress_kicks(&mut self) -> Result<(), RingError> {
+        self.queue.disable_notification(self.memory).map_err(RingError::Poisoned)
+    }
+
+    /// Asks the driver for a kick at the next chain. True if one came meanwhile.
+    pub fn request_kicks(&mut self) -> Result<bool, RingError> {
+        self.queue.enable_notification(self.memory).map_err(RingError::Poisoned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::mock::MockSplitQueue;
+
+    /// Not where the mock puts it, which is over its own available ring.
+    const USED: GuestAddress = GuestAddress(0x8000);
+
+    fn layout(queue: &MockSplitQueue<'_, Memory>, event_idx: bool) -> Layout {
+        Layout {
+            size: 16,
+            descriptors: queue.desc_table_addr(),
+            avail: queue.avail_addr(),
+            used: USED,
+            next_avail: 0,
+            event_idx,
+        }
+    }
+
+    fn memory() -> Memory {
+        Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory")
+    }
+
+    #[test]
+    fn bad_layouts_are_refused() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let good = layout(&queue, false);
+        assert!(Ring::new(&memory, &good).is_ok());
+        let odd = |l: Layout| matches!(Ring::new(&memory, &l), Err(RingError::Setup { .. }));
+        assert!(odd(Layout { size: 0, ..good }));
+        assert!(odd(Layout { size: 12, ..good }));
+        assert!(odd(Layout { size: 512, ..good }));
+        assert!(odd(Layout { descriptors: GuestAddress(8), ..good }));
+        assert!(odd(Layout { avail: GuestAddress(1), ..good }));
+        assert!(odd(Layout { used: GuestAddress(2), ..good }));
+        let out = |l: Layout| matches!(Ring::new(&memory, &l), Err(RingError::Outside { .. }));
+        assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good }));
+        assert!(out(Layout { avail: GuestAddress(0xfff0), ..good }));
+        assert!(out(Layout { used: GuestAddress(u64::MAX - 3), ..good }));
+    }
+
+    #[test]
+    fn an_index_too_far_ahead_poisons() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        assert!(!ring.has_work().expect("look"));
+        queue.avail().idx().store(16);
+        assert!(ring.pop().expect("a full ring is fine").is_some());
+        queue.avail().idx().store(18);
+        assert!(ring.has_work().expect("look"));
+        assert!(matches!(ring.pop(), Err(RingError::Poisoned(_))));
+    }
+
+    #[test]
+    fn a_head_beyond_the_table_poisons() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        queue.avail().ring().ref_at(0).expect("entry").store(16);
+        queue.avail().idx().store(1);
+        assert!(matches!(ring.pop(), Err(RingError::Poisoned(_))));
+    }
+
+    #[test]
+    fn used_entries_go_on_behind_the_old_ones() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let read = |at: u64| memory.read_obj::<u32>(GuestAddress(USED.0 + at)).expect("read");
+        memory.write_obj(5u16, GuestAddress(USED.0 + 2)).expect("write");
+        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        ring.push_used(3, 77).expect("used");
+        assert_eq!(read(0) >> 16, 6);
+        assert_eq!((read(4 + 8 * 5), read(4 + 8 * 5 + 4)), (3, 77));
+    }
+
+    #[test]
+    fn the_no_interrupt_flag_counts_without_event_idx() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        ring.push_used(0, 0).expect("used");
+        assert!(ring.wants_interrupt().expect("flags"));
+        memory.write_obj(VRING_AVAIL_F_NO_INTERRUPT as u16, queue.avail_addr()).expect("write");
+        assert!(!ring.wants_interrupt().expect("flags"));
+    }
+
+    #[test]
+    fn event_idx_decides_with_event_idx() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let mut ring = Ring::new(&memory, &layout(&queue, true)).expect("ring");
+        let used_event = GuestAddress(queue.avail_addr().0 + 4 + 2 * 16);
+        memory.write_obj(1u16, used_event).expect("write");
+        ring.push_used(0, 0).expect("used");
+        assert!(!ring.wants_interrupt().expect("index"));
+        ring.push_used(1, 0).expect("used");
+        assert!(ring.wants_interrupt().expect("index"));
+        assert!(!ring.wants_interrupt().expect("nothing new"));
+    }
+
+    #[test]
+    fn kicks_are_asked_for_only_before_sleep() {
+        let memory = memory();
+        let queue = MockSplitQueue::new(&memory, 16);
+        let used_flags = || memory.read_obj::<u16>(USED).expect("flags");
+        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        ring.suppress_kicks().expect("suppress");
+        assert_eq!(used_flags(), 1);
+        assert!(!ring.request_kicks().expect("request"));
+        assert_eq!(used_flags(), 0);
+        queue.avail().idx().store(1);
+        assert!(ring.request_kicks().expect("request"), "a chain in the gap is not lost");
+    }
+}

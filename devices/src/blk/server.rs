@@ -1,0 +1,231 @@
+//! The service of one ring: take every available chain, answer it, interrupt
+//! once, poll for a while, sleep.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_queue::DescriptorChain;
+use vm_memory::Bytes;
+
+use super::counters::Counters;
+use super::execute::{Disk, Engine};
+use super::memory::Memory;
+use super::poll::PollWindow;
+use super::request::{Operation, Parser, Refusal, Request};
+use super::ring::{Ring, RingError};
+use super::worker::{Control, Start, signal};
+
+/// What a queue's thread has for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Server {
+    control: Arc<Control>,
+    disk: Arc<Disk>,
+    counters: Arc<Counters>,
+    poll: Duration,
+    /// An unusable image is reported once, not once a request.
+    reported: AtomicBool,
+}
+
+/// Why the service of a ring ended.
+enum End {
+    Stopped,
+    Broken(RingError),
+}
+
+impl From<RingError> for End {
+    fn from(error: RingError) -> End {
+        End::Broken(error)
+    }
+}
+
+impl Server {
+    pub fn new(
+        control: Arc<Control>,
+        disk: Arc<Disk>,
+        counters: Arc<Counters>,
+        poll: Duration,
+    ) -> Server {
+        Server { control, disk, counters, poll, reported: AtomicBool::new(false) }
+    }
+
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Serves a ring until told to stop; returns the first available entry not taken.
+    pub fn serve(&self, start: &Start) -> u16 {
+        let mut ring = match Ring::new(&start.memory, &start.layout) {
+            Ok(ring) => ring,
+            Err(error) => {
+                self.give_up(start, &error);
+                return start.layout.next_avail;
+            }
+        };
+        if start.interrupt {
+            signal(start.call.as_ref());
+        }
+        match self.run(start, &mut ring) {
+            Ok(never) => match never {},
+            Err(End::Stopped) => {}
+            Err(End::Broken(error)) => self.give_up(start, &error),
+        }
+        ring.next_avail()
+    }
+
+    /// Leaves a broken ring alone until the front end takes it back.
+    fn give_up(&self, start: &Start, error: &RingError) {
+        self.counters.poisoned();
+        tracing::warn!(error = %super::chain(error), "ring is stopped until the device is reset");
+        // The driver may be waiting for what was answered before.
+        signal(start.call.as_ref());
+        signal(start.err.as_ref());
+        while !self.stopping() {
+            self.wait();
+        }
+    }
+
+    fn run<'m>(&self, start: &'m Start, ring: &mut Ring<'m>) -> Result<Infallible, End> {
+        let mut parser = Parser::new(&start.memory, start.limits);
+        let mut engine = Engine::new(start.write_through);
+        let mut window = PollWindow::new(self.poll);
+        ring.suppress_kicks()?;
+        loop {
+            while self.batch(ring, &mut parser, &mut engine)? {
+                if ring.wants_interrupt()? {
+                    signal(start.call.as_ref());
+                }
+            }
+            let idle = (!self.poll.is_zero()).then(Instant::now);
+            let until = idle.map(|since| since + window.length());
+            if !self.poll(ring, until)? {
+                if !ring.request_kicks()? {
+                    self.sleep(ring)?;
+                }
+                ring.suppress_kicks()?;
+            }
+            if let Some(since) = idle {
+                window.observe(since.elapsed());
+            }
+        }
+    }
+
+    /// Serves what is available, up to a ring full. False if that was nothing.
+    fn batch<'m>(
+        &self,
+        ring: &mut Ring<'m>,
+        parser: &mut Parser<'m>,
+        engine: &mut Engine,
+    ) -> Result<bool, End> {
+        for served in 0..ring.size() {
+            if self.stopping() {
+                // What was served still has its interrupt to come.
+                return if served > 0 { Ok(true) } else { Err(End::Stopped) };
+            }
+            let Some(chain) = ring.pop()? else { return Ok(served > 0) };
+            let head = chain.head_index();
+            let len = self.answer(chain, parser, engine);
+            ring.push_used(head, len)?;
+        }
+        Ok(true)
+    }
+
+    /// Executes one chain and writes its status; returns the length for its used entry.
+    fn answer<'m>(
+        &self,
+        chain: DescriptorChain<&'m Memory>,
+        parser: &mut Parser<'m>,
+        engine: &mut Engine,
+    ) -> u32 {
+        let request = match parser.parse(chain) {
+            Ok(request) => request,
+            Err(broken) => {
+                tracing::debug!(%broken, "unanswerable request");
+                self.counters.failed();
+                return 0;
+            }
+        };
+        let mut filled = 0;
+        let status = self.execute(&request, engine, &mut filled);
+        if request.status.write_obj(status, 0).is_err() {
+            return 0;
+        }
+        // The length covers a prefix of the writable bytes that was really written.
+        if filled == request.writable {
+            filled += 1;
+        }
+        u32::try_from(filled).unwrap_or(u32::MAX)
+    }
+
+    fn execute(&self, request: &Request<'_, '_>, engine: &mut Engine, filled: &mut u64) -> u8 {
+        let (operation, data) = match request.body {
+            Ok(body) => body,
+            Err(refusal) => {
+                tracing::debug!(%refusal, "refused request");
+                if !matches!(refusal, Refusal::Type(_)) {
+                    self.counters.failed();
+                }
+                return refusal.status();
+            }
+        };
+        if let Err(error) = engine.execute(&self.disk, operation, data, filled) {
+            self.counters.failed();
+            if !self.reported.swap(true, Ordering::Relaxed) {
+                tracing::warn!(error = %super::chain(&error), ?operation, "disk request failed");
+            }
+            return VIRTIO_BLK_S_IOERR as u8;
+        }
+        let bytes = || data.iter().map(|slice| slice.len() as u64).sum();
+        match operation {
+            Operation::Read(_) => self.counters.read(*filled),
+            Operation::Write(_) => self.counters.wrote(bytes()),
+            Operation::Flush => self.counters.flushed(),
+            Operation::GetId => {}
+        }
+        VIRTIO_BLK_S_OK as u8
+    }
+
+    /// Looks at the ring until a time; true if there is work.
+    fn poll(&self, ring: &Ring<'_>, until: Option<Instant>) -> Result<bool, End> {
+        let Some(until) = until else { return Ok(false) };
+        loop {
+            if ring.has_work()? {
+                return Ok(true);
+            }
+            if self.stopping() {
+                return Err(End::Stopped);
+            }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Sleeps until there is work. Kicks have been asked for.
+    fn sleep(&self, ring: &Ring<'_>) -> Result<(), End> {
+        loop {
+            self.wait();
+            if self.stopping() {
+                return Err(End::Stopped);
+            }
+            if ring.has_work()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sleeps until a kick or a request to stop.
+    fn wait(&self) {
+        let mut events = [EpollEvent::empty()];
+        // Interrupted or failed: the caller looks again, and a stop is always seen.
+        let _ = self.control.epoll.wait(&mut events, EpollTimeout::NONE);
+    }
+
+    fn stopping(&self) -> bool {
+        self.control.stop.load(Ordering::Relaxed)
+    }
+}

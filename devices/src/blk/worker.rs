@@ -1,0 +1,165 @@
+//! The thread that serves one queue.
+//!
+//! A worker is made once, before the process is sealed, and lives as long as the
+//! device. It is idle until it is handed a ring ([`Worker::start`]), serves that
+//! until it is stopped, hands back where it got to, and is idle again. Kicks and
+//! interrupts are eventfds between it and the guest; nobody else is involved.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::counters::Counters;
+use super::execute::Disk;
+use super::memory::Memory;
+use super::request::Limits;
+use super::ring::Layout;
+use super::server::Server;
+
+/// A worker that could not be made, or no longer answers.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Its event descriptors could not be made.
+    #[error("preparing to wait for kicks")]
+    Events(#[source] Errno),
+    /// The thread could not be started.
+    #[error("starting a queue thread")]
+    Thread(#[source] std::io::Error),
+    /// The file descriptor given for kicks cannot be waited for.
+    #[error("waiting for the kick file descriptor")]
+    Kick(#[source] Errno),
+    /// The thread is gone.
+    #[error("queue thread has ended")]
+    Gone,
+}
+
+/// Everything a worker needs to serve a ring.
+#[derive(Debug)]
+pub(super) struct Start {
+    pub memory: Arc<Memory>,
+    pub layout: Layout,
+    pub limits: Limits,
+    /// Writes are durable before they are answered.
+    pub write_through: bool,
+    pub kick: Arc<OwnedFd>,
+    /// Interrupts; none for a driver that polls.
+    pub call: Option<Arc<File>>,
+    /// Told when the ring is found broken.
+    pub err: Option<Arc<File>>,
+    /// Interrupt once at the start: the driver may have missed one.
+    pub interrupt: bool,
+}
+
+/// Shared with the thread.
+#[derive(Debug)]
+pub(super) struct Control {
+    /// The thread is to give its ring back.
+    pub stop: AtomicBool,
+    /// What the thread sleeps on: `wake` and the kicks of its ring.
+    pub epoll: Epoll,
+    wake: EventFd,
+}
+
+/// Handle of a queue's thread. Dropping it ends the thread.
+#[derive(Debug)]
+pub(super) struct Worker {
+    control: Arc<Control>,
+    starts: Option<Sender<Start>>,
+    ends: Receiver<u16>,
+    running: Option<Arc<OwnedFd>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Makes the idle thread of queue `index`.
+    pub fn spawn(
+        index: u16,
+        disk: Arc<Disk>,
+        counters: Arc<Counters>,
+        poll: Duration,
+    ) -> Result<Worker, WorkerError> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(WorkerError::Events)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(WorkerError::Events)?;
+        watch(&epoll, &wake).map_err(WorkerError::Events)?;
+        let control = Arc::new(Control { stop: AtomicBool::new(false), epoll, wake });
+        let (starts, start) = channel();
+        let (end, ends) = channel();
+        let server = Server::new(control.clone(), disk, counters, poll);
+        let thread = thread::Builder::new()
+            .name(format!("blk-q{index}"))
+            .spawn(move || {
+                while let Ok(ring) = start.recv() {
+                    let next_avail = server.serve(&ring);
+                    server.control().stop.store(false, Ordering::Relaxed);
+                    if end.send(next_avail).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(WorkerError::Thread)?;
+        Ok(Worker { control, starts: Some(starts), ends, running: None, thread: Some(thread) })
+    }
+
+    /// Hands the idle worker a ring, whose layout the caller has checked.
+    pub fn start(&mut self, start: Start) -> Result<(), WorkerError> {
+        debug_assert!(self.running.is_none(), "a worker serves one ring at a time");
+        let kick = start.kick.clone();
+        watch(&self.control.epoll, &*kick).map_err(WorkerError::Kick)?;
+        let starts = self.starts.as_ref().ok_or(WorkerError::Gone)?;
+        starts.send(start).map_err(|_| WorkerError::Gone)?;
+        self.running = Some(kick);
+        Ok(())
+    }
+
+    /// Whether it has a ring.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Takes the ring back after the request it is at; `None` if it has none.
+    /// Returns the first available entry it has not taken; all it took is answered.
+    pub fn stop(&mut self) -> Result<Option<u16>, WorkerError> {
+        let Some(kick) = self.running.take() else { return Ok(None) };
+        self.control.stop.store(true, Ordering::Release);
+        // Fails only when the counter is full, and then the thread is awake already.
+        let _ = self.control.wake.write(1);
+        let next_avail = self.ends.recv().map_err(|_| WorkerError::Gone)?;
+        // The thread waits for a ring now, not for kicks. A closed fd would have
+        // left the set by itself only with its last duplicate, which others hold.
+        self.control.epoll.delete(&*kick).map_err(WorkerError::Events)?;
+        Ok(Some(next_avail))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.stop();
+        self.starts = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Adds an eventfd, edge-triggered: each write to it wakes, and it is never read,
+/// which saves a system call a kick and cannot block whatever the fd really is.
+fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
+    epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0))
+}
+
+/// Adds one to an eventfd of the front end's, which was made non-blocking. A full
+/// counter means that nobody has looked for 2^64 events.
+pub(super) fn signal(event: Option<&Arc<File>>) {
+    if let Some(file) = event {
+        let _ = nix::unistd::write(&**file, &1u64.to_ne_bytes());
+    }
+}

@@ -1,0 +1,111 @@
+//! A virtio disk: the VMM's end of a block cell.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use cellblock_devices::protocol::{BlkStart, Start};
+use cellblock_seccomp::filter::FilterError;
+use cellblock_seccomp::spawner::Spawner;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use super::launch::{Common, launch};
+use super::{Cell, CellError};
+use crate::event::event;
+use crate::spec::{DiskSpec, OpenedDisk};
+use crate::vcpu::Kicks;
+use crate::transport::front_end::{FrontEnd, FrontEndError};
+use crate::transport::mmio::VirtioMmio;
+use crate::vm::kvm::{KvmError, Machine};
+use crate::vm::layout::VirtioSlot;
+use crate::vm::memory::GuestRam;
+
+/// Bytes of `struct virtio_blk_config` (virtio 1.2 section 5.2.4).
+const CONFIG_LEN: u32 = 60;
+
+/// A disk that could not be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Its process.
+    #[error(transparent)]
+    Cell(#[from] CellError),
+    /// Its vhost-user connection.
+    #[error(transparent)]
+    FrontEnd(#[from] FrontEndError),
+    /// A socket or an event.
+    #[error("creating the connections of {id}")]
+    Connect {
+        /// The disk.
+        id: String,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Its doorbell or interrupt.
+    #[error("connecting {id} to the guest")]
+    Kvm {
+        /// The disk.
+        id: String,
+        /// The reason.
+        #[source]
+        source: KvmError,
+    },
+}
+
+/// A disk whose process has been asked for.
+#[derive(Debug)]
+pub struct StartingDisk {
+    /// The process.
+    pub cell: Cell,
+    socket: UnixStream,
+}
+
+/// Asks for the process of `disk`.
+pub fn start(
+    spawner: &mut Spawner,
+    common: Common,
+    spec: &DiskSpec,
+    disk: &OpenedDisk,
+) -> Result<StartingDisk, DiskError> {
+    let id = spec.id();
+    let (near, far) = UnixStream::pair()
+        .map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
+    let start = Start::Blk(BlkStart {
+        read_only: disk.read_only,
+        size: disk.size,
+        serial: disk.serial.clone(),
+        queues: 1,
+        poll_us: spec.poll_us,
+    });
+    let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
+    Ok(StartingDisk { cell, socket: near })
+}
+
+/// Negotiates with the process, and connects doorbell and interrupt at `slot`.
+pub fn connect(
+    machine: &Machine,
+    ram: &Arc<GuestRam>,
+    slot: VirtioSlot,
+    starting: StartingDisk,
+    kicks: Arc<Kicks>,
+    on_thread: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
+) -> Result<(Cell, VirtioMmio), DiskError> {
+    let StartingDisk { cell, socket } = starting;
+    let id = cell.id().to_string();
+    let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
+    let kvm = |source| DiskError::Kvm { id: id.clone(), source };
+
+    let front_end = FrontEnd::start(&id, socket, CONFIG_LEN, ram.clone(), on_thread)?;
+    let opening = front_end.open();
+
+    let (kick, call, err) = (event()?, event()?, event()?);
+    machine.irqfd(&call, slot.gsi).map_err(kvm)?;
+    machine.virtio_doorbell(&kick, slot.base, 0).map_err(kvm)?;
+    // Nobody reads it: acknowledging a used buffer needs no one's attention.
+    machine.virtio_ack(&event()?, slot.base).map_err(kvm)?;
+
+    let info = front_end.wait(&opening)?;
+    let device =
+        VirtioMmio::new(&id, VIRTIO_ID_BLOCK, info, ram.clone(), front_end, vec![kick], call, err, kicks);
+    Ok((cell, device))
+}

@@ -1,0 +1,207 @@
+//! The demo's VM: a child process, its console and its control socket.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::show::{self, bad};
+use super::{DemoError, PATIENCE};
+use crate::control::client::Client;
+use crate::control::protocol::{Process, Reply, Request};
+use crate::guest::BARE_GUEST;
+
+pub(super) struct DemoVm {
+    /// When it was started.
+    pub(super) started: Instant,
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<(String, Instant)>,
+    seen: Vec<String>,
+    client: Option<Client>,
+    dir: TemporaryDir,
+}
+
+fn system(what: &'static str) -> impl Fn(std::io::Error) -> DemoError {
+    move |source| DemoError::System { what, source }
+}
+
+impl DemoVm {
+    pub(super) fn start(memory: u64, disk: u64, work: u64) -> Result<DemoVm, DemoError> {
+        let dir = TemporaryDir::new().map_err(system("making a temporary directory"))?;
+        fs::write(dir.kernel(), BARE_GUEST).map_err(system("writing the built-in guest"))?;
+        File::create(dir.disk())
+            .and_then(|file| file.set_len(disk << 20))
+            .map_err(system("making a disk image"))?;
+        let program = std::env::current_exe().map_err(system("finding the cellblock program"))?;
+
+        let started = Instant::now();
+        let mut child = Command::new(program)
+            .args(["run", "--die-with-parent", "-c", "1", "-m", &format!("{memory}M")])
+            .args(["--cmdline", &format!("mode=demo mib={work}")])
+            .arg("--kernel")
+            .arg(dir.kernel())
+            .arg("--disk")
+            .arg(dir.disk())
+            .arg("--control")
+            .arg(dir.control())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(system("starting cellblock run"))?;
+        let input = child.stdin.take().expect("stdin was piped");
+        let output = child.stdout.take().expect("stdout was piped");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                let line = line.trim_end().to_string();
+                if sender.send((line, Instant::now())).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(DemoVm { started, child, input, lines, seen: Vec::new(), client: None, dir })
+    }
+
+    /// Waits for a console line that contains `text`; prints what comes.
+    pub(super) fn wait_for(&mut self, text: &str) -> Result<(String, Instant), DemoError> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok((line, at)) => {
+                    show::console(&line);
+                    self.seen.push(line.clone());
+                    if line.contains("FAIL") {
+                        return Err(bad(format!("the guest found a fault: {line}")));
+                    }
+                    if line.contains(text) {
+                        return Ok((line, at));
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(bad(format!("the guest did not print {text:?} in {PATIENCE:?}")));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(bad(format!("the VM ended before it printed {text:?}")));
+                }
+            }
+        }
+    }
+
+    /// A line that came within `time`, if one did.
+    pub(super) fn quiet_for(&mut self, time: Duration) -> Option<String> {
+        self.lines.recv_timeout(time).ok().map(|(line, _)| line)
+    }
+
+    /// The last line so far that contains `text`.
+    pub(super) fn seen(&self, text: &str) -> Option<String> {
+        self.seen.iter().rev().find(|line| line.contains(text)).cloned()
+    }
+
+    /// Types at the console.
+    pub(super) fn say(&mut self, bytes: &[u8]) -> Result<(), DemoError> {
+        self.input
+            .write_all(bytes)
+            .and_then(|()| self.input.flush())
+            .map_err(system("typing at the guest's console"))
+    }
+
+    /// Asks over the control socket.
+    pub(super) fn ask(&mut self, request: Request) -> Result<Reply, DemoError> {
+        let client = match &mut self.client {
+            Some(client) => client,
+            none => none.insert(Client::connect(&self.dir.control())?),
+        };
+        Ok(client.ask(request)?.0)
+    }
+
+    /// Guest memory that is counted in the processes' proportional sizes, in KiB.
+    pub(super) fn resident_ram_kib(&self, processes: &[Process]) -> Result<u64, DemoError> {
+        let mut total = 0;
+        for process in processes {
+            let smaps = fs::read_to_string(format!("/proc/{}/smaps", process.pid))
+                .map_err(system("reading the memory map of a device process"))?;
+            let mut ram = false;
+            for line in smaps.lines() {
+                let mut words = line.split_whitespace();
+                let first = words.next().unwrap_or_default();
+                if first.contains('-') {
+                    ram = line.contains(crate::vm::memory::MEMFD_NAME);
+                } else if ram && first == "Pss:" {
+                    total += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
+                }
+            }
+        }
+        Ok(total)
+    }
+
+    /// Checks that the first `mib` of the image are no longer empty.
+    pub(super) fn check_disk(&self, mib: u64) -> Result<(), DemoError> {
+        let reading = system("reading the disk image");
+        let mut file = File::open(self.dir.disk()).map_err(&reading)?;
+        let mut block = [0; 4096];
+        for n in 0..mib << 8 {
+            file.read_exact(&mut block).map_err(&reading)?;
+            if block.iter().all(|byte| *byte == 0) {
+                return Err(bad(format!("block {n} of the image is empty")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the end.
+    pub(super) fn finish(mut self) -> Result<(), DemoError> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.child.try_wait().map_err(system("waiting for the VM"))? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => return Err(bad(format!("the VM ended with {status}"))),
+                None if Instant::now() > end => {
+                    return Err(bad(format!("the VM did not end in {PATIENCE:?}")));
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+}
+
+impl Drop for DemoVm {
+    fn drop(&mut self) {
+        // Already over, unless a step failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A directory only we can enter, removed with everything in it.
+struct TemporaryDir(PathBuf);
+
+impl TemporaryDir {
+    fn new() -> std::io::Result<TemporaryDir> {
+        let path = std::env::temp_dir().join(format!("cellblock-demo-{}", std::process::id()));
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(TemporaryDir(path))
+    }
+
+    fn kernel(&self) -> PathBuf {
+        self.0.join("guest")
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.0.join("disk")
+    }
+
+    fn control(&self) -> PathBuf {
+        Path::new(&self.0).join("control")
+    }
+}
+
+impl Drop for TemporaryDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,126 @@
+//! What a driver told us about a virtqueue, checked before anyone believes it.
+
+use crate::vm::memory::GuestRam;
+
+/// The largest queue a device offers (QueueNumMax).
+pub const QUEUE_SIZE_MAX: u16 = 256;
+
+/// A split virtqueue as the driver set it up: addresses are guest-physical.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueConfig {
+    /// Entries: a power of two, at most [`QUEUE_SIZE_MAX`].
+    pub size: u16,
+    /// The driver set QueueReady.
+    pub ready: bool,
+    /// Descriptor table, 16 bytes an entry, aligned to 16.
+    pub desc: u64,
+    /// Avail ring, 6 bytes and 2 an entry, aligned to 2.
+    pub avail: u64,
+    /// Used ring, 6 bytes and 8 an entry, aligned to 4.
+    pub used: u64,
+}
+
+/// Where the parts of a queue are mapped in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedQueue {
+    /// Host address of the descriptor table.
+    pub desc: u64,
+    /// Host address of the avail ring.
+    pub avail: u64,
+    /// Host address of the used ring.
+    pub used: u64,
+}
+
+/// A queue no device may be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// Not a power of two in range.
+    #[error("queue size {0} is not a power of two from 1 to {QUEUE_SIZE_MAX}")]
+    Size(u16),
+    /// Virtio 1.2 section 2.7 fixes the alignments.
+    #[error("{part} at {address:#x} is not aligned to {align} bytes")]
+    Misaligned {
+        /// Which part.
+        part: &'static str,
+        /// Its guest-physical address.
+        address: u64,
+        /// The alignment it needs.
+        align: u64,
+    },
+    /// A part lies, in whole or in part, outside one region of guest RAM.
+    #[error("{part} at {address:#x} with {len} bytes is outside guest memory")]
+    Outside {
+        /// Which part.
+        part: &'static str,
+        /// Its guest-physical address.
+        address: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+}
+
+impl QueueConfig {
+    /// Checks size, alignment and bounds (virtio 1.2 section 2.7), and finds the
+    /// parts in this process's mapping of guest RAM.
+    pub fn map(&self, ram: &GuestRam) -> Result<MappedQueue, QueueError> {
+        if self.size == 0 || !self.size.is_power_of_two() || self.size > QUEUE_SIZE_MAX {
+            return Err(QueueError::Size(self.size));
+        }
+        let n = u64::from(self.size);
+        let part = |part, address: u64, align: u64, len: u64| {
+            if !address.is_multiple_of(align) {
+                return Err(QueueError::Misaligned { part, address, align });
+            }
+            ram.regions()
+                .iter()
+                .find(|r| address >= r.gpa && address - r.gpa < r.len)
+                .filter(|r| len <= r.len - (address - r.gpa))
+                .map(|r| r.hva + (address - r.gpa))
+                .ok_or(QueueError::Outside { part, address, len })
+        };
+        Ok(MappedQueue {
+            desc: part("descriptor table", self.desc, 16, 16 * n)?,
+            avail: part("avail ring", self.avail, 2, 6 + 2 * n)?,
+            used: part("used ring", self.used, 4, 6 + 8 * n)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn good() -> QueueConfig {
+        QueueConfig { size: 256, ready: true, desc: 0x1000, avail: 0x2000, used: 0x3000 }
+    }
+
+    #[test]
+    fn only_whole_rings_inside_ram_are_mapped() {
+        let ram = GuestRam::new(32 * MIB).expect("ram");
+        let base = ram.regions()[0].hva;
+        assert_eq!(
+            good().map(&ram),
+            Ok(MappedQueue { desc: base + 0x1000, avail: base + 0x2000, used: base + 0x3000 })
+        );
+        for size in [0, 3, 512, u16::MAX] {
+            assert_eq!(QueueConfig { size, ..good() }.map(&ram), Err(QueueError::Size(size)));
+        }
+        let bad = [
+            QueueConfig { desc: 0x1008, ..good() },
+            QueueConfig { avail: 0x2001, ..good() },
+            QueueConfig { used: 0x3002, ..good() },
+            QueueConfig { desc: 32 * MIB, ..good() },
+            QueueConfig { desc: 32 * MIB - 16, ..good() },
+            QueueConfig { avail: u64::MAX - 1, ..good() },
+            QueueConfig { used: 32 * MIB - 6 - 8 * 256, ..good() },
+        ];
+        for queue in &bad[..6] {
+            assert!(queue.map(&ram).is_err(), "{queue:x?}");
+        }
+        // The last one ends exactly at the end of RAM, but for its alignment.
+        assert_eq!(bad[6].used % 4, 2);
+        assert!(QueueConfig { used: 32 * MIB - 8 - 8 * 256, ..good() }.map(&ram).is_ok());
+    }
+}

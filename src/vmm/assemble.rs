@@ -1,0 +1,217 @@
+//! From a configuration to a machine that is ready to run.
+//!
+//! The order is chosen for a short start: the spawner first, while there is
+//! nothing to inherit; then every cell is asked for; KVM, memory, kernel and
+//! vCPUs are set up while the jails are being built; last the two halves meet.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use cellblock_devices::protocol::ring::{self, Producer};
+use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
+use cellblock_seccomp::{filter, jail, spawner, violation};
+use cellblock_wire::{Access, Mapping, sealed_memfd};
+use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::VmmError;
+use super::event_loop::{DiskFacts, Vm};
+use super::notice::Notifier;
+use super::ports::{KeyboardController, MarkerPort, SleepControl};
+use super::signals::Signals;
+use crate::bus::Bus;
+use crate::cell::launch::{Common, launch, wait_ready};
+use crate::cell::serial::{PORTS, SerialPort};
+use crate::cell::{Cell, blk};
+use crate::config::{Opened, VmConfig};
+use crate::console::OpenedConsole;
+use crate::transport::mmio::WINDOW;
+use crate::event;
+use crate::logging;
+use crate::spec;
+use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vm::kvm::Machine;
+use crate::vm::memory::GuestRam;
+use crate::vm::{acpi, boot, cpu, layout};
+
+/// Guest output kept for a slow console reader, in bytes.
+const CONSOLE_BUFFER: u32 = 1 << 20;
+
+pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
+    let started = Instant::now();
+    let seccomp = config.sandbox.then_some(match config.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
+    });
+    let terminal =
+        matches!(config.serial, spec::SerialSpec::Stdout).then(crate::terminal::stdin_terminal).flatten();
+    let mut spawner = spawner::fork(spawner::Options { restore_terminal: terminal })?;
+    let signals = Signals::install()
+        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
+
+    spec::name_disks(&mut config.disks)?;
+    if config.disks.len() > layout::VIRTIO_SLOTS {
+        return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_SLOTS));
+    }
+    let Opened { kernel, initrd, disks, control, console } = config.open()?;
+    let OpenedConsole { endpoint, fds: console_fds, terminal, note, keep } = console;
+    if let Some(note) = note {
+        logging::tell(&note);
+    }
+
+    // The cells are asked for first and waited for last.
+    let common =
+        Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let com1 = SerialEnds::new()?;
+    let start = Start::Serial(SerialStart {
+        endpoint,
+        escape: terminal.is_some(),
+        buffer: CONSOLE_BUFFER,
+    });
+    let mut fds: Vec<BorrowedFd<'_>> =
+        vec![com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
+    fds.extend(console_fds.iter().map(|fd| fd.as_fd()));
+    let mut serial = launch(&mut spawner, common, "com1", start, &fds, None)?;
+    drop(console_fds);
+    let mut starting = config
+        .disks
+        .iter()
+        .zip(&disks)
+        .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk))
+        .collect::<Result<Vec<_>, _>>()?;
+
+    let ram = Arc::new(GuestRam::new(config.memory)?);
+    let machine = Machine::new(&ram)?;
+    let slots: Vec<_> = (0..disks.len()).map(layout::virtio_slot).collect();
+    let rsdp = acpi::write(&ram, config.cpus, &slots)?;
+    let cmdline = [config.cmdline.as_str(), &boot::cmdline_words(&slots)].join(" ");
+    let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
+    let vcpu_fds = cpu::create_all(&machine, &ram, config.cpus, &entry)?;
+    machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
+
+    // Everything is open. What follows starts threads, each of which confines itself.
+    if seccomp.is_some() {
+        jail::drop_vmm_privileges()?;
+        let page = violation::new_page()?;
+        let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
+        violation::install(page, "vmm")?;
+    }
+
+    let mut waiting: Vec<&mut Cell> = vec![&mut serial];
+    waiting.extend(starting.iter_mut().map(|disk| &mut disk.cell));
+    wait_ready(&mut waiting, &mut spawner)?;
+
+    let kicks = Kicks::new(usize::from(config.cpus));
+    let ring = Arc::new(com1.producer(kicks.len())?);
+    let notifier = Notifier::new()
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+
+    let mut mmio = Bus::builder();
+    let mut cells = vec![serial];
+    let mut devices = Vec::new();
+    for (starting, slot) in starting.into_iter().zip(&slots) {
+        let (cell, device) = blk::connect(
+            &machine,
+            &ram,
+            *slot,
+            starting,
+            kicks.clone(),
+            confine(seccomp),
+        )?;
+        let device = Arc::new(device);
+        mmio = mmio.add(slot.base, WINDOW, device.clone())?;
+        devices.push((cell.id().to_string(), device));
+        cells.push(cell);
+    }
+    let pio = Bus::builder()
+        .add(layout::SERIAL_PORT, PORTS, Arc::new(SerialPort::new(ring.clone(), kicks.clone())))?
+        .add(layout::I8042_PORT, 5, Arc::new(KeyboardController))?
+        .add(layout::SLEEP_PORT, 2, Arc::new(SleepControl))?
+        .add(layout::MARKER_PORT, 1, Arc::new(MarkerPort(notifier.clone())))?
+        .build();
+
+    let waker = ring.clone();
+    kicks.on_kick(move |vcpu| waker.kick(vcpu));
+    for (_, device) in &devices {
+        let device = device.clone();
+        kicks.on_kick(move |vcpu| device.kick(vcpu));
+    }
+    let (exit, ended) = vcpu::exit_notice()
+        .map_err(|source| VmmError::System { what: "creating an event", source })?;
+    let vcpus = Vcpus::start(
+        vcpu_fds,
+        vcpu::Config {
+            on_thread_start: seccomp.map(vcpu_filter),
+            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio.build()), exit)
+        },
+    )?;
+
+    // Last, because threads inherit the filter of the thread that starts them.
+    confine(seccomp)()?;
+    Ok(Vm {
+        started,
+        _machine: machine,
+        ram,
+        vcpus,
+        ended,
+        ring,
+        cells,
+        devices,
+        disks: facts(&config.disks, &disks),
+        spawner,
+        control,
+        notifier,
+        signals,
+        _terminal: terminal,
+        _console: keep,
+        events: Vec::new(),
+        asked_to_stop: false,
+        asked_for_processes: Vec::new(),
+    })
+}
+
+/// The two ends of COM1 before they meet.
+struct SerialEnds {
+    memfd: OwnedFd,
+    doorbell: OwnedFd,
+    irq: EventFd,
+}
+
+impl SerialEnds {
+    fn new() -> Result<SerialEnds, VmmError> {
+        let system = |source| VmmError::System { what: "creating an event", source };
+        let memfd = sealed_memfd("cellblock-com1", ring::RING_BYTES as u64)?;
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let doorbell = NixEventFd::from_flags(flags).map_err(|e| system(e.into()))?;
+        Ok(SerialEnds { memfd, doorbell: doorbell.into(), irq: event::event().map_err(system)? })
+    }
+
+    fn producer(self, vcpus: usize) -> Result<Producer, VmmError> {
+        let mapping = Mapping::new(&self.memfd, ring::RING_BYTES, Access::ReadWrite)?;
+        Ok(Producer::new(mapping, self.doorbell, vcpus)?)
+    }
+}
+
+fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts> {
+    specs
+        .iter()
+        .zip(disks)
+        .map(|(spec, disk)| DiskFacts {
+            id: spec.id().to_string(),
+            size: disk.size,
+            read_only: disk.read_only,
+        })
+        .collect()
+}
+
+fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
+    Arc::new(move |_| {
+        filter::apply(filter::Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e))
+    })
+}
+
+/// Confines a device's front-end thread. A thread that cannot be confined must not run.
+fn confine(mode: Option<filter::Mode>) -> impl FnOnce() -> Result<(), filter::FilterError> + Send {
+    move || mode.map_or(Ok(()), |mode| filter::apply(filter::Policy::VmmMain, mode))
+}

@@ -1,0 +1,357 @@
+//! The main thread while the guest runs: it waits, and answers what comes.
+//!
+//! Nothing on a guest's data path comes by here. What does: the end of a vCPU,
+//! control requests, messages and deaths of device processes, signals.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::ring::Producer;
+use cellblock_devices::protocol::{FromCell, ToCell};
+use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::notice::{Notice, Notifier};
+use super::signals::Signals;
+use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
+use crate::bus::VmExit;
+use crate::cell::Cell;
+use crate::control::protocol::EventKind;
+use crate::console::Keep;
+use crate::control::protocol::{Reply, Request, Shutdown};
+use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::terminal::RawTerminal;
+use crate::transport::mmio::VirtioMmio;
+use crate::vcpu::{ExitListener, Vcpus};
+use crate::vm::kvm::Machine;
+use crate::vm::memory::GuestRam;
+
+/// A machine that is ready to run, or runs.
+pub(super) struct Vm {
+    pub(super) started: Instant,
+    // Kept for as long as vCPUs run: their slots and lines hang off it.
+    pub(super) _machine: Machine,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) vcpus: Vcpus,
+    pub(super) ended: ExitListener,
+    pub(super) ring: Arc<Producer>,
+    pub(super) cells: Vec<Cell>,
+    pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
+    pub(super) disks: Vec<DiskFacts>,
+    pub(super) spawner: Spawner,
+    pub(super) control: Option<ControlServer>,
+    pub(super) notifier: Arc<Notifier>,
+    pub(super) signals: Signals,
+    // Given back when the machine is dropped.
+    pub(super) _terminal: Option<RawTerminal>,
+    pub(super) _console: Keep,
+    pub(super) events: Vec<EventKind>,
+    pub(super) asked_to_stop: bool,
+    pub(super) asked_for_processes: Vec<Token>,
+}
+
+/// What does not change about a disk.
+pub(super) struct DiskFacts {
+    pub(super) id: String,
+    pub(super) size: u64,
+    pub(super) read_only: bool,
+}
+
+/// What an epoll event is about. Cells and devices carry their index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Signals,
+    Spawner,
+    Control,
+    Vcpus,
+    Notices,
+    Cell(usize),
+    Device(usize),
+}
+
+impl Source {
+    fn token(self) -> u64 {
+        match self {
+            Source::Signals => 0,
+            Source::Spawner => 1,
+            Source::Control => 2,
+            Source::Vcpus => 3,
+            Source::Notices => 4,
+            Source::Cell(n) => 1 << 32 | n as u64,
+            Source::Device(n) => 2 << 32 | n as u64,
+        }
+    }
+
+    fn of(token: u64) -> Option<Source> {
+        let n = token as u32 as usize;
+        match (token >> 32, n) {
+            (0, 0) => Some(Source::Signals),
+            (0, 1) => Some(Source::Spawner),
+            (0, 2) => Some(Source::Control),
+            (0, 3) => Some(Source::Vcpus),
+            (0, 4) => Some(Source::Notices),
+            (1, n) => Some(Source::Cell(n)),
+            (2, n) => Some(Source::Device(n)),
+            _ => None,
+        }
+    }
+}
+
+/// How long the spawner may take to end every device process.
+const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
+/// How long control clients may take to read their last lines.
+const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
+
+/// Whether the machine goes on.
+type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
+const ON: Flow = Flow::Continue(());
+
+impl Vm {
+    /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
+    pub(super) fn run(&mut self) -> Result<VmEnd, VmmError> {
+        let system = |what| move |e: Errno| VmmError::System { what, source: e.into() };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
+        self.watch(&epoll).map_err(system("watching the machine's events"))?;
+        self.vcpus.run()?;
+        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+
+        let mut events = [EpollEvent::empty(); 16];
+        loop {
+            let count = match epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(system("waiting for events")(e)),
+            };
+            for event in &events[..count] {
+                let Some(source) = Source::of(event.data()) else { continue };
+                if let Flow::Break(end) = self.handle(&epoll, source) {
+                    return end;
+                }
+            }
+        }
+    }
+
+    fn watch(&self, epoll: &Epoll) -> nix::Result<()> {
+        let add = |fd: BorrowedFd<'_>, source: Source| {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.token()))
+        };
+        add(self.signals.as_fd(), Source::Signals)?;
+        add(self.spawner.as_fd(), Source::Spawner)?;
+        add(self.ended.as_fd(), Source::Vcpus)?;
+        add(self.notifier.as_fd(), Source::Notices)?;
+        if let Some(control) = &self.control {
+            add(control.as_fd(), Source::Control)?;
+        }
+        for (n, cell) in self.cells.iter().enumerate() {
+            add(cell.channel().as_fd(), Source::Cell(n))?;
+        }
+        for (n, (_, device)) in self.devices.iter().enumerate() {
+            add(device.err_event(), Source::Device(n))?;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, epoll: &Epoll, source: Source) -> Flow {
+        match source {
+            Source::Signals if self.signals.take() => {
+                tracing::info!("stopping on a signal");
+                return Flow::Break(Ok(VmEnd::Signal));
+            }
+            Source::Signals => {}
+            Source::Vcpus => {
+                if let Some(end) = self.ended.end() {
+                    return Flow::Break(outcome(end.vcpu, &end.exit));
+                }
+            }
+            Source::Spawner => return self.spawner_events(),
+            Source::Control => {
+                self.control_requests();
+                if self.asked_to_stop {
+                    return Flow::Break(Ok(VmEnd::Stopped));
+                }
+            }
+            Source::Notices => {
+                for Notice::Marker(marker) in self.notifier.take() {
+                    self.event(requests::marker_event(marker, "port"));
+                }
+            }
+            Source::Cell(n) => return self.cell_messages(epoll, n),
+            Source::Device(n) => {
+                let (id, device) = &self.devices[n];
+                let id = id.clone();
+                device.gave_up();
+                tracing::warn!(device = id, "driver broke the rules of its queue; it has to reset the device");
+                self.event(EventKind::NeedsReset { id });
+            }
+        }
+        ON
+    }
+
+    fn cell_messages(&mut self, epoll: &Epoll, n: usize) -> Flow {
+        while let Some(message) = self.cells[n].next_message() {
+            self.cell_message(n, message);
+        }
+        if self.asked_to_stop {
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
+        if !self.cells[n].is_open() {
+            // Its death follows from the spawner; there is nothing more to read.
+            let _ = epoll.delete(self.cells[n].channel());
+        }
+        ON
+    }
+
+    pub(super) fn cell_message(&mut self, n: usize, message: FromCell) {
+        match message {
+            FromCell::Quit => {
+                tracing::info!("stopping on the console's escape sequence");
+                self.asked_to_stop = true;
+            }
+            FromCell::Marker(marker) => self.event(requests::marker_event(marker, "console")),
+            FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
+            // The rest is said only when asked for, and then waited for.
+            _ => {}
+        }
+    }
+
+    fn control_requests(&mut self) {
+        // Taken out, so that carrying a request out may use all of the machine.
+        let Some(mut control) = self.control.take() else { return };
+        control.poll(&mut Requests(self));
+        for kind in std::mem::take(&mut self.events) {
+            control.broadcast(kind);
+        }
+        self.control = Some(control);
+    }
+
+    fn answer_processes(&mut self, reply: &Reply) {
+        for token in std::mem::take(&mut self.asked_for_processes) {
+            if let Some(control) = &mut self.control {
+                control.complete(token, reply);
+            }
+        }
+    }
+
+    fn spawner_events(&mut self) -> Flow {
+        loop {
+            match self.spawner.try_event() {
+                Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
+                Ok(Some(SpawnerEvent::Processes(processes))) => {
+                    self.answer_processes(&requests::processes(&processes));
+                },
+                Ok(Some(_)) => {}
+                Ok(None) => return ON,
+                Err(error) => {
+                    tracing::error!(error = crate::remedy::chain(&error), "spawner");
+                    return Flow::Break(Err(VmmError::SpawnerDied));
+                }
+            }
+        }
+    }
+
+    /// A device process is gone: whoever waits for it stops waiting, and it is named.
+    fn process_ended(&mut self, pid: i32, status: ExitStatus) {
+        let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
+        let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
+        let how = self.cells[n].obituary(status);
+        tracing::error!(role, device = id, pid, "device process died: {how}");
+        match self.devices.iter().find(|(device, _)| *device == id) {
+            Some((_, device)) => device.lost(),
+            None => self.ring.set_dead(true),
+        }
+        if let Some(violation) = self.cells[n].violation() {
+            self.event(EventKind::Violation {
+                process: format!("{role} {id}"),
+                syscall: violation.call(),
+                thread: format!("{} ({})", violation.thread, violation.tid),
+            });
+        }
+        self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
+    }
+
+    /// Tells whoever listens on the control socket.
+    pub(super) fn event(&mut self, kind: EventKind) {
+        match &mut self.control {
+            Some(control) => {
+                control.broadcast(kind);
+            }
+            // None too while a request is carried out, which sends them afterwards.
+            None => self.events.push(kind),
+        }
+    }
+
+    /// Takes the machine down: vCPUs, then what devices hold, then the processes.
+    pub(super) fn shut_down(mut self, end: &Result<VmEnd, VmmError>) {
+        if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
+            tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
+        }
+        for (id, device) in &self.devices {
+            if let Err(error) = device.drain() {
+                tracing::warn!(device = id, error = crate::remedy::chain(&error), "finishing requests");
+            }
+        }
+        self.drain_console();
+        let (reason, message) = match end {
+            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Reset) => (Shutdown::Reset, None),
+            Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
+            Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
+        };
+        self.event(EventKind::Shutdown { reason, message });
+        self.cells.clear(); // end of file on its channel ends a cell
+        if !self.spawner.shutdown(SPAWNER_LIMIT) {
+            tracing::warn!("the spawner is slow to end");
+        }
+        if let Some(control) = self.control.take() {
+            control.finish(CLIENTS_LIMIT);
+        }
+    }
+
+    fn drain_console(&mut self) {
+        const EPOCH: u64 = 1;
+        let end = Instant::now() + DRAIN_LIMIT;
+        let limit_ms = DRAIN_LIMIT.as_millis() as u32;
+        for cell in self.cells.iter_mut().filter(|c| c.role() == "serial" && c.is_open()) {
+            if cell.channel().send(&ToCell::Drain { epoch: EPOCH, limit_ms }, &[]).is_err() {
+                continue;
+            }
+            let grace = end + Duration::from_millis(500);
+            let dropped = std::iter::from_fn(|| cell.wait_message(grace)).find_map(|m| match m {
+                FromCell::Drained { epoch: EPOCH, dropped } => Some(dropped),
+                _ => None,
+            });
+            match dropped {
+                Some(0) => {}
+                Some(bytes) => {
+                    tracing::warn!(device = cell.id(), bytes, "console reader did not keep up; output was dropped");
+                }
+                None => tracing::warn!(device = cell.id(), "console process did not finish in time"),
+            }
+        }
+    }
+}
+
+/// Carries control requests out on the machine.
+struct Requests<'a>(&'a mut Vm);
+
+impl Handler for Requests<'_> {
+    fn handle(&mut self, request: Request, token: Token) -> Response {
+        match self.0.answer(request) {
+            Some(reply) => Response::Now(reply),
+            None => {
+                self.0.asked_for_processes.push(token);
+                Response::Later
+            }
+        }
+    }
+}
+
+fn outcome(vcpu: usize, exit: &VmExit) -> Result<VmEnd, VmmError> {
+    match exit {
+        VmExit::Shutdown => Ok(VmEnd::Shutdown),
+        VmExit::Reset => Ok(VmEnd::Reset),
+        VmExit::Error(reason) => Err(VmmError::Guest(format!("vCPU {vcpu}: {reason}"))),
+    }
+}

@@ -1,0 +1,105 @@
+//! The assembled machine: brings everything up, runs it, takes it down.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`mod@assemble`] | from a configuration to a machine that is ready to run |
+//! | [`event_loop`] | the main thread while the guest runs |
+//! | [`requests`] | what the control socket can ask for |
+//! | [`ports`] | power, reset and marker ports |
+//! | [`notice`], [`signals`] | what wakes the main thread |
+
+mod assemble;
+mod event_loop;
+mod notice;
+mod ports;
+mod remedy;
+mod requests;
+mod signals;
+
+use std::time::Duration;
+
+use crate::cell::CellError;
+use crate::cell::blk::DiskError;
+use crate::config::{OpenError, VmConfig};
+use crate::spec::SpecError;
+use crate::vm::boot::BootError;
+use crate::vm::cpu::CpuError;
+use crate::vm::kvm::KvmError;
+use crate::vm::memory::MemoryError;
+
+/// How long the vCPUs may take to stop at the end of the VM.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a slow console reader may hold the end of the VM up.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a VM ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmEnd {
+    /// The guest powered itself off.
+    Shutdown,
+    /// The guest reset itself, which ends a VM too.
+    Reset,
+    /// `cellblock stop`, or the escape sequence at the console.
+    Stopped,
+    /// SIGINT, SIGTERM or SIGHUP.
+    Signal,
+}
+
+/// A VM that could not be brought up, or did not end well.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum VmmError {
+    #[error("starting the spawner")]
+    Spawner(#[from] cellblock_seccomp::spawner::SpawnError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Input(#[from] OpenError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Acpi(#[from] crate::vm::acpi::AcpiError),
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    #[error(transparent)]
+    Cell(#[from] CellError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    VcpuStart(#[from] crate::vcpu::StartError),
+    #[error(transparent)]
+    VcpuRun(#[from] crate::vcpu::RunError),
+    #[error("creating COM1")]
+    Shm(#[from] cellblock_wire::ShmError),
+    #[error("creating COM1")]
+    Ring(#[from] cellblock_devices::protocol::ring::RingError),
+    #[error("confining the VMM")]
+    Jail(#[from] cellblock_seccomp::jail::JailError),
+    #[error("confining the VMM")]
+    Filter(#[from] cellblock_seccomp::filter::FilterError),
+    #[error("confining the VMM")]
+    Violation(#[from] cellblock_seccomp::violation::InstallError),
+    #[error("laying out the devices")]
+    Bus(#[from] crate::bus::BusError),
+    #[error("{0} disks are more than the {1} a VM can have")]
+    TooManyDisks(usize, usize),
+    #[error("{what}")]
+    System { what: &'static str, #[source] source: std::io::Error },
+    #[error("{0}")]
+    Guest(String),
+    #[error("the spawner died, so no device process can be watched or replaced; the VM was stopped")]
+    SpawnerDied,
+}
+
+/// Runs a VM from start to end. The caller must still be single-threaded: the
+/// spawner is forked before anything else happens.
+pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
+    let mut vm = assemble::assemble(config)?;
+    let end = vm.run();
+    vm.shut_down(&end);
+    end
+}

@@ -1,0 +1,122 @@
+//! The few ports that need no process of their own, because nothing behind them
+//! holds state a guest could abuse: power, reset, readiness markers.
+
+use std::sync::Arc;
+
+use cellblock_devices::protocol::Marker;
+
+use super::notice::{Notice, Notifier};
+use crate::bus::{BusDevice, Outcome, VmExit};
+use crate::vm::acpi::{SLEEP_ENABLE, SLEEP_TYPE_OFF};
+
+/// The keyboard controller at 0x60 to 0x64, as far as resetting the machine goes.
+///
+/// Reads say "no data, ready for a command", so that a kernel that waits for it
+/// before it pulses the reset line does not wait.
+#[derive(Debug)]
+pub struct KeyboardController;
+
+const COMMAND: u64 = 4;
+const PULSE_RESET: u8 = 0xfe;
+
+impl BusDevice for KeyboardController {
+    fn read(&self, _vcpu: usize, _offset: u64, data: &mut [u8]) -> Outcome {
+        data.fill(0);
+        Outcome::Done
+    }
+
+    fn write(&self, _vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
+        match (offset, data) {
+            (COMMAND, [PULSE_RESET]) => Outcome::Exit(VmExit::Reset),
+            _ => Outcome::Done,
+        }
+    }
+}
+
+/// The ACPI sleep control and status registers (ACPI 6.5 section 4.8.3.7).
+#[derive(Debug)]
+pub struct SleepControl;
+
+impl BusDevice for SleepControl {
+    fn read(&self, _vcpu: usize, _offset: u64, data: &mut [u8]) -> Outcome {
+        data.fill(0);
+        Outcome::Done
+    }
+
+    fn write(&self, _vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
+        const OFF: u8 = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
+        match (offset, data) {
+            (0, &[value]) if value & OFF == OFF => Outcome::Exit(VmExit::Shutdown),
+            _ => Outcome::Done,
+        }
+    }
+}
+
+/// Port 0xCB0: a byte tells how far the guest is.
+#[derive(Debug)]
+pub struct MarkerPort(pub Arc<Notifier>);
+
+impl BusDevice for MarkerPort {
+    fn read(&self, _vcpu: usize, _offset: u64, data: &mut [u8]) -> Outcome {
+        data.fill(0);
+        Outcome::Done
+    }
+
+    fn write(&self, _vcpu: usize, _offset: u64, data: &[u8]) -> Outcome {
+        let marker = match data {
+            [1] => Marker::Heartbeat,
+            [2] => Marker::PreExec,
+            [3] => Marker::Listener,
+            [4] => Marker::ListenerGone,
+            [5] => Marker::Parked,
+            _ => return Outcome::Done,
+        };
+        self.0.send(Notice::Marker(marker));
+        Outcome::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exit(outcome: Outcome) -> Option<VmExit> {
+        match outcome {
+            Outcome::Exit(exit) => Some(exit),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn only_the_reset_pulse_resets() {
+        let port = KeyboardController;
+        assert!(exit(port.write(0, 4, &[0xd1])).is_none());
+        assert!(exit(port.write(0, 0, &[0xfe])).is_none());
+        assert!(matches!(exit(port.write(0, 4, &[0xfe])), Some(VmExit::Reset)));
+        let mut status = [0xff];
+        let _ = port.read(0, 4, &mut status);
+        assert_eq!(status, [0]);
+    }
+
+    #[test]
+    fn only_soft_off_with_enable_powers_off() {
+        let port = SleepControl;
+        assert!(exit(port.write(0, 0, &[SLEEP_TYPE_OFF << 2])).is_none());
+        assert!(exit(port.write(0, 0, &[SLEEP_ENABLE])).is_none());
+        let off = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
+        assert!(matches!(exit(port.write(0, 0, &[off])), Some(VmExit::Shutdown)));
+    }
+
+    #[test]
+    fn markers_arrive_and_a_flood_is_bounded() {
+        let notifier = Notifier::new().expect("notifier");
+        let port = MarkerPort(notifier.clone());
+        let _ = port.write(0, 0, &[3]);
+        let _ = port.write(0, 0, &[9]);
+        assert_eq!(notifier.take(), vec![Notice::Marker(Marker::Listener)]);
+        for _ in 0..100_000 {
+            let _ = port.write(0, 0, &[1]);
+        }
+        assert!(notifier.take().len() <= 1024);
+    }
+}

@@ -17,6 +17,8 @@ use vm_memory::{
 
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
 
+/// Name of the memfd, as `/proc/PID/maps` shows it.
+pub const MEMFD_NAME: &str = "guest-ram";
 /// Least guest RAM, in bytes (32 MiB).
 pub const MIN_RAM: u64 = 32 << 20;
 /// Guest RAM is a multiple of this many bytes (1 MiB).
@@ -79,7 +81,7 @@ impl GuestRam {
     /// Makes `bytes` of zeroed guest RAM, at most what the host has.
     pub fn new(bytes: u64) -> Result<GuestRam, MemoryError> {
         check_size(bytes, host_memory())?;
-        let fd = sealed_memfd("guest-ram", bytes).map_err(MemoryError::Create)?;
+        let fd = sealed_memfd(MEMFD_NAME, bytes).map_err(MemoryError::Create)?;
         let file = Arc::new(File::from(fd));
         let mut mapped = Vec::with_capacity(2);
         let mut regions = Vec::with_capacity(2);

@@ -43,18 +43,24 @@ fn main() {
         }
     }
     if wants("memory") {
-        println!("memory of all processes beyond guest RAM (proportional set size), {ROUNDS} runs, MiB");
+        println!(
+            "memory of all processes beyond guest RAM (proportional set size), {ROUNDS} runs, MiB"
+        );
         for (machine, sample) in interleaved(&machines, ROUNDS, |m| beyond_ram(&bench, m)) {
             println!("  {:<22} {sample}", machine.name());
         }
     }
     if wants("block") {
-        for (op, qd, n) in
-            [("read", 1, 20_000), ("read", 32, 200_000), ("write", 1, 20_000), ("write", 32, 200_000)]
-        {
-            println!("random {op} of 4 KiB, queue depth {qd}, polling guest, {ROUNDS} runs of {n}, cycles a request");
-            for (machine, sample) in
-                interleaved(&machines, ROUNDS, |m| block(&bench, m, op, qd, n))
+        for (op, qd, n) in [
+            ("read", 1, 20_000),
+            ("read", 32, 200_000),
+            ("write", 1, 20_000),
+            ("write", 32, 200_000),
+        ] {
+            println!(
+                "random {op} of 4 KiB, queue depth {qd}, polling guest, {ROUNDS} runs of {n}, cycles a request"
+            );
+            for (machine, sample) in interleaved(&machines, ROUNDS, |m| block(&bench, m, op, qd, n))
             {
                 println!("  {:<22} {sample}", machine.name());
             }
@@ -62,7 +68,9 @@ fn main() {
     }
     if wants("pause") {
         for cpus in [1, 2, 4] {
-            println!("pause of {cpus} vCPUs doing block and console I/O, from request to all parked, us");
+            println!(
+                "pause of {cpus} vCPUs doing block and console I/O, from request to all parked, us"
+            );
             println!("  {:<22} {}", Machine::Cellblock.name(), pauses(&bench, cpus));
         }
     }

@@ -14,9 +14,9 @@ use super::launch::{Common, launch};
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
-use crate::vcpu::Kicks;
 use crate::transport::front_end::{FrontEnd, FrontEndError};
 use crate::transport::mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, VirtioMmio};
+use crate::vcpu::Kicks;
 use crate::vm::kvm::{KvmError, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
@@ -69,8 +69,8 @@ pub fn start(
     disk: &OpenedDisk,
 ) -> Result<StartingDisk, DiskError> {
     let id = spec.id();
-    let (near, far) = UnixStream::pair()
-        .map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
+    let (near, far) =
+        UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
     let start = Start::Blk(BlkStart {
         read_only: disk.read_only,
         size: disk.size,
@@ -103,10 +103,21 @@ pub fn connect(
     machine.irqfd(&call, slot.gsi).map_err(kvm)?;
     machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(0)).map_err(kvm)?;
     // Nobody reads it: acknowledging a used buffer needs no one's attention.
-    machine.ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING)).map_err(kvm)?;
+    machine
+        .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
+        .map_err(kvm)?;
 
     let info = front_end.wait(&opening)?;
-    let device =
-        VirtioMmio::new(&id, VIRTIO_ID_BLOCK, info, ram.clone(), front_end, vec![kick], call, err, kicks);
+    let device = VirtioMmio::new(
+        &id,
+        VIRTIO_ID_BLOCK,
+        info,
+        ram.clone(),
+        front_end,
+        vec![kick],
+        call,
+        err,
+        kicks,
+    );
     Ok((cell, device))
 }

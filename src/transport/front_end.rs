@@ -106,11 +106,11 @@ pub struct QueueSetup {
     /// Where it is mapped here.
     pub mapped: MappedQueue,
     /// Rung by the guest.
-    pub kick: EventFd,
+    pub kick: Arc<EventFd>,
     /// Rung by the device: the interrupt.
-    pub call: EventFd,
+    pub call: Arc<EventFd>,
     /// Rung by the device when it gives the queue up.
-    pub err: EventFd,
+    pub err: Arc<EventFd>,
 }
 
 /// Everything a back end needs to serve.
@@ -248,7 +248,11 @@ impl Worker {
         }
     }
 
-    fn exchange<T>(&self, what: &'static str, result: vhost::Result<T>) -> Result<T, FrontEndError> {
+    fn exchange<T>(
+        &self,
+        what: &'static str,
+        result: vhost::Result<T>,
+    ) -> Result<T, FrontEndError> {
         result.map_err(|source| FrontEndError::Exchange { id: self.id.clone(), what, source })
     }
 
@@ -279,12 +283,8 @@ impl Worker {
             1
         };
         let space = vec![0; self.config_len as usize];
-        let config = self.frontend.get_config(
-            0,
-            self.config_len,
-            VhostUserConfigFlags::empty(),
-            &space,
-        );
+        let config =
+            self.frontend.get_config(0, self.config_len, VhostUserConfigFlags::empty(), &space);
         let (_, config) = self.exchange("reading the configuration", config)?;
         Ok(DeviceInfo {
             features: features & GUEST_FEATURES,

@@ -51,8 +51,6 @@ enum ActivateError {
     },
     #[error("the driver set no queue up")]
     NoQueue,
-    #[error("duplicating an event")]
-    Event(#[source] std::io::Error),
 }
 
 /// A virtio device as its driver sees it.
@@ -62,9 +60,9 @@ pub struct VirtioMmio {
     info: DeviceInfo,
     ram: GuestRam,
     front_end: FrontEnd,
-    kicks: Vec<EventFd>,
-    call: EventFd,
-    err: EventFd,
+    kicks: Vec<Arc<EventFd>>,
+    call: Arc<EventFd>,
+    err: Arc<EventFd>,
     kicks_asked: Arc<Kicks>,
     registers: Mutex<Registers>,
 }
@@ -111,19 +109,17 @@ impl VirtioMmio {
         err: EventFd,
         kicks_asked: Arc<Kicks>,
     ) -> VirtioMmio {
-        let registers = Registers {
-            queues: vec![QueueConfig::default(); kicks.len()],
-            ..Registers::default()
-        };
+        let registers =
+            Registers { queues: vec![QueueConfig::default(); kicks.len()], ..Registers::default() };
         VirtioMmio {
             id: id.to_string(),
             device_type,
             info,
             ram,
             front_end,
-            kicks,
-            call,
-            err,
+            kicks: kicks.into_iter().map(Arc::new).collect(),
+            call: Arc::new(call),
+            err: Arc::new(err),
             kicks_asked,
             registers: Mutex::new(registers),
         }
@@ -352,16 +348,15 @@ impl VirtioMmio {
     fn activation(&self, registers: &Registers) -> Result<Activation, ActivateError> {
         let mut queues = Vec::new();
         for (index, queue) in registers.queues.iter().enumerate().filter(|(_, q)| q.ready) {
-            let mapped = queue
-                .map(&self.ram)
-                .map_err(|source| ActivateError::Queue { index, source })?;
+            let mapped =
+                queue.map(&self.ram).map_err(|source| ActivateError::Queue { index, source })?;
             queues.push(QueueSetup {
                 index,
                 size: queue.size,
                 mapped,
-                kick: self.kicks[index].try_clone().map_err(ActivateError::Event)?,
-                call: self.call.try_clone().map_err(ActivateError::Event)?,
-                err: self.err.try_clone().map_err(ActivateError::Event)?,
+                kick: self.kicks[index].clone(),
+                call: self.call.clone(),
+                err: self.err.clone(),
             });
         }
         if queues.is_empty() {
@@ -420,7 +415,9 @@ impl BusDevice for VirtioMmio {
 
     fn write(&self, vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
         match data.try_into().map(u32::from_le_bytes) {
-            Ok(value) if offset < u64::from(reg::VIRTIO_MMIO_CONFIG) && offset.is_multiple_of(4) => {
+            Ok(value)
+                if offset < u64::from(reg::VIRTIO_MMIO_CONFIG) && offset.is_multiple_of(4) =>
+            {
                 self.write_register(vcpu, offset, value)
             }
             _ => Outcome::Done,

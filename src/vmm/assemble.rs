@@ -10,10 +10,11 @@ use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
+use cellblock_seccomp::filter::Policy;
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
-use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use kvm_ioctls::VcpuFd;
+use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
@@ -27,15 +28,15 @@ use crate::cell::serial::{PORTS, SerialPort};
 use crate::cell::{Cell, blk};
 use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
-use crate::transport::mmio::WINDOW;
 use crate::event;
 use crate::logging;
 use crate::spec;
+use crate::transport::mmio::WINDOW;
 use crate::vcpu::{self, Kicks, Vcpus};
-use crate::vm::kvm::Machine;
-use crate::vm::memory::GuestRam;
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
+use crate::vm::kvm::Machine;
+use crate::vm::memory::GuestRam;
 use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
@@ -47,8 +48,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let terminal =
-        matches!(config.serial, spec::SerialSpec::Stdout).then(crate::terminal::stdin_terminal).flatten();
+    let terminal = matches!(config.serial, spec::SerialSpec::Stdout)
+        .then(crate::terminal::stdin_terminal)
+        .flatten();
     let mut spawner = spawner::fork(spawner::Options { restore_terminal: terminal })?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
@@ -64,14 +66,10 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     }
 
     // The cells are asked for first and waited for last.
-    let common =
-        Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
     let com1 = SerialEnds::new()?;
-    let start = Start::Serial(SerialStart {
-        endpoint,
-        escape: terminal.is_some(),
-        buffer: CONSOLE_BUFFER,
-    });
+    let start =
+        Start::Serial(SerialStart { endpoint, escape: terminal.is_some(), buffer: CONSOLE_BUFFER });
     let mut fds: Vec<BorrowedFd<'_>> =
         vec![com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
     fds.extend(console_fds.iter().map(|fd| fd.as_fd()));
@@ -114,21 +112,21 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut cells = vec![serial];
     let mut devices = Vec::new();
     for (starting, slot) in starting.into_iter().zip(&slots) {
-        let (cell, device) = blk::connect(
-            &machine,
-            &ram,
-            *slot,
-            starting,
-            kicks.clone(),
-            confine(seccomp),
-        )?;
+        let (cell, device) =
+            blk::connect(&machine, &ram, *slot, starting, kicks.clone(), move || {
+                confine(Policy::VmmDevice, seccomp)
+            })?;
         let device = Arc::new(device);
         mmio = mmio.add(slot.base, WINDOW, device.clone())?;
         devices.push((cell.id().to_string(), device));
         cells.push(cell);
     }
     let pio = Bus::builder()
-        .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(SerialPort::new(ring.clone(), kicks.clone())))?
+        .add(
+            layout::SERIAL_PORT.into(),
+            PORTS,
+            Arc::new(SerialPort::new(ring.clone(), kicks.clone())),
+        )?
         .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
         .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
         .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier.clone())))?
@@ -151,7 +149,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     )?;
 
     // Last, because threads inherit the filter of the thread that starts them.
-    confine(seccomp)()?;
+    confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
         _machine: machine,
@@ -220,12 +218,10 @@ fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts>
 }
 
 fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
-    Arc::new(move |_| {
-        filter::apply(filter::Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e))
-    })
+    Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 
-/// Confines a device's front-end thread. A thread that cannot be confined must not run.
-fn confine(mode: Option<filter::Mode>) -> impl FnOnce() -> Result<(), filter::FilterError> + Send {
-    move || mode.map_or(Ok(()), |mode| filter::apply(filter::Policy::VmmMain, mode))
+/// Puts the calling thread under `policy`, unless jails are off.
+fn confine(policy: Policy, mode: Option<filter::Mode>) -> Result<(), filter::FilterError> {
+    mode.map_or(Ok(()), |mode| filter::apply(policy, mode))
 }

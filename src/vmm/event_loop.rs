@@ -18,8 +18,8 @@ use super::signals::Signals;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::Cell;
-use crate::control::protocol::EventKind;
 use crate::console::Keep;
+use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::terminal::RawTerminal;
@@ -112,7 +112,8 @@ impl Vm {
     /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
     pub(super) fn run(&mut self) -> Result<VmEnd, VmmError> {
         let system = |what| move |e: Errno| VmmError::System { what, source: e.into() };
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
@@ -182,7 +183,10 @@ impl Vm {
                 let (id, device) = &self.devices[n];
                 let id = id.clone();
                 device.gave_up();
-                tracing::warn!(device = id, "driver broke the rules of its queue; it has to reset the device");
+                tracing::warn!(
+                    device = id,
+                    "driver broke the rules of its queue; it has to reset the device"
+                );
                 self.event(EventKind::NeedsReset { id });
             }
         }
@@ -240,7 +244,7 @@ impl Vm {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
-                },
+                }
                 Ok(Some(_)) => {}
                 Ok(None) => return ON,
                 Err(error) => {
@@ -289,7 +293,11 @@ impl Vm {
         }
         for (id, device) in &self.devices {
             if let Err(error) = device.drain() {
-                tracing::warn!(device = id, error = crate::remedy::chain(&error), "finishing requests");
+                tracing::warn!(
+                    device = id,
+                    error = crate::remedy::chain(&error),
+                    "finishing requests"
+                );
             }
         }
         self.drain_console();
@@ -325,9 +333,15 @@ impl Vm {
             match dropped {
                 Some(0) => {}
                 Some(bytes) => {
-                    tracing::warn!(device = cell.id(), bytes, "console reader did not keep up; output was dropped");
+                    tracing::warn!(
+                        device = cell.id(),
+                        bytes,
+                        "console reader did not keep up; output was dropped"
+                    );
                 }
-                None => tracing::warn!(device = cell.id(), "console process did not finish in time"),
+                None => {
+                    tracing::warn!(device = cell.id(), "console process did not finish in time")
+                }
             }
         }
     }

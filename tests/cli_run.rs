@@ -244,6 +244,9 @@ fn the_control_commands_on_a_real_vm() {
         .unwrap();
     assert!(place.control(&["stop"]).status.success());
     assert!(!place.path("control").exists());
+    // Nobody holds the disk any more when the command returns.
+    let spec: cellblock::spec::DiskSpec = place.path("disk").to_str().unwrap().parse().unwrap();
+    spec.open().unwrap();
     assert!(place.end().success());
     let events = events.wait_with_output().unwrap();
     assert!(events.status.success());

@@ -305,7 +305,7 @@ impl Vm {
             tracing::warn!("the spawner is slow to end");
         }
         if let Some(control) = self.control.take() {
-            control.finish(CLIENTS_LIMIT);
+            control.finish(CLIENTS_LIMIT).at_exit();
         }
     }
 

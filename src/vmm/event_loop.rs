@@ -115,6 +115,7 @@ impl Vm {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
+        self.event(EventKind::Start);
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];

@@ -8,6 +8,7 @@ use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
 use super::launch::{Common, launch};
 use super::{Cell, CellError};
@@ -15,7 +16,7 @@ use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
 use crate::vcpu::Kicks;
 use crate::transport::front_end::{FrontEnd, FrontEndError};
-use crate::transport::mmio::VirtioMmio;
+use crate::transport::mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, VirtioMmio};
 use crate::vm::kvm::{KvmError, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
@@ -84,7 +85,7 @@ pub fn start(
 /// Negotiates with the process, and connects doorbell and interrupt at `slot`.
 pub fn connect(
     machine: &Machine,
-    ram: &Arc<GuestRam>,
+    ram: &GuestRam,
     slot: VirtioSlot,
     starting: StartingDisk,
     kicks: Arc<Kicks>,
@@ -100,9 +101,9 @@ pub fn connect(
 
     let (kick, call, err) = (event()?, event()?, event()?);
     machine.irqfd(&call, slot.gsi).map_err(kvm)?;
-    machine.virtio_doorbell(&kick, slot.base, 0).map_err(kvm)?;
+    machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(0)).map_err(kvm)?;
     // Nobody reads it: acknowledging a used buffer needs no one's attention.
-    machine.virtio_ack(&event()?, slot.base).map_err(kvm)?;
+    machine.ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING)).map_err(kvm)?;
 
     let info = front_end.wait(&opening)?;
     let device =

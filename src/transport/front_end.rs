@@ -145,7 +145,7 @@ impl FrontEnd {
         id: &str,
         socket: UnixStream,
         config_len: u32,
-        ram: Arc<GuestRam>,
+        ram: GuestRam,
         on_start: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<FrontEnd, FrontEndError> {
         let wrap = |source| FrontEndError::Thread { id: id.to_string(), source };
@@ -222,7 +222,7 @@ impl FrontEnd {
 struct Worker {
     id: String,
     frontend: Frontend,
-    ram: Arc<GuestRam>,
+    ram: GuestRam,
     config_len: u32,
     live: Vec<usize>,
 }

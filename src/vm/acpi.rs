@@ -1,257 +1,294 @@
-//! ACPI tables, as far as an unmodified kernel needs them to find its CPUs, the
-//! I/O APIC, COM1 and the virtio devices, and to switch itself off.
+//! ACPI tables: how an unmodified kernel finds processors, the console, virtio
+//! devices, and the way to power off.
 //!
-//! The platform is hardware-reduced (ACPI 6.5 section 4.1): no PM timer, no PM1
-//! registers; power-off goes through the sleep control register, reset through the
-//! reset register, which is the keyboard controller's.
+//! The platform is hardware-reduced (ACPI 6.5, 4.1): no fixed power-management
+//! hardware to emulate. Power-off is a write to the sleep control register, reset
+//! one to the reset register; `layout` has the ports and values. There is no
+//! keyboard, VGA or CMOS clock to probe for, and the tables say so.
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use acpi_tables::{Aml, AmlSink};
 
-use super::layout::{self, VirtioSlot};
-use super::memory::GuestRam;
-use crate::transport::mmio::WINDOW;
+use super::layout::{
+    ACPI_START, I8042_COMMAND_PORT, IOAPIC, LAPIC, RESET_VALUE, SERIAL_GSI, SERIAL_PORT,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5, VIRTIO_GSI, VIRTIO_MMIO_SIZE, VirtioSlot,
+};
+use super::memory::{GuestRam, MemoryError};
 
-/// SLP_EN of the sleep control register: carry the transition out.
-pub const SLEEP_ENABLE: u8 = 1 << 5;
-/// SLP_TYP that means soft-off here (`\_S5`); bits 2 to 4 of the register.
-pub const SLEEP_TYPE_OFF: u8 = 5;
-/// What resets the machine when written to the keyboard controller's command port.
-pub const RESET_VALUE: u8 = 0xfe;
-
-/// Where the tables are: an area that firmware uses, reserved in the memory map.
-pub const START: u64 = 0xe_0000;
-/// End of that area.
-pub const END: u64 = 0x10_0000;
-
-const OEM: [u8; 6] = *b"CELLBL";
-const OEM_TABLE: [u8; 8] = *b"CELLBLCK";
+const OEM: [u8; 6] = *b"CELBLK";
+const OEM_TABLE: [u8; 8] = *b"CELLBLOK";
 const OEM_REVISION: u32 = 1;
 
-/// Tables that could not be written.
+/// Tables that could not be placed.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
-    /// They do not fit into their area.
-    #[error("the ACPI tables need {0} bytes where {max} are reserved", max = END - START)]
-    TooLarge(u64),
-    /// Guest memory.
-    #[error("writing the ACPI tables")]
-    Write(#[source] GuestMemoryError),
+    /// More virtio devices than there are slots.
+    #[error("{0} virtio devices are too many: give {most} at most", most = VIRTIO_GSI.len())]
+    TooManyDevices(usize),
+    /// Writing them failed.
+    #[error("writing ACPI tables")]
+    Write(#[source] MemoryError),
 }
 
-/// Writes the tables for `cpus` vCPUs and the devices at `virtio`; returns the
-/// address of the root pointer (RSDP).
-///
-/// # Errors
-/// Guest memory that ends before the tables' area.
+/// Writes the tables for a machine with these vCPUs and virtio-mmio devices, and
+/// returns the address of the RSDP.
 pub fn write(ram: &GuestRam, cpus: u8, virtio: &[VirtioSlot]) -> Result<u64, AcpiError> {
-    let mut area = Area { next: START + Rsdp::len().next_multiple_of(16) as u64, ram };
-    let dsdt = area.put(&dsdt(cpus, virtio))?;
-    let fadt = area.put(&bytes(&fadt(dsdt)))?;
-    let madt = area.put(&bytes(&madt(cpus)))?;
+    if virtio.len() > VIRTIO_GSI.len() {
+        return Err(AcpiError::TooManyDevices(virtio.len()));
+    }
+    ram.write(ACPI_START, &tables(ACPI_START, cpus, virtio)).map_err(AcpiError::Write)?;
+    Ok(ACPI_START)
+}
+
+/// All tables as one block for address `base`, the RSDP first.
+fn tables(base: u64, cpus: u8, virtio: &[VirtioSlot]) -> Vec<u8> {
+    const ALIGN: usize = 16;
+    let mut block = vec![0; Rsdp::len().next_multiple_of(ALIGN)];
+    let mut add = |table: &dyn Aml| {
+        let address = base + block.len() as u64;
+        table.to_aml_bytes(&mut block);
+        block.resize(block.len().next_multiple_of(ALIGN), 0);
+        address
+    };
+    let dsdt = add(&dsdt(cpus, virtio));
+    let fadt = add(&fadt(dsdt));
+    let madt = add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    let xsdt = area.put(&bytes(&xsdt))?;
-    let rsdp = bytes(&Rsdp::new(OEM, xsdt));
-    ram.memory().write_slice(&rsdp, GuestAddress(START)).map_err(AcpiError::Write)?;
-    Ok(START)
+    let xsdt = add(&xsdt);
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    block[..rsdp.len()].copy_from_slice(&rsdp);
+    block
 }
 
-struct Area<'a> {
-    next: u64,
-    ram: &'a GuestRam,
-}
-
-impl Area<'_> {
-    fn put(&mut self, table: &[u8]) -> Result<u64, AcpiError> {
-        let at = self.next;
-        self.next += table.len().next_multiple_of(16) as u64;
-        if self.next > END {
-            return Err(AcpiError::TooLarge(self.next - START));
-        }
-        self.ram.memory().write_slice(table, GuestAddress(at)).map_err(AcpiError::Write)?;
-        Ok(at)
-    }
-}
-
-fn bytes(table: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    table.to_aml_bytes(&mut bytes);
-    bytes
-}
-
-fn port(address: u64) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
-}
-
-fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
-    /// No VGA, no CMOS clock; and, by their absence, no legacy devices, no 8042 to probe.
-    const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+fn fadt(dsdt: u64) -> impl Aml {
+    const VGA_NOT_PRESENT: u16 = 1 << 2;
+    const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
+    let register =
+        |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port));
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        .flag(Flags::Headless)
-        // No button devices are described, so neither button is fixed hardware.
-        .flag(Flags::PwrButton)
+        .flag(Flags::PwrButton) // a control method button, of which there is none
         .flag(Flags::SlpButton);
-    fadt.iapc_boot_arch = BOOT_ARCH.into();
-    fadt.reset_reg = port(layout::I8042_PORT + 4);
+    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT).into();
+    fadt.reset_reg = register(I8042_COMMAND_PORT);
     fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(layout::SLEEP_PORT);
-    fadt.sleep_status_reg = port(layout::SLEEP_PORT + 1);
+    fadt.sleep_control_reg = register(SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = register(SLEEP_STATUS_PORT);
+    fadt.hypervisor_vendor_identity = u64::from_le_bytes(OEM_TABLE).into();
     fadt.finalize()
 }
 
 fn madt(cpus: u8) -> MADT {
-    let lapic = LocalInterruptController::Address(layout::LAPIC as u32);
+    let lapic = LocalInterruptController::Address(LAPIC as u32);
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, lapic);
-    for cpu in 0..cpus {
-        madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
+    for id in 0..cpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    madt.add_structure(IoApic::new(cpus, layout::IOAPIC as u32, 0));
+    // KVM's IOAPIC has id 0 and pins 0 to 23 as GSIs 0 to 23, without overrides.
+    madt.add_structure(IoApic::new(0, IOAPIC as u32, 0));
     madt
 }
 
-fn dsdt(cpus: u8, virtio: &[VirtioSlot]) -> Vec<u8> {
+fn dsdt(cpus: u8, virtio: &[VirtioSlot]) -> Sdt {
     let mut body = Vec::new();
-    for cpu in 0..cpus {
-        let hid = Name::new("_HID".into(), &"ACPI0007");
-        let uid = Name::new("_UID".into(), &cpu);
-        scope(&mut body, &Device::new(name('C', cpu).as_str().into(), vec![&hid, &uid]));
+    let sleep = Package::new(vec![&SLEEP_TYPE_S5, &0u8, &0u8, &0u8]);
+    Name::new(Path::new("_S5_"), &sleep).to_aml_bytes(&mut body);
+    let mut devices = Devices(Vec::new());
+    for id in 0..cpus {
+        devices.processor(id);
     }
-    com1(&mut body);
+    devices.serial();
     for (n, slot) in virtio.iter().enumerate() {
-        virtio_device(&mut body, n as u8, slot);
+        devices.virtio(n, slot);
     }
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_OFF])).to_aml_bytes(&mut body);
+    let scope = Scope::raw(Path::new("_SB_"), devices.0);
+    body.extend_from_slice(&scope);
 
-    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
+    const HEADER: u32 = 36;
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER, 2, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&body);
-    dsdt.as_slice().to_vec()
+    dsdt
 }
 
-/// Devices belong below `\_SB_`; a scope may be opened as often as one likes.
-fn scope(body: &mut Vec<u8>, device: &dyn Aml) {
-    Scope::new(Path::new("\\_SB_"), vec![device]).to_aml_bytes(body);
+/// The contents of `\_SB_`.
+struct Devices(Vec<u8>);
+
+impl AmlSink for Devices {
+    fn byte(&mut self, byte: u8) {
+        self.0.push(byte);
+    }
 }
 
-fn name(letter: char, n: u8) -> String {
-    format!("{letter}{n:03X}")
+impl Devices {
+    fn processor(&mut self, id: u8) {
+        let hid = Name::new(Path::new("_HID"), &"ACPI0007");
+        let uid = Name::new(Path::new("_UID"), &id);
+        Device::new(Path::new(&format!("C{id:03}")), vec![&hid, &uid]).to_aml_bytes(self);
+    }
+
+    fn serial(&mut self) {
+        let hid = Name::new(Path::new("_HID"), &EISAName::new("PNP0501"));
+        let uid = Name::new(Path::new("_UID"), &0u8);
+        let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, 8);
+        let interrupt = edge(SERIAL_GSI);
+        let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
+        let crs = Name::new(Path::new("_CRS"), &resources);
+        Device::new(Path::new("COM1"), vec![&hid, &uid, &crs]).to_aml_bytes(self);
+    }
+
+    fn virtio(&mut self, n: usize, slot: &VirtioSlot) {
+        let hid = Name::new(Path::new("_HID"), &"LNRO0005");
+        let uid = Name::new(Path::new("_UID"), &n);
+        let registers = Memory32Fixed::new(true, slot.base as u32, VIRTIO_MMIO_SIZE as u32);
+        let interrupt = edge(slot.gsi);
+        let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+        let crs = Name::new(Path::new("_CRS"), &resources);
+        Device::new(Path::new(&format!("V{n:03}")), vec![&hid, &uid, &crs]).to_aml_bytes(self);
+    }
 }
 
-/// The interrupt of an irqfd without resampling: a pulse.
+/// A consumed, edge-triggered, active-high, exclusive interrupt: what an irqfd is.
 fn edge(gsi: u32) -> Interrupt {
-    let (consumer, edge, active_low, shared) = (true, true, false, false);
-    Interrupt::new(consumer, edge, active_low, shared, gsi)
-}
-
-fn com1(body: &mut Vec<u8>) {
-    let base = layout::SERIAL_PORT as u16;
-    let io = IO::new(base, base, 1, 8);
-    let line = edge(layout::SERIAL_GSI);
-    let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
-    let uid = Name::new("_UID".into(), &aml::ZERO);
-    let resources = ResourceTemplate::new(vec![&io, &line]);
-    let crs = Name::new("_CRS".into(), &resources);
-    scope(body, &Device::new("COM1".into(), vec![&hid, &uid, &crs]));
-}
-
-fn virtio_device(body: &mut Vec<u8>, n: u8, slot: &VirtioSlot) {
-    let window = Memory32Fixed::new(true, slot.base as u32, WINDOW as u32);
-    let line = edge(slot.gsi);
-    let hid = Name::new("_HID".into(), &"LNRO0005");
-    let uid = Name::new("_UID".into(), &n);
-    let resources = ResourceTemplate::new(vec![&window, &line]);
-    let crs = Name::new("_CRS".into(), &resources);
-    scope(body, &Device::new(name('V', n).as_str().into(), vec![&hid, &uid, &crs]));
+    Interrupt::new(true, true, false, false, gsi)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::layout::{ACPI_END, virtio_slot};
 
-    fn tables(cpus: u8, devices: usize) -> (GuestRam, u64) {
-        let ram = GuestRam::new(32 << 20).expect("ram");
-        let slots: Vec<_> = (0..devices).map(layout::virtio_slot).collect();
-        let rsdp = write(&ram, cpus, &slots).expect("tables");
-        (ram, rsdp)
+    struct Block {
+        base: u64,
+        bytes: Vec<u8>,
     }
 
-    fn read(ram: &GuestRam, at: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        ram.memory().read_slice(&mut bytes, GuestAddress(at)).expect("in memory");
-        bytes
-    }
-
-    fn table(ram: &GuestRam, at: u64) -> Vec<u8> {
-        let len = u32::from_le_bytes(read(ram, at + 4, 4).try_into().expect("four"));
-        let bytes = read(ram, at, len as usize);
-        assert_eq!(bytes.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0, "checksum");
-        bytes
-    }
-
-    fn address(bytes: &[u8]) -> u64 {
-        u64::from_le_bytes(bytes[..8].try_into().expect("eight"))
-    }
-
-    #[test]
-    fn a_kernel_finds_every_table_from_the_root() {
-        let (ram, rsdp) = tables(4, 2);
-        let root = read(&ram, rsdp, 36);
-        assert_eq!(&root[..8], b"RSD PTR ");
-        assert_eq!(root.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
-        let xsdt = table(&ram, address(&root[24..]));
-        assert_eq!(&xsdt[..4], b"XSDT");
-        let [fadt, madt] = [36, 44].map(|at| table(&ram, address(&xsdt[at..])));
-        assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
-        let dsdt = table(&ram, address(&fadt[140..]));
-        assert_eq!(&dsdt[..4], b"DSDT");
-        let has = |text: &[u8]| dsdt.windows(text.len()).any(|w| w == text);
-        assert!(has(b"LNRO0005") && has(b"V001") && !has(b"V002") && has(b"COM1") && has(b"C003"));
-    }
-
-    #[test]
-    fn every_cpu_and_the_io_apic_are_listed_once() {
-        let (ram, rsdp) = tables(64, 0);
-        let xsdt = table(&ram, address(&read(&ram, rsdp + 24, 8)));
-        let madt = table(&ram, address(&xsdt[44..]));
-        let mut at = 44;
-        let (mut cpus, mut io_apics) = (Vec::new(), 0);
-        while at < madt.len() {
-            match madt[at] {
-                0 => cpus.push(madt[at + 3]),
-                1 => io_apics += 1,
-                kind => panic!("unexpected entry {kind}"),
-            }
-            at += usize::from(madt[at + 1]);
+    impl Block {
+        fn new(cpus: u8, virtio: usize) -> Block {
+            let slots: Vec<_> = (0..virtio).filter_map(virtio_slot).collect();
+            Block { base: ACPI_START, bytes: tables(ACPI_START, cpus, &slots) }
         }
-        assert_eq!(cpus, (0..64).collect::<Vec<u8>>());
-        assert_eq!(io_apics, 1);
+
+        fn u64(&self, address: u64) -> u64 {
+            u64::from_le_bytes(self.at(address, 8).try_into().unwrap())
+        }
+
+        fn at(&self, address: u64, len: usize) -> &[u8] {
+            &self.bytes[(address - self.base) as usize..][..len]
+        }
+
+        fn table(&self, address: u64, signature: &[u8; 4]) -> &[u8] {
+            let len = u32::from_le_bytes(self.at(address + 4, 4).try_into().unwrap()) as usize;
+            let table = self.at(address, len);
+            assert_eq!(&table[..4], signature);
+            assert_eq!(sum(table), 0, "checksum of {}", signature.escape_ascii());
+            table
+        }
+
+        fn xsdt_entry(&self, n: u64) -> u64 {
+            self.u64(self.u64(self.base + 24) + 36 + 8 * n)
+        }
+
+        fn dsdt(&self) -> &[u8] {
+            let dsdt = self.u64(self.xsdt_entry(0) + 140);
+            self.table(dsdt, b"DSDT")
+        }
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn count(haystack: &[u8], needle: &[u8]) -> usize {
+        haystack.windows(needle.len()).filter(|w| *w == needle).count()
     }
 
     #[test]
-    fn the_most_there_can_be_fits() {
-        tables(u8::MAX, layout::VIRTIO_SLOTS);
+    fn tables_are_linked_and_sum_to_zero() {
+        let block = Block::new(4, 2);
+        assert_eq!(block.at(ACPI_START, 8), b"RSD PTR ");
+        assert_eq!(sum(block.at(ACPI_START, 20)), 0);
+        assert_eq!(sum(block.at(ACPI_START, 36)), 0);
+        let xsdt = block.table(block.u64(ACPI_START + 24), b"XSDT");
+        assert_eq!(xsdt.len(), 36 + 2 * 8);
+        block.table(block.xsdt_entry(0), b"FACP");
+        block.table(block.xsdt_entry(1), b"APIC");
+        block.dsdt();
     }
 
     #[test]
-    fn power_off_and_reset_registers_are_described() {
-        let (ram, rsdp) = tables(1, 0);
-        let xsdt = table(&ram, address(&read(&ram, rsdp + 24, 8)));
-        let fadt = table(&ram, address(&xsdt[36..]));
-        // ACPI 6.5 table 5.9: RESET_REG at 116, RESET_VALUE at 128, SLEEP_CONTROL_REG at 244.
-        assert_eq!((fadt[116], address(&fadt[120..]), fadt[128]), (1, 0x64, 0xfe));
-        assert_eq!((fadt[244], address(&fadt[248..])), (1, layout::SLEEP_PORT));
+    fn fadt_names_the_power_registers() {
+        let block = Block::new(1, 0);
+        let fadt = block.table(block.xsdt_entry(0), b"FACP");
+        let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
+        assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
+        // Offsets from ACPI 6.5, table 5.9; a GAS is space, width, offset, access, address.
+        let gas = |offset: usize, port: u16| {
+            assert_eq!(fadt[offset..offset + 4], [1, 8, 0, 1]);
+            assert_eq!(fadt[offset + 4..offset + 12], u64::from(port).to_le_bytes());
+        };
+        gas(116, I8042_COMMAND_PORT);
+        assert_eq!(fadt[128], RESET_VALUE);
+        gas(244, SLEEP_CONTROL_PORT);
+        gas(256, SLEEP_STATUS_PORT);
+    }
+
+    #[test]
+    fn madt_lists_every_cpu_and_the_ioapic() {
+        let block = Block::new(32, 0);
+        let madt = block.table(block.xsdt_entry(1), b"APIC");
+        assert_eq!(madt[36..40], (LAPIC as u32).to_le_bytes());
+        for id in 0..32u8 {
+            let entry = &madt[44 + usize::from(id) * 8..][..8];
+            assert_eq!(entry, [0, 8, id, id, 1, 0, 0, 0]);
+        }
+        assert_eq!(madt[44 + 32 * 8..], [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn dsdt_describes_every_device() {
+        let block = Block::new(3, 17);
+        let dsdt = block.dsdt();
+        assert_eq!(count(dsdt, b"ACPI0007\0"), 3);
+        assert_eq!(count(dsdt, b"LNRO0005\0"), 17);
+        assert_eq!(count(dsdt, b"COM1"), 1);
+        // _S5_ = Package (4) { 5, 0, 0, 0 }
+        assert_eq!(count(dsdt, b"\x08_S5_\x12\x07\x04\x0a\x05\x00\x00\x00"), 1);
+        for n in 0..17 {
+            let slot = virtio_slot(n).unwrap();
+            // Memory32Fixed (ReadWrite), then Interrupt (Consumer, Edge, ActiveHigh, Exclusive)
+            let mut resources = vec![0x86, 9, 0, 1];
+            resources.extend_from_slice(&(slot.base as u32).to_le_bytes());
+            resources.extend_from_slice(&(VIRTIO_MMIO_SIZE as u32).to_le_bytes());
+            resources.extend_from_slice(&[0x89, 6, 0, 3, 1]);
+            resources.extend_from_slice(&slot.gsi.to_le_bytes());
+            assert_eq!(count(dsdt, &resources), 1, "slot {n}");
+        }
+    }
+
+    #[test]
+    fn the_largest_machine_fits_and_a_larger_is_refused() {
+        let mut slots: Vec<_> = (0..17).filter_map(virtio_slot).collect();
+        let len = tables(ACPI_START, u8::MAX, &slots).len() as u64;
+        assert!(len < ACPI_END - ACPI_START, "{len} bytes");
+        slots.push(slots[0]);
+        let ram = GuestRam::new(32 << 20).unwrap();
+        assert_eq!(write(&ram, 1, &slots[..17]).unwrap(), ACPI_START);
+        let refused = write(&ram, 1, &slots).unwrap_err().to_string();
+        assert_eq!(refused, "18 virtio devices are too many: give 17 at most");
     }
 }

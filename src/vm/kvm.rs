@@ -1,98 +1,262 @@
-//! The VM as KVM knows it: memory slots, interrupt controllers, events.
+//! `/dev/kvm` and the virtual machine: memory slots, interrupt controllers,
+//! vCPUs, and the eventfds that let devices bypass the VMM.
+//!
+//! **Memory slots come first.** Adding a slot waits for every reader of the
+//! interrupt routing that creating the irqchip has just replaced: milliseconds
+//! after it, microseconds before.
+#![allow(unsafe_code)] // hands guest RAM to the kernel as memory slots
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use std::io;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::layout;
 use super::memory::GuestRam;
-use crate::transport::mmio;
 
-/// KVM refused.
+/// A virtual machine that could not be made, or refused a request.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// /dev/kvm.
+    /// `/dev/kvm` is not there.
+    #[error(
+        "opening /dev/kvm: there is none (load the module kvm_intel or kvm_amd; inside a \
+         virtual machine, enable nested virtualization on its host)"
+    )]
+    Missing,
+    /// `/dev/kvm` may not be opened by this user.
+    #[error(
+        "opening /dev/kvm: permission denied (join its group: usermod -aG kvm USER, then log in \
+         again)"
+    )]
+    Permission,
+    /// `/dev/kvm` cannot be opened for another reason.
     #[error("opening /dev/kvm")]
-    Open(#[source] kvm_ioctls::Error),
-    /// Any request.
-    #[error("{what}")]
-    Request {
+    Open(#[source] io::Error),
+    /// The kernel speaks another KVM interface.
+    #[error("KVM's interface has version {0}, not 12: use a current Linux kernel")]
+    Version(i32),
+    /// The kernel's KVM lacks something we need.
+    #[error("KVM lacks {0}: use Linux 5.10 or newer, with its full KVM")]
+    Capability(&'static str),
+    /// More vCPUs than allowed, or none.
+    #[error("{asked} vCPUs are not possible: give 1 to {most}")]
+    Cpus {
+        /// What was asked for.
+        asked: u32,
+        /// The most possible here.
+        most: u32,
+    },
+    /// A request to KVM failed.
+    #[error("{step}")]
+    Step {
         /// What was being done.
-        what: &'static str,
+        step: &'static str,
         /// The kernel's reason.
         #[source]
-        source: kvm_ioctls::Error,
+        source: io::Error,
     },
 }
 
-fn during(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
-    move |source| KvmError::Request { what, source }
+/// Wraps a failed KVM request with what it was for.
+pub(super) fn step(step: &'static str) -> impl FnOnce(errno::Error) -> KvmError {
+    move |e| KvmError::Step { step, source: e.into() }
 }
 
-/// The VM.
-#[derive(Debug)]
+/// Opens `/dev/kvm` and checks that it has all we need.
+///
+/// Done before privileges are dropped; nothing later opens a path.
+pub fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|e| classify(e.into()))?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(KvmError::Version(version));
+    }
+    for (cap, name) in REQUIRED {
+        if !kvm.check_extension(cap) {
+            return Err(KvmError::Capability(name));
+        }
+    }
+    Ok(kvm)
+}
+
+const REQUIRED: [(Cap, &str); 9] = [
+    (Cap::UserMemory, "memory slots (KVM_CAP_USER_MEMORY)"),
+    (Cap::Irqchip, "interrupt controllers in the kernel (KVM_CAP_IRQCHIP)"),
+    (Cap::Pit2, "a timer in the kernel (KVM_CAP_PIT2)"),
+    (Cap::Irqfd, "interrupts by eventfd (KVM_CAP_IRQFD)"),
+    (Cap::Ioeventfd, "notifications by eventfd (KVM_CAP_IOEVENTFD)"),
+    (Cap::ExtCpuid, "CPUID tables (KVM_CAP_EXT_CPUID)"),
+    (Cap::MpState, "processor states (KVM_CAP_MP_STATE)"),
+    (Cap::VcpuEvents, "event state (KVM_CAP_VCPU_EVENTS)"),
+    (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
+];
+
+fn classify(e: io::Error) -> KvmError {
+    match e.raw_os_error() {
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => KvmError::Missing,
+        Some(libc::EACCES | libc::EPERM) => KvmError::Permission,
+        _ => KvmError::Open(e),
+    }
+}
+
+/// Checks a number of vCPUs against our limit and this KVM's.
+pub fn check_cpus(kvm: &Kvm, cpus: u32) -> Result<u8, KvmError> {
+    let most = u32::from(layout::MAX_CPUS).min(kvm.get_max_vcpus() as u32);
+    match u8::try_from(cpus) {
+        Ok(n) if n > 0 && cpus <= most => Ok(n),
+        _ => Err(KvmError::Cpus { asked: cpus, most }),
+    }
+}
+
+/// A virtual machine with its memory and interrupt controllers, without vCPUs.
+///
+/// On drop the memory slots are removed before the RAM is unmapped, so that a
+/// vCPU that outlives its machine finds no memory rather than someone else's.
 pub struct Machine {
     kvm: Kvm,
     vm: VmFd,
+    ram: GuestRam,
 }
 
 impl Machine {
-    /// Makes a VM with `ram`, interrupt controllers and timer, without vCPUs.
-    #[allow(unsafe_code)] // memory slots
+    /// Opens `/dev/kvm` and makes the machine.
     pub fn new(ram: &GuestRam) -> Result<Machine, KvmError> {
-        let kvm = Kvm::new().map_err(KvmError::Open)?;
-        let vm = kvm.create_vm().map_err(during("creating a VM"))?;
-        // Slots first: after the interrupt controllers each costs milliseconds.
-        for (slot, region) in ram.regions().iter().enumerate() {
+        Machine::with_kvm(open()?, ram)
+    }
+
+    /// Makes the machine with a `/dev/kvm` that [`open`] returned.
+    pub fn with_kvm(kvm: Kvm, ram: &GuestRam) -> Result<Machine, KvmError> {
+        let vm = create_vm(&kvm)?;
+        let machine = Machine { kvm, vm, ram: ram.clone() };
+        machine.add_memory()?;
+        machine.add_interrupt_controllers()?;
+        Ok(machine)
+    }
+
+    fn add_memory(&self) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(self.ram.regions()) {
             let region = kvm_userspace_memory_region {
-                slot: slot as u32,
+                slot,
                 flags: 0,
                 guest_phys_addr: region.gpa,
                 memory_size: region.len,
                 userspace_addr: region.hva,
             };
-            // SAFETY: the range is mapped for as long as `ram`, which outlives the VM's vCPUs.
-            unsafe { vm.set_user_memory_region(region) }.map_err(during("placing guest memory"))?;
+            // SAFETY: the range is a mapping that `self.ram` keeps until Drop has
+            // removed the slot; regions of one GuestRam do not overlap.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(step("giving guest memory to KVM"))?;
         }
-        vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(during("placing the identity map"))?;
-        vm.set_tss_address(layout::TSS).map_err(during("placing the TSS"))?;
-        vm.create_irq_chip().map_err(during("creating the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).map_err(during("creating the timer"))?;
-        Ok(Machine { kvm, vm })
+        let identity = layout::KVM_IDENTITY_MAP;
+        self.vm.set_identity_map_address(identity).map_err(step("placing KVM's identity map"))?;
+        self.vm
+            .set_tss_address(layout::KVM_TSS as usize)
+            .map_err(step("placing KVM's task state segment"))
     }
 
-    /// The KVM handle.
+    fn add_interrupt_controllers(&self) -> Result<(), KvmError> {
+        self.vm.create_irq_chip().map_err(step("creating the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.vm.create_pit2(pit).map_err(step("creating the interval timer"))
+    }
+
+    /// Creates the vCPU with this index, which is its APIC id as well.
+    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        self.vm.create_vcpu(u64::from(id)).map_err(step("creating a vCPU"))
+    }
+
+    /// From now on a write to `fd` raises interrupt `gsi` once (edge).
+    pub fn irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.vm.register_irqfd(fd, gsi).map_err(step("connecting an interrupt eventfd"))
+    }
+
+    /// Undoes [`Machine::irqfd`].
+    pub fn remove_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.vm.unregister_irqfd(fd, gsi).map_err(step("disconnecting an interrupt eventfd"))
+    }
+
+    /// From now on a guest's 32-bit write of `value` to guest-physical `address`
+    /// (of anything, if `None`) signals `fd` instead of leaving the guest.
+    pub fn ioeventfd(
+        &self,
+        fd: &EventFd,
+        address: u64,
+        value: Option<u32>,
+    ) -> Result<(), KvmError> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.vm.register_ioevent(fd, &address, value),
+            None => self.vm.register_ioevent(fd, &address, NoDatamatch),
+        }
+        .map_err(step("connecting a notification eventfd"))
+    }
+
+    /// Undoes [`Machine::ioeventfd`], called with the same arguments.
+    pub fn remove_ioeventfd(
+        &self,
+        fd: &EventFd,
+        address: u64,
+        value: Option<u32>,
+    ) -> Result<(), KvmError> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.vm.unregister_ioevent(fd, &address, value),
+            None => self.vm.unregister_ioevent(fd, &address, NoDatamatch),
+        }
+        .map_err(step("disconnecting a notification eventfd"))
+    }
+
+    /// `/dev/kvm`, for what belongs to the host: CPUID, MSR lists, limits.
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// The VM handle.
+    /// The VM, for state of the whole machine: clock, controllers, dirty log.
     pub fn vm(&self) -> &VmFd {
         &self.vm
     }
 
-    /// Makes a vCPU.
-    pub fn create_vcpu(&self, id: u64) -> Result<VcpuFd, KvmError> {
-        self.vm.create_vcpu(id).map_err(during("creating a vCPU"))
+    /// The machine's memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
     }
+}
 
-    /// Makes `event` raise `gsi`.
-    pub fn irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        self.vm.register_irqfd(event, gsi).map_err(during("connecting an interrupt line"))
+impl Drop for Machine {
+    fn drop(&mut self) {
+        for slot in 0..self.ram.regions().len() as u32 {
+            let none = kvm_userspace_memory_region { slot, ..Default::default() };
+            // SAFETY: a slot of size zero names no memory: this removes the slot.
+            // It fails only if the slot was never added.
+            let _ = unsafe { self.vm.set_user_memory_region(none) };
+        }
     }
+}
 
-    /// Makes a notification of queue `queue` ring `event`.
-    pub fn virtio_doorbell(&self, event: &EventFd, base: u64, queue: u32) -> Result<(), KvmError> {
-        self.vm
-            .register_ioevent(event, &IoEventAddress::Mmio(base + mmio::QUEUE_NOTIFY), queue)
-            .map_err(during("connecting a doorbell"))
+/// KVM_CREATE_VM starts a kernel thread on some machines, which a signal can interrupt.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    for _ in 0..5 {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(step("creating the VM")),
+        }
     }
+    kvm.create_vm().map_err(step("creating the VM"))
+}
 
-    /// Makes an acknowledgement of used buffers ring `event`.
-    pub fn virtio_ack(&self, event: &EventFd, base: u64) -> Result<(), KvmError> {
-        self.vm
-            .register_ioevent(event, &IoEventAddress::Mmio(base + mmio::INTERRUPT_ACK), 1u32)
-            .map_err(during("connecting an acknowledgement"))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_or_forbidden_kvm_names_the_remedy() {
+        let text = |code| classify(io::Error::from_raw_os_error(code)).to_string();
+        assert!(text(libc::ENOENT).contains("kvm_intel or kvm_amd"));
+        assert!(text(libc::EACCES).contains("usermod -aG kvm"));
+        assert!(matches!(classify(io::Error::from_raw_os_error(libc::EMFILE)), KvmError::Open(_)));
     }
 }

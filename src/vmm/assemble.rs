@@ -13,6 +13,7 @@ use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
@@ -33,7 +34,9 @@ use crate::spec;
 use crate::vcpu::{self, Kicks, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
-use crate::vm::{acpi, boot, cpu, layout};
+use crate::vm::boot::Entry;
+use crate::vm::cpu::CpuModel;
+use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
 const CONSOLE_BUFFER: u32 = 1 << 20;
@@ -51,8 +54,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
     spec::name_disks(&mut config.disks)?;
-    if config.disks.len() > layout::VIRTIO_SLOTS {
-        return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_SLOTS));
+    if config.disks.len() > layout::VIRTIO_GSI.len() {
+        return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let OpenedConsole { endpoint, fds: console_fds, terminal, note, keep } = console;
@@ -81,13 +84,13 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk))
         .collect::<Result<Vec<_>, _>>()?;
 
-    let ram = Arc::new(GuestRam::new(config.memory)?);
+    let ram = GuestRam::new(config.memory)?;
     let machine = Machine::new(&ram)?;
-    let slots: Vec<_> = (0..disks.len()).map(layout::virtio_slot).collect();
+    let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
-    let cmdline = [config.cmdline.as_str(), &boot::cmdline_words(&slots)].join(" ");
+    let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
-    let vcpu_fds = cpu::create_all(&machine, &ram, config.cpus, &entry)?;
+    let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
 
     // Everything is open. What follows starts threads, each of which confines itself.
@@ -125,10 +128,10 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         cells.push(cell);
     }
     let pio = Bus::builder()
-        .add(layout::SERIAL_PORT, PORTS, Arc::new(SerialPort::new(ring.clone(), kicks.clone())))?
-        .add(layout::I8042_PORT, 5, Arc::new(KeyboardController))?
-        .add(layout::SLEEP_PORT, 2, Arc::new(SleepControl))?
-        .add(layout::MARKER_PORT, 1, Arc::new(MarkerPort(notifier.clone())))?
+        .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(SerialPort::new(ring.clone(), kicks.clone())))?
+        .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
+        .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
+        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier.clone())))?
         .build();
 
     let waker = ring.clone();
@@ -191,6 +194,17 @@ impl SerialEnds {
         let mapping = Mapping::new(&self.memfd, ring::RING_BYTES, Access::ReadWrite)?;
         Ok(Producer::new(mapping, self.doorbell, vcpus)?)
     }
+}
+
+fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd>, VmmError> {
+    let model = CpuModel::new(machine.kvm(), cpus)?;
+    (0..cpus)
+        .map(|id| {
+            let vcpu = machine.create_vcpu(id)?;
+            model.configure(&vcpu, id, (id == 0).then_some(entry))?;
+            Ok(vcpu)
+        })
+        .collect()
 }
 
 fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts> {

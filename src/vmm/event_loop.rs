@@ -33,7 +33,7 @@ pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) _machine: Machine,
-    pub(super) ram: Arc<GuestRam>,
+    pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
     pub(super) ring: Arc<Producer>,

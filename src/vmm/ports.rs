@@ -7,7 +7,7 @@ use cellblock_devices::protocol::Marker;
 
 use super::notice::{Notice, Notifier};
 use crate::bus::{BusDevice, Outcome, VmExit};
-use crate::vm::acpi::{SLEEP_ENABLE, SLEEP_TYPE_OFF};
+use crate::vm::layout;
 
 /// The keyboard controller at 0x60 to 0x64, as far as resetting the machine goes.
 ///
@@ -17,7 +17,7 @@ use crate::vm::acpi::{SLEEP_ENABLE, SLEEP_TYPE_OFF};
 pub struct KeyboardController;
 
 const COMMAND: u64 = 4;
-const PULSE_RESET: u8 = 0xfe;
+const PULSE_RESET: u8 = layout::RESET_VALUE;
 
 impl BusDevice for KeyboardController {
     fn read(&self, _vcpu: usize, _offset: u64, data: &mut [u8]) -> Outcome {
@@ -44,9 +44,8 @@ impl BusDevice for SleepControl {
     }
 
     fn write(&self, _vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
-        const OFF: u8 = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
         match (offset, data) {
-            (0, &[value]) if value & OFF == OFF => Outcome::Exit(VmExit::Shutdown),
+            (0, &[value]) if layout::is_power_off(value) => Outcome::Exit(VmExit::Shutdown),
             _ => Outcome::Done,
         }
     }
@@ -101,9 +100,9 @@ mod tests {
     #[test]
     fn only_soft_off_with_enable_powers_off() {
         let port = SleepControl;
-        assert!(exit(port.write(0, 0, &[SLEEP_TYPE_OFF << 2])).is_none());
-        assert!(exit(port.write(0, 0, &[SLEEP_ENABLE])).is_none());
-        let off = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
+        let off = layout::SLEEP_ENABLE | layout::SLEEP_TYPE_S5 << 2;
+        assert!(exit(port.write(0, 0, &[layout::SLEEP_TYPE_S5 << 2])).is_none());
+        assert!(exit(port.write(0, 0, &[layout::SLEEP_ENABLE])).is_none());
         assert!(matches!(exit(port.write(0, 0, &[off])), Some(VmExit::Shutdown)));
     }
 

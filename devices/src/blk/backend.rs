@@ -27,6 +27,7 @@ use super::execute::Disk;
 use super::memory::MemTable;
 use super::request::Limits;
 use super::ring::{Layout, Ring};
+use super::view::View;
 use super::worker::{Start, Worker};
 
 /// The feature bit that says that there are protocol features.
@@ -177,7 +178,8 @@ impl Backend {
             next_avail: vring.next_avail,
             event_idx: has(self.acked, VIRTIO_RING_F_EVENT_IDX),
         };
-        Ring::new(table.memory(), &layout).map_err(internal)?;
+        let view = View::new(table.memory()).map_err(internal)?;
+        Ring::new(&view, &layout).map_err(internal)?;
         let size_max = has(self.acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX);
         let start = Start {
             memory: table.memory().clone(),

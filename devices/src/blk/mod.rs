@@ -13,7 +13,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`config`] | features and configuration space |
-//! | [`memory`] | the memory table, checked and mapped |
+//! | [`memory`], [`view`] | the memory table, checked and mapped; how the data path looks at it |
 //! | [`backend`] | vhost-user messages and the state of each ring |
 //! | [`worker`], [`server`] | the thread of a queue, and what it does |
 //! | [`ring`] | one virtqueue: chains, used entries, suppression of kicks and interrupts |
@@ -35,6 +35,7 @@ mod poll;
 mod request;
 mod ring;
 mod server;
+mod view;
 mod worker;
 
 use std::error::Error as StdError;

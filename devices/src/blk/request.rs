@@ -12,10 +12,11 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::Bytes;
 
 use super::config::{SECTOR, SEG_MAX};
-use super::memory::{Memory, Slice};
+use super::memory::Slice;
+use super::view::View;
 
 /// Bytes of the request header: type, reserved word, sector, all little-endian.
 const HEADER: usize = 16;
@@ -129,7 +130,7 @@ pub(super) struct Request<'p, 'm> {
 /// Turns chains into requests. Kept between requests for its buffers.
 #[derive(Debug)]
 pub(super) struct Parser<'m> {
-    memory: &'m Memory,
+    memory: &'m View<'m>,
     limits: Limits,
     readable: Vec<Slice<'m>>,
     writable: Vec<Slice<'m>>,
@@ -147,13 +148,16 @@ struct Walk {
 }
 
 impl<'m> Parser<'m> {
-    pub fn new(memory: &'m Memory, limits: Limits) -> Parser<'m> {
+    pub fn new(memory: &'m View<'m>, limits: Limits) -> Parser<'m> {
         let room = || Vec::with_capacity(MAX_DESCRIPTORS);
         Parser { memory, limits, readable: room(), writable: room() }
     }
 
     /// Walks and checks one chain.
-    pub fn parse(&mut self, chain: DescriptorChain<&'m Memory>) -> Result<Request<'_, 'm>, Broken> {
+    pub fn parse(
+        &mut self,
+        chain: DescriptorChain<&'m View<'m>>,
+    ) -> Result<Request<'_, 'm>, Broken> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
         let writable = total(&self.writable);
@@ -161,7 +165,7 @@ impl<'m> Parser<'m> {
         Ok(Request { status, writable, body })
     }
 
-    fn walk(&mut self, mut chain: DescriptorChain<&'m Memory>) -> Result<Walk, Broken> {
+    fn walk(&mut self, mut chain: DescriptorChain<&'m View<'m>>) -> Result<Walk, Broken> {
         self.readable.clear();
         self.writable.clear();
         let mut walk = Walk::default();
@@ -292,9 +296,9 @@ fn total(slices: &[Slice<'_>]) -> u64 {
 }
 
 /// Adds the memory of one descriptor to `slices`; false if any of it is not guest memory.
-fn gather<'m>(memory: &'m Memory, descriptor: &Descriptor, slices: &mut Vec<Slice<'m>>) -> bool {
+fn gather<'m>(memory: &'m View<'m>, descriptor: &Descriptor, slices: &mut Vec<Slice<'m>>) -> bool {
     let room = slices.len();
-    for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+    for slice in memory.slices(descriptor.addr(), descriptor.len() as usize) {
         match slice {
             Ok(slice) => slices.push(slice),
             Err(_) => {

@@ -9,6 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::blk::memory::Memory;
 
 const W: u16 = VRING_DESC_F_WRITE as u16;
 const N: u16 = VRING_DESC_F_NEXT as u16;
@@ -71,8 +72,9 @@ fn parse(memory: &Memory, limits: Limits, descriptors: &[Raw]) -> Got {
     put_raw(&mock, descriptors);
     let mut queue: Queue = mock.create_queue().expect("queue");
     queue.set_ready(true);
-    let chain = queue.iter(memory).expect("iterator").next().expect("chain");
-    let mut parser = Parser::new(memory, limits);
+    let view = View::new(memory).expect("view");
+    let chain = queue.iter(&view).expect("iterator").next().expect("chain");
+    let mut parser = Parser::new(&view, limits);
     match parser.parse(chain) {
         Err(broken) => Got::Broken(broken),
         Ok(request) => match request.body {
@@ -435,7 +437,8 @@ fn indirect_tables_hold_whole_requests() {
 fn a_parser_forgets_the_request_before() {
     let memory = memory();
     let mock = MockSplitQueue::new(&memory, QUEUE);
-    let mut parser = Parser::new(&memory, limits());
+    let view = View::new(&memory).expect("view");
+    let mut parser = Parser::new(&view, limits());
     put_header(&memory, VIRTIO_BLK_T_IN, 0);
     for parts in [
         &[HEAD, writer(512), STATUS][..],
@@ -445,7 +448,7 @@ fn a_parser_forgets_the_request_before() {
         put_raw(&mock, &linked(parts));
         let mut queue: Queue = mock.create_queue().expect("queue");
         queue.set_ready(true);
-        let chain = queue.iter(&memory).expect("iterator").next().expect("chain");
+        let chain = queue.iter(&view).expect("iterator").next().expect("chain");
         let request = parser.parse(chain).expect("answerable");
         match request.body {
             Ok((_, data)) => assert_eq!(total(data), u64::from(parts[1].1)),

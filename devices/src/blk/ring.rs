@@ -8,7 +8,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::config::QUEUE_SIZE;
-use super::memory::Memory;
+use super::view::View;
 
 /// Where the parts of a ring are, and where to go on in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,14 +57,14 @@ pub enum RingError {
 /// A ring in use. All of it was checked to be in guest memory.
 #[derive(Debug)]
 pub(super) struct Ring<'m> {
-    memory: &'m Memory,
+    memory: &'m View<'m>,
     queue: Queue,
 }
 
 impl<'m> Ring<'m> {
     /// Checks `layout` and goes on where it says; used entries go on behind those
     /// the used ring has.
-    pub fn new(memory: &'m Memory, layout: &Layout) -> Result<Ring<'m>, RingError> {
+    pub fn new(memory: &'m View<'m>, layout: &Layout) -> Result<Ring<'m>, RingError> {
         let size = layout.size;
         let setup = |source| RingError::Setup { size, source };
         let mut queue = Queue::new(QUEUE_SIZE).map_err(setup)?;
@@ -101,7 +101,7 @@ impl<'m> Ring<'m> {
     }
 
     /// Takes the next available chain.
-    pub fn pop(&mut self) -> Result<Option<DescriptorChain<&'m Memory>>, RingError> {
+    pub fn pop(&mut self) -> Result<Option<DescriptorChain<&'m View<'m>>>, RingError> {
         let chain = self.queue.iter(self.memory).map_err(RingError::Poisoned)?.next();
         match chain {
             Some(chain) if chain.head_index() >= self.queue.size() => {
@@ -144,6 +144,7 @@ impl<'m> Ring<'m> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blk::memory::Memory;
     use virtio_queue::mock::MockSplitQueue;
 
     /// Not where the mock puts it, which is over its own available ring.
@@ -167,17 +168,18 @@ mod tests {
     #[test]
     fn bad_layouts_are_refused() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
         let good = layout(&queue, false);
-        assert!(Ring::new(&memory, &good).is_ok());
-        let odd = |l: Layout| matches!(Ring::new(&memory, &l), Err(RingError::Setup { .. }));
+        assert!(Ring::new(&view, &good).is_ok());
+        let odd = |l: Layout| matches!(Ring::new(&view, &l), Err(RingError::Setup { .. }));
         assert!(odd(Layout { size: 0, ..good }));
         assert!(odd(Layout { size: 12, ..good }));
         assert!(odd(Layout { size: 512, ..good }));
         assert!(odd(Layout { descriptors: GuestAddress(8), ..good }));
         assert!(odd(Layout { avail: GuestAddress(1), ..good }));
         assert!(odd(Layout { used: GuestAddress(2), ..good }));
-        let out = |l: Layout| matches!(Ring::new(&memory, &l), Err(RingError::Outside { .. }));
+        let out = |l: Layout| matches!(Ring::new(&view, &l), Err(RingError::Outside { .. }));
         assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good }));
         assert!(out(Layout { avail: GuestAddress(0xfff0), ..good }));
         assert!(out(Layout { used: GuestAddress(u64::MAX - 3), ..good }));
@@ -186,8 +188,9 @@ mod tests {
     #[test]
     fn an_index_too_far_ahead_poisons() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
-        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         assert!(!ring.has_work().expect("look"));
         queue.avail().idx().store(16);
         assert!(ring.pop().expect("a full ring is fine").is_some());
@@ -199,8 +202,9 @@ mod tests {
     #[test]
     fn a_head_beyond_the_table_poisons() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
-        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         queue.avail().ring().ref_at(0).expect("entry").store(16);
         queue.avail().idx().store(1);
         assert!(matches!(ring.pop(), Err(RingError::Poisoned(_))));
@@ -209,10 +213,11 @@ mod tests {
     #[test]
     fn used_entries_go_on_behind_the_old_ones() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
         let read = |at: u64| memory.read_obj::<u32>(GuestAddress(USED.0 + at)).expect("read");
         memory.write_obj(5u16, GuestAddress(USED.0 + 2)).expect("write");
-        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         ring.push_used(3, 77).expect("used");
         assert_eq!(read(0) >> 16, 6);
         assert_eq!((read(4 + 8 * 5), read(4 + 8 * 5 + 4)), (3, 77));
@@ -221,8 +226,9 @@ mod tests {
     #[test]
     fn the_no_interrupt_flag_counts_without_event_idx() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
-        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         ring.push_used(0, 0).expect("used");
         assert!(ring.wants_interrupt().expect("flags"));
         memory.write_obj(VRING_AVAIL_F_NO_INTERRUPT as u16, queue.avail_addr()).expect("write");
@@ -232,8 +238,9 @@ mod tests {
     #[test]
     fn event_idx_decides_with_event_idx() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
-        let mut ring = Ring::new(&memory, &layout(&queue, true)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, true)).expect("ring");
         let used_event = GuestAddress(queue.avail_addr().0 + 4 + 2 * 16);
         memory.write_obj(1u16, used_event).expect("write");
         ring.push_used(0, 0).expect("used");
@@ -246,9 +253,10 @@ mod tests {
     #[test]
     fn kicks_are_asked_for_only_before_sleep() {
         let memory = memory();
+        let view = View::new(&memory).expect("view");
         let queue = MockSplitQueue::new(&memory, 16);
         let used_flags = || memory.read_obj::<u16>(USED).expect("flags");
-        let mut ring = Ring::new(&memory, &layout(&queue, false)).expect("ring");
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         ring.suppress_kicks().expect("suppress");
         assert_eq!(used_flags(), 1);
         assert!(!ring.request_kicks().expect("request"));

@@ -13,10 +13,10 @@ use vm_memory::Bytes;
 
 use super::counters::Counters;
 use super::execute::{Disk, Engine};
-use super::memory::Memory;
 use super::poll::PollWindow;
 use super::request::{Operation, Parser, Refusal, Request};
 use super::ring::{Ring, RingError};
+use super::view::View;
 use super::worker::{Control, Start, signal};
 
 /// What a queue's thread has for as long as it lives.
@@ -58,22 +58,25 @@ impl Server {
 
     /// Serves a ring until told to stop; returns the first available entry not taken.
     pub fn serve(&self, start: &Start) -> u16 {
-        let mut ring = match Ring::new(&start.memory, &start.layout) {
-            Ok(ring) => ring,
-            Err(error) => {
-                self.give_up(start, &error);
-                return start.layout.next_avail;
-            }
-        };
-        if start.interrupt {
-            signal(start.call.as_ref());
-        }
-        match self.run(start, &mut ring) {
+        let mut next_avail = start.layout.next_avail;
+        match self.serve_ring(start, &mut next_avail) {
             Ok(never) => match never {},
             Err(End::Stopped) => {}
             Err(End::Broken(error)) => self.give_up(start, &error),
         }
-        ring.next_avail()
+        next_avail
+    }
+
+    fn serve_ring(&self, start: &Start, next_avail: &mut u16) -> Result<Infallible, End> {
+        let view = View::new(&start.memory).map_err(RingError::Access)?;
+        let mut ring = Ring::new(&view, &start.layout)?;
+        if start.interrupt {
+            signal(start.call.as_ref());
+        }
+        let parser = Parser::new(&view, start.limits);
+        let end = self.run(start, &mut ring, parser);
+        *next_avail = ring.next_avail();
+        end
     }
 
     /// Leaves a broken ring alone until the front end takes it back.
@@ -88,8 +91,12 @@ impl Server {
         }
     }
 
-    fn run<'m>(&self, start: &'m Start, ring: &mut Ring<'m>) -> Result<Infallible, End> {
-        let mut parser = Parser::new(&start.memory, start.limits);
+    fn run<'m>(
+        &self,
+        start: &Start,
+        ring: &mut Ring<'m>,
+        mut parser: Parser<'m>,
+    ) -> Result<Infallible, End> {
         let mut engine = Engine::new(start.write_through);
         let mut window = PollWindow::new(self.poll);
         ring.suppress_kicks()?;
@@ -136,7 +143,7 @@ impl Server {
     /// Executes one chain and writes its status; returns the length for its used entry.
     fn answer<'m>(
         &self,
-        chain: DescriptorChain<&'m Memory>,
+        chain: DescriptorChain<&'m View<'m>>,
         parser: &mut Parser<'m>,
         engine: &mut Engine,
     ) -> u32 {

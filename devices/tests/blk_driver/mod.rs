@@ -195,7 +195,7 @@ pub struct Queue {
 
 const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
-const INDIRECT: u64 = 0x4000;
+const INDIRECT: u64 = 0x1_0000;
 const HEADERS: u64 = 0x8000;
 
 impl Queue {
@@ -251,7 +251,7 @@ impl Queue {
     pub fn add(&mut self, memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> u16 {
         let (head, table) = if self.indirect {
             let head = self.free;
-            self.free = (self.free + 1) % 8;
+            self.free = (self.free + 1) % self.size;
             let table = self.base + INDIRECT + u64::from(head) * 0x400;
             let len = 16 * buffers.len() as u32;
             self.descriptor(memory, self.base, head, table, len, 4, 0);

@@ -1,140 +1,154 @@
-//! Getting a kernel into memory, and what it is told at its entry.
+//! Loading a kernel: which kind of file it is, where its parts go, how it starts.
 //!
-//! | kernel file | protocol |
+//! | file | starts by |
 //! |---|---|
-//! | ELF with a PVH note | PVH: 32-bit entry, `hvm_start_info` |
-//! | ELF without | the 64-bit Linux entry, zero page |
-//! | bzImage, protocol 2.12 or newer | the same, at its 64-bit entry |
+//! | ELF with a Xen `PHYS32_ENTRY` note | PVH: 32-bit protected mode, `hvm_start_info` |
+//! | other 64-bit ELF (`vmlinux`) | Linux's 64-bit protocol at the ELF entry |
+//! | bzImage, protocol 2.12 or newer | Linux's 64-bit protocol, 0x200 behind its start |
 //!
-//! Linux's `Documentation/arch/x86/boot.rst` and Xen's `docs/misc/pvh.pandoc` are
-//! the specifications. A kernel file is untrusted input: what it says of itself is
-//! checked before the loader acts on it.
+//! The files are untrusted. Headers are read once into a copy, checked as a whole,
+//! and only then is anything placed in guest memory, by one read per part straight
+//! to its place. All kernel parts and the initrd lie in RAM below the MMIO hole.
 
 mod bzimage;
+mod cmdline;
+mod e820;
 mod elf;
-mod linux;
-mod map;
-mod pvh;
+mod initrd;
+mod params;
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, ReadVolatile};
+use super::cpu::write_boot_tables;
+use super::layout::{CMDLINE, PVH_START_INFO, ZERO_PAGE};
+use super::memory::{GuestRam, MemoryError};
 
-use super::layout::VirtioSlot;
-use super::memory::GuestRam;
-use crate::transport::mmio::WINDOW;
+pub use cmdline::CmdlineError;
+pub use initrd::InitrdError;
 
-/// Where structures for the kernel lie, all below the first 640 KiB.
-mod place {
-    pub const START_INFO: u64 = 0x6000;
-    pub const MEMORY_MAP: u64 = 0x6100;
-    pub const MODULES: u64 = 0x6f00;
-    pub const ZERO_PAGE: u64 = 0x7000;
-    pub const CMDLINE: u64 = 0x2_0000;
-    /// Including the final zero: what current kernels accept.
-    pub const CMDLINE_MAX: usize = 2048;
-}
-
-/// RAM from here on belongs to the kernel and its initrd.
-pub const HIGH_MEMORY: u64 = 0x10_0000;
-
-/// A kernel, or what goes with it, that cannot be booted.
-#[derive(Debug, thiserror::Error)]
-pub enum BootError {
-    /// The file could not be read.
-    #[error("reading the {what}")]
-    Read {
-        /// Kernel or initrd.
-        what: &'static str,
-        /// The reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The file is no kernel we know.
-    #[error("the kernel is {0}; an x86-64 ELF vmlinux or a bzImage is needed")]
-    NotAKernel(&'static str),
-    /// The file contradicts itself.
-    #[error("the kernel file is damaged: {0}")]
-    Damaged(&'static str),
-    /// It does not fit.
-    #[error("the kernel needs memory up to {:#x}, the guest's ends at {:#x}; give it more with -m", .needed, .have)]
-    TooLarge {
-        /// First address beyond the kernel.
-        needed: u64,
-        /// First address beyond low memory.
-        have: u64,
-    },
-    /// The loader refused it.
-    #[error("loading the kernel")]
-    Load(#[from] linux_loader::loader::Error),
-    /// The initrd is empty.
-    #[error("the initrd is empty")]
-    EmptyInitrd,
-    /// The initrd does not fit.
-    #[error("the initrd of {} MiB does not fit between the kernel and the end of guest memory at {} MiB; give the guest more with -m", .len >> 20, .end >> 20)]
-    InitrdTooLarge {
-        /// Its bytes.
-        len: u64,
-        /// First address beyond usable memory.
-        end: u64,
-    },
-    /// The command line does not fit.
-    #[error("the kernel command line has {0} bytes, {max} are possible", max = place::CMDLINE_MAX - 1)]
-    CmdlineTooLong(usize),
-    /// A zero byte would end it early.
-    #[error("the kernel command line holds a zero byte")]
-    CmdlineZero,
-    /// Guest memory.
-    #[error("writing boot structures into guest memory")]
-    Write(#[source] GuestMemoryError),
-}
-
-/// Where and how the first vCPU starts.
+/// Where and how the boot vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// In 64-bit mode with the low 4 GiB mapped one to one.
+    /// Linux's 64-bit boot protocol: long mode, the zero page in RSI.
     Linux64 {
         /// First instruction.
         rip: u64,
-        /// `struct boot_params`, for RSI.
+        /// Address of `struct boot_params`.
         zero_page: u64,
     },
-    /// In 32-bit protected mode without paging.
+    /// PVH: 32-bit protected mode without paging, the start info in EBX.
     Pvh {
-        /// First instruction.
+        /// First instruction, below 4 GiB.
         rip: u64,
-        /// `struct hvm_start_info`, for EBX.
+        /// Address of `hvm_start_info`.
         start_info: u64,
     },
 }
 
-/// What a kernel is told.
-struct Told {
-    cmdline_len: u32,
-    initrd: Option<Initrd>,
-    rsdp: u64,
+/// A kernel, initrd or command line that cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel file is not one we can start.
+    #[error("loading the kernel")]
+    Kernel(#[source] KernelError),
+    /// The initrd is unusable.
+    #[error("loading the initrd")]
+    Initrd(#[source] InitrdError),
+    /// The command line is unusable.
+    #[error("passing the kernel its command line")]
+    Cmdline(#[source] CmdlineError),
+    /// Boot structures could not be written.
+    #[error("writing boot structures")]
+    Structures(#[source] linux_loader::configurator::Error),
+    /// The boot vCPU's descriptor and page tables could not be written.
+    #[error("writing the boot vCPU's tables")]
+    Tables(#[source] MemoryError),
 }
 
-#[derive(Clone, Copy)]
-struct Initrd {
-    at: u64,
-    len: u64,
+/// What is wrong with a kernel file.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Reading failed.
+    #[error("reading the file")]
+    Read(#[source] std::io::Error),
+    /// A directory, device, pipe or socket.
+    #[error("it is not a regular file: give a vmlinux or bzImage file")]
+    NotAFile,
+    /// No bytes at all.
+    #[error("the file is empty: give a vmlinux or bzImage file")]
+    Empty,
+    /// Neither ELF nor bzImage.
+    #[error("it is neither an ELF file nor a bzImage{0}")]
+    Unknown(&'static str),
+    /// The file ends before what its headers promise.
+    #[error("the file is truncated: {what} ends at byte {end} of {size}; copy it again")]
+    Truncated {
+        /// The part that is cut off.
+        what: &'static str,
+        /// Where that part should end.
+        end: u64,
+        /// The file's size.
+        size: u64,
+    },
+    /// A 32-bit kernel.
+    #[error("it is a 32-bit kernel: give one for x86_64")]
+    Bits32,
+    /// For another processor.
+    #[error("it is for another processor (ELF machine {0}): give one for x86_64")]
+    Machine(u16),
+    /// An ELF file that is not a program with load segments, or is malformed.
+    #[error("its ELF headers are unusable: {0}")]
+    BadElf(&'static str),
+    /// A bzImage too old, or malformed.
+    #[error("its bzImage header is unusable: {0}")]
+    BadBzImage(&'static str),
+    /// Load address below 1 MiB.
+    #[error(
+        "it loads at {0:#x}, below 1 MiB, where boot structures are: link it at 1 MiB or above"
+    )]
+    TooLow(u64),
+    /// It does not fit.
+    #[error(
+        "it needs memory up to {needed} MiB, and the guest has {have} MiB there: give more memory"
+    )]
+    TooLarge {
+        /// End of the kernel in memory, in MiB, rounded up.
+        needed: u64,
+        /// End of the guest's RAM below the MMIO hole, in MiB.
+        have: u64,
+    },
+    /// Two segments claim the same memory.
+    #[error("its segments at {0:#x} and {1:#x} overlap")]
+    Overlap(u64, u64),
+    /// The entry point is not in what the file loads.
+    #[error("its entry point {0:#x} is outside what it loads")]
+    Entry(u64),
+    /// Placing it failed.
+    #[error("copying it to guest memory")]
+    Place(#[source] MemoryError),
 }
 
-/// `virtio_mmio.device=` words that tell kernels without ACPI where devices are
-/// (Linux's `drivers/virtio/virtio_mmio.c`).
-pub fn cmdline_words(slots: &[VirtioSlot]) -> String {
-    let word = |slot: &VirtioSlot| {
-        format!("virtio_mmio.device={}K@{:#x}:{}", WINDOW >> 10, slot.base, slot.gsi)
-    };
-    slots.iter().map(word).collect::<Vec<_>>().join(" ")
+/// A kernel placed in guest memory, before anything else is.
+struct Loaded {
+    start: Start,
+    /// End of the memory it uses, BSS and decompression room included.
+    end: u64,
+    /// The last address an initrd may touch.
+    initrd_max: u64,
+    /// Most bytes of command line, without the nul.
+    cmdline_max: u64,
 }
 
-/// Loads `kernel` and `initrd` and writes what the kernel is told.
+enum Start {
+    Pvh { rip: u64 },
+    Linux64 { rip: u64, header: linux_loader::bootparam::setup_header },
+}
+
+/// Places kernel, initrd, command line and boot structures in `ram`.
 ///
-/// # Errors
-/// Files that are no kernel, are damaged or do not fit: see [`BootError`].
+/// `rsdp` is what [`super::acpi::write`] returned. The memory has to be fresh
+/// (zero). Returns where the boot vCPU starts.
 pub fn load(
     ram: &GuestRam,
     kernel: &File,
@@ -142,77 +156,102 @@ pub fn load(
     cmdline: &str,
     rsdp: u64,
 ) -> Result<Entry, BootError> {
-    write_cmdline(ram, cmdline)?;
-    let told = |initrd| Told { cmdline_len: cmdline.len() as u32, initrd, rsdp };
-    let mut start = [0; 4];
-    let mut file = kernel;
-    let read = |source| BootError::Read { what: "kernel", source };
-    let len = file.seek(SeekFrom::End(0)).map_err(read)?;
-    file.rewind().map_err(read)?;
-    match (len, file.read_exact(&mut start)) {
-        (0, _) => return Err(BootError::NotAKernel("an empty file")),
-        (1..4, _) => return Err(BootError::NotAKernel("too short a file")),
-        (_, result) => result.map_err(read)?,
-    }
-    let mut kernel = kernel.try_clone().map_err(read)?;
-    if start == *b"\x7fELF" {
-        let loaded = elf::load(ram, &mut kernel, len)?;
-        let initrd = load_initrd(ram, initrd, loaded.end, u64::MAX)?;
-        match loaded.pvh {
-            Some(rip) => pvh::tell(ram, rip, &told(initrd)),
-            None => linux::tell(ram, loaded.entry, None, &told(initrd)),
+    let loaded = load_kernel(ram, kernel).map_err(BootError::Kernel)?;
+    cmdline::write(ram, cmdline, loaded.cmdline_max).map_err(BootError::Cmdline)?;
+    let initrd = match initrd {
+        Some(file) => Some(initrd::load(ram, file, &loaded).map_err(BootError::Initrd)?),
+        None => None,
+    };
+    let map = e820::map(ram.regions());
+    let written = match loaded.start {
+        Start::Pvh { rip } => params::write_pvh(ram, initrd, &map, rsdp)
+            .map(|()| Entry::Pvh { rip, start_info: PVH_START_INFO }),
+        Start::Linux64 { rip, header } => {
+            params::write_linux(ram, header, CMDLINE, initrd, &map, rsdp)
+                .map(|()| Entry::Linux64 { rip, zero_page: ZERO_PAGE })
         }
+    };
+    let entry = written.map_err(BootError::Structures)?;
+    write_boot_tables(ram, &entry).map_err(BootError::Tables)?;
+    Ok(entry)
+}
+
+/// Bytes that hold a bzImage's setup header and the headers of common ELF files.
+const HEAD: usize = 4096;
+
+fn load_kernel(ram: &GuestRam, file: &File) -> Result<Loaded, KernelError> {
+    let metadata = file.metadata().map_err(KernelError::Read)?;
+    if !metadata.is_file() {
+        return Err(KernelError::NotAFile);
+    }
+    let size = metadata.len();
+    let mut head = vec![0; HEAD.min(usize::try_from(size).unwrap_or(HEAD))];
+    if head.is_empty() {
+        return Err(KernelError::Empty);
+    }
+    file.read_exact_at(&mut head, 0).map_err(KernelError::Read)?;
+    if head.starts_with(b"\x7fELF") {
+        elf::load(ram, file, size, &head)
+    } else if bzimage::is_bzimage(&head) {
+        bzimage::load(ram, file, size, &head)
     } else {
-        let loaded = bzimage::load(ram, &mut kernel, len)?;
-        let initrd = load_initrd(ram, initrd, loaded.end, loaded.initrd_max)?;
-        linux::tell(ram, loaded.entry, Some(loaded.header), &told(initrd))
+        Err(KernelError::Unknown(hint(&head)))
     }
 }
 
-fn write_cmdline(ram: &GuestRam, cmdline: &str) -> Result<(), BootError> {
-    if cmdline.len() >= place::CMDLINE_MAX {
-        return Err(BootError::CmdlineTooLong(cmdline.len()));
+/// What a user most likely gave us, where that can be told.
+fn hint(head: &[u8]) -> &'static str {
+    let compressed: [&[u8]; 5] = [
+        &[0x1f, 0x8b],
+        b"BZh",
+        &[0xfd, b'7', b'z', b'X', b'Z'],
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        &[0x04, 0x22, 0x4d, 0x18],
+    ];
+    if compressed.iter().any(|magic| head.starts_with(magic)) {
+        ": it looks compressed, unpack it first"
+    } else {
+        ": give a vmlinux or bzImage file"
     }
-    if cmdline.contains('\0') {
-        return Err(BootError::CmdlineZero);
-    }
-    let mut bytes = cmdline.as_bytes().to_vec();
-    bytes.push(0);
-    ram.memory().write_slice(&bytes, GuestAddress(place::CMDLINE)).map_err(BootError::Write)
 }
 
-/// Reads an initrd to the highest place below `max` and the end of low memory.
-fn load_initrd(
-    ram: &GuestRam,
-    initrd: Option<&File>,
-    kernel_end: u64,
-    max: u64,
-) -> Result<Option<Initrd>, BootError> {
-    let Some(mut file) = initrd else { return Ok(None) };
-    let read = |source| BootError::Read { what: "initrd", source };
-    let len = file.seek(SeekFrom::End(0)).map_err(read)?;
-    file.rewind().map_err(read)?;
-    if len == 0 {
-        return Err(BootError::EmptyInitrd);
+/// Checks that `start..end` lies in the RAM a kernel may use.
+fn check_place(ram: &GuestRam, start: u64, end: u64) -> Result<(), KernelError> {
+    if start < super::layout::KERNEL_MIN {
+        return Err(KernelError::TooLow(start));
     }
-    let end = low_end(ram).min(max.saturating_add(1));
-    let at = end.checked_sub(len).map(|at| at & !0xfff).filter(|at| *at >= kernel_end);
-    let at = at.ok_or(BootError::InitrdTooLarge { len, end })?;
-    let mut file = file.try_clone().map_err(read)?;
-    ram.memory()
-        .read_exact_volatile_from(GuestAddress(at), &mut file, len as usize)
-        .map_err(BootError::Write)?;
-    Ok(Some(Initrd { at, len }))
+    if end > ram.low_end() {
+        let needed = end.div_ceil(1 << 20);
+        return Err(KernelError::TooLarge { needed, have: ram.low_end() >> 20 });
+    }
+    Ok(())
 }
-
-/// First address beyond the low piece of RAM.
-fn low_end(ram: &GuestRam) -> u64 {
-    ram.regions().first().map_or(0, |region| region.gpa + region.len)
-}
-
-/// Kernel files are read straight into guest memory.
-trait KernelFile: Read + ReadVolatile + Seek {}
-impl KernelFile for File {}
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    pub fn file(contents: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(contents).unwrap();
+        file
+    }
+
+    fn refused(contents: &[u8]) -> String {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        load_kernel(&ram, &file(contents)).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused() {
+        assert!(refused(b"").contains("empty"));
+        assert!(refused(b"hello").contains("neither an ELF file nor a bzImage: give"));
+        assert!(refused(&[0x1f, 0x8b, 8, 0]).contains("unpack it first"));
+        let ram = GuestRam::new(32 << 20).unwrap();
+        let directory = File::open("/").unwrap();
+        assert!(matches!(load_kernel(&ram, &directory), Err(KernelError::NotAFile)));
+        let device = File::open("/dev/zero").unwrap();
+        assert!(matches!(load_kernel(&ram, &device), Err(KernelError::NotAFile)));
+    }
+}

@@ -109,6 +109,9 @@ impl Consumer {
         fence(Ordering::SeqCst);
         if self.page.reader_sleeps(reply.vcpu).load(Ordering::Relaxed) != 0 {
             futex::wake_shared(word);
+            // A vCPU that slept while this thread was awake may be waiting for this
+            // very CPU; watching the ring now would keep it from it.
+            std::thread::yield_now();
         }
     }
 

@@ -15,7 +15,7 @@ const NOBODY: u8 = 0xff;
 
 /// How long a reader looks for its answer before it sleeps. An awake device answers
 /// in well under a microsecond, one that has to be woken in about twenty.
-const SPIN: Duration = Duration::from_micros(10);
+const SPIN: Duration = Duration::from_micros(4);
 
 /// The longest single sleep: the last line of defence against a lost wake-up.
 const SLICE: Duration = Duration::from_millis(50);

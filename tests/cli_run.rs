@@ -236,24 +236,28 @@ fn the_control_commands_on_a_real_vm() {
     assert_eq!(String::from_utf8_lossy(&again.stderr).lines().count(), 1);
     assert_eq!(place.json("resume")["epoch"], 1);
 
-    let events = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+    let mut events = Command::new(env!("CARGO_BIN_EXE_cellblock"))
         .current_dir(place.dir.path())
         .args(["events", "control", "--json"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    let first = lines.next().unwrap(); // it follows now
     assert!(place.control(&["stop"]).status.success());
     assert!(!place.path("control").exists());
+    // Nobody holds the disk any more when the command returns.
+    let spec: cellblock::spec::DiskSpec = place.path("disk").to_str().unwrap().parse().unwrap();
+    spec.open().unwrap();
     assert!(place.end().success());
-    let events = events.wait_with_output().unwrap();
-    assert!(events.status.success());
-    let kinds: Vec<String> = events
-        .stdout
-        .lines()
+    let kinds: Vec<String> = std::iter::once(first)
+        .chain(lines)
         .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap())
         .map(|event| event["event"].as_str().unwrap().to_owned())
         .collect();
+    assert!(events.wait().unwrap().success());
     let at = |kind: &str| kinds.iter().position(|k| k == kind).unwrap_or_else(|| panic!("{kind}"));
+    assert_eq!(kinds[0], "start");
     assert!(at("pause") < at("resume") && at("resume") < at("shutdown"), "{kinds:?}");
 }
 

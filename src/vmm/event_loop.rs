@@ -116,6 +116,7 @@ impl Vm {
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
+        self.event(EventKind::Start);
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];
@@ -313,7 +314,7 @@ impl Vm {
             tracing::warn!("the spawner is slow to end");
         }
         if let Some(control) = self.control.take() {
-            control.finish(CLIENTS_LIMIT);
+            control.finish(CLIENTS_LIMIT).at_exit();
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -18,6 +18,7 @@ use cellblock_wire::{Access, Channel, Mapping, sealed_memfd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, recv};
 
 const DATA: u8 = 0;
 const IER: u8 = 1;
@@ -451,8 +452,10 @@ fn socket_clients_come_and_go() {
     first.write_all(b"bye").unwrap();
     drop(first);
     assert_eq!(vm.type_in(3), b"bye");
-    assert_eq!(vm.drain(1, 5000), 0, "no reader: nothing to wait for");
     vm.print(b"between\n");
+    let begin = Instant::now();
+    assert_eq!(vm.drain(1, 10_000), 0);
+    assert!(begin.elapsed() < Duration::from_secs(5), "no reader: nothing to wait for");
     let third = UnixStream::connect(&path).unwrap();
     third.set_read_timeout(Some(SOON)).unwrap();
     assert_eq!(read_exactly(&third, 8), b"between\n");
@@ -496,6 +499,26 @@ fn a_client_that_does_not_read_loses_the_oldest_and_is_replaced() {
     let next = UnixStream::connect(&path).unwrap();
     next.set_read_timeout(Some(SOON)).unwrap();
     same(&read_exactly(&next, 4096), &sent[sent.len() - 4096..]);
+    vm.close().unwrap();
+}
+
+#[test]
+fn what_a_client_was_not_given_is_for_the_next_one() {
+    let (_dir, path, listener) = listening();
+    let vm = Vm::new(SerialEndpoint::Socket, vec![listener]);
+    let first = UnixStream::connect(&path).unwrap();
+    let sent: Vec<u8> = (0..100_000).flat_map(|i: u32| format!("{i:7}\n").into_bytes()).collect();
+    vm.print(&sent);
+    vm.drain(1, 200); // until the first one's socket is full
+    let mut waiting = vec![0; sent.len()];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let given = recv(first.as_raw_fd(), &mut waiting, flags).unwrap();
+    assert!(given > 0 && given < sent.len(), "{given}");
+    drop(first);
+    let second = UnixStream::connect(&path).unwrap();
+    second.set_read_timeout(Some(SOON)).unwrap();
+    same(&read_exactly(&second, sent.len() - given), &sent[given..]);
+    assert_eq!(vm.stats().2, 0);
     vm.close().unwrap();
 }
 

@@ -75,10 +75,7 @@ impl Output {
             on_error,
         });
         let own = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("serial-out".into())
-            .stack_size(64 * 1024)
-            .spawn(move || own.run())?;
+        super::start_thread("serial-out", move || own.run())?;
         Ok(Output(shared))
     }
 

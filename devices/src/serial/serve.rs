@@ -17,7 +17,7 @@ const GLANCE: Duration = Duration::from_millis(1);
 /// After this long without an access the guest may have forgotten its input.
 const REMINDER: Duration = Duration::from_millis(2);
 /// What the reader gets to read the end when the VMM has closed the channel.
-const FAREWELL: Duration = Duration::from_millis(300);
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// A drain that has not been answered.
 pub(super) struct Drain {

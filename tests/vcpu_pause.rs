@@ -66,7 +66,7 @@ fn cycles(vcpus: usize, native: bool) {
     println!("{vcpus} vcpus, {kind}: request to all parked, median {median:?}, 99% {p99:?}");
     vm.vcpus.stop(PATIENCE).unwrap();
     assert_eq!(vm.vcpus.states(), vec![VcpuState::Stopped; vcpus]);
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }
 
 #[test]
@@ -391,7 +391,7 @@ fn a_stop_ends_a_vcpu_that_waits_for_a_device() {
     vm.vcpus.run().unwrap();
     slow.waited_for();
     vm.vcpus.stop(PATIENCE).unwrap();
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
     drop(vm);
     assert_eq!(Arc::strong_count(&slow), 1, "no hook keeps the device of a VM that is gone");
 }
@@ -423,10 +423,10 @@ fn a_vcpu_that_cannot_arrive_is_named_and_the_others_run_on() {
     }
     let error = vm.vcpus.stop(Duration::from_millis(50)).unwrap_err();
     assert_eq!(error.vcpus, [1]);
-    assert_eq!(vcpu_threads(), ["vcpu1"]);
+    wait_for("only vcpu 1 to be left", || (vcpu_threads() == ["vcpu1"]).then_some(()));
     deaf.open();
     vm.vcpus.stop(PATIENCE).unwrap();
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }
 
 #[test]
@@ -484,7 +484,7 @@ fn a_pause_and_the_guests_end_at_once_have_one_clear_result() {
         vm.vcpus.stop(PATIENCE).unwrap();
     }
     println!("{paused} pauses came first, {ended} ends");
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }
 
 #[test]
@@ -538,7 +538,8 @@ fn a_pause_right_after_run_is_kept() {
         vm.vcpus.run().unwrap();
         vm.vcpus.pause(PATIENCE).unwrap();
         drop(vm);
-        assert_eq!(vcpu_threads(), Vec::<String>::new(), "dropping stops, also when paused");
+        // Dropping stops, also when paused.
+        no_vcpu_threads();
     }
 }
 
@@ -581,7 +582,7 @@ fn a_panic_in_work_ends_the_vm_and_not_the_process() {
     assert!(matches!(vm.end().exit, VmExit::Error(what) if what.contains("panicked")));
     assert!(vm.vcpus.resume().is_err());
     vm.vcpus.stop(PATIENCE).unwrap();
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }
 
 #[test]
@@ -616,5 +617,5 @@ fn the_thread_hook_runs_first_on_every_thread_and_can_refuse() {
     assert_eq!(seen_now.len(), 3);
     let error = start(Some(1)).err().unwrap();
     assert!(matches!(&error, StartError::Hook { vcpu: 1, message } if message == "not today"));
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }

@@ -141,6 +141,30 @@ fn files_that_do_not_serve_are_named_with_a_remedy() {
 }
 
 #[test]
+fn kernels_and_initrds_that_cannot_boot() {
+    let place = Place::new();
+    let guest = cellblock::guest::BARE_GUEST;
+    fs::write(place.path("guest"), guest).unwrap();
+    fs::write(place.path("empty"), "").unwrap();
+    fs::write(place.path("cut"), &guest[..guest.len() / 2]).unwrap();
+    // ELFCLASS32 in the same file.
+    let mut narrow = guest.to_vec();
+    narrow[4] = 1;
+    fs::write(place.path("narrow"), narrow).unwrap();
+    File::create(place.path("large")).unwrap().set_len(100 << 20).unwrap();
+    for (args, parts) in [
+        (&["--kernel", "empty"][..], &["kernel", "empty"][..]),
+        (&["--kernel", "cut"], &["kernel", "truncated"]),
+        (&["--kernel", "narrow"], &["kernel", "32-bit"]),
+        (&["--kernel", "kernel"], &["kernel", "neither"]),
+        (&["--kernel", "guest", "--initrd", "empty"], &["initrd", "empty"]),
+        (&["--kernel", "guest", "--initrd", "large", "-m", "64M"], &["initrd", "more memory"]),
+    ] {
+        refused(&place.run(args), 1, parts);
+    }
+}
+
+#[test]
 fn a_configuration_file_is_held_to_the_same_rules() {
     let place = Place::new();
     for (text, parts) in [

@@ -14,7 +14,7 @@ use cellblock::vm::boot::{self, Entry};
 use cellblock::vm::cpu::CpuModel;
 use cellblock::vm::kvm::Machine;
 use cellblock::vm::memory::{GuestRam, MemoryError};
-use cellblock::vm::{acpi, layout};
+use cellblock::vm::{acpi, kvm, layout};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -207,6 +207,16 @@ fn vcpus_start_as_processors_come_out_of_reset() {
     }
     let lapic = vm.vcpus[0].get_lapic().unwrap();
     assert_eq!((lapic.regs[0x351] & 7, lapic.regs[0x361] & 7), (7, 4)); // ExtINT, NMI
+}
+
+#[test]
+fn impossible_numbers_of_cpus_are_refused() {
+    let kvm = kvm::open().unwrap();
+    assert_eq!(kvm::check_cpus(&kvm, 1).unwrap(), 1);
+    for asked in [0, 65, 256, 1000, u32::MAX] {
+        let text = kvm::check_cpus(&kvm, asked).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("{asked} vCPUs are not possible: give 1 to ")), "{text}");
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@ const EXT_ECX_CMP_LEGACY: u32 = 1 << 1;
 /// `base` made the table of vCPU `id` of `cpus`.
 pub fn personal(base: &CpuId, id: u8, cpus: u8, deadline_timer: bool) -> CpuId {
     let topology = Topology::new(id, cpus);
+    let amd = is_amd(base);
     let mut entries = Vec::with_capacity(base.as_slice().len() + 9);
     let mut extended_leaves = 0; // a mask: bit 0 for 0xb, bit 1 for 0x1f
     let max = base.as_slice().iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
@@ -42,9 +43,9 @@ pub fn personal(base: &CpuId, id: u8, cpus: u8, deadline_timer: bool) -> CpuId {
                 extended_leaves |= 2;
                 continue;
             }
-            0x8000_0001 => set(&mut entry.ecx, EXT_ECX_CMP_LEGACY, is_amd(base) && cpus > 1),
+            0x8000_0001 => set(&mut entry.ecx, EXT_ECX_CMP_LEGACY, amd && cpus > 1),
             0x8000_0002..=0x8000_0004 => continue, // rebuilt below
-            0x8000_0008 => entry.ecx = topology.bits << 12 | (topology.cpus - 1),
+            0x8000_0008 if amd => entry.ecx = topology.bits << 12 | (topology.cpus - 1),
             0x8000_001d => topology.cache(&mut entry, false),
             0x8000_001e => {
                 entry.eax = topology.id;

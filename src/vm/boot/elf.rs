@@ -39,8 +39,7 @@ pub fn load(ram: &GuestRam, file: &File, size: u64, head: &[u8]) -> Result<Loade
         return Err(KernelError::Entry(rip));
     }
     for s in segments.iter().filter(|s| s.p_filesz > 0) {
-        ram.fill_from(s.p_paddr, file, s.p_offset, s.p_filesz as usize)
-            .map_err(KernelError::Place)?;
+        ram.fill_from(s.p_paddr, file, s.p_offset, s.p_filesz).map_err(KernelError::Place)?;
     }
     let start = match pvh {
         Some(entry) => Start::Pvh { rip: entry.into() },

@@ -180,17 +180,11 @@ impl Backend {
         };
         let view = View::new(table.memory()).map_err(internal)?;
         Ring::new(&view, &layout).map_err(internal)?;
-        let size_max = has(self.acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX);
         let start = Start {
             memory: table.memory().clone(),
             layout,
-            limits: Limits {
-                sectors: self.disk.size / SECTOR,
-                read_only: self.disk.read_only,
-                size_max,
-            },
-            // A driver that cannot flush has to be able to rely on every write (virtio 1.2, 5.2.6.2).
-            write_through: !has(self.acked, VIRTIO_BLK_F_FLUSH),
+            limits: limits(self.acked, &self.disk),
+            write_through: write_through(self.acked),
             kick: kick.clone(),
             call: vring.call.clone(),
             err: vring.err.clone(),
@@ -287,6 +281,20 @@ impl Vring {
     fn forget(&mut self) {
         (self.kick, self.call) = (None, None);
     }
+}
+
+/// What requests are held to under the features agreed on.
+fn limits(acked: u64, disk: &Disk) -> Limits {
+    Limits {
+        sectors: disk.size / SECTOR,
+        read_only: disk.read_only,
+        size_max: has(acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX),
+    }
+}
+
+/// A driver that cannot flush relies on every write being durable (virtio 1.2, 5.2.6.2).
+fn write_through(acked: u64) -> bool {
+    !has(acked, VIRTIO_BLK_F_FLUSH)
 }
 
 fn internal(error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -488,5 +496,21 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
         not_offered()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_follow_the_features_agreed_on() {
+        let file = tempfile::tempfile().expect("file");
+        let disk = Disk { file, size: 1024, read_only: true, id: Default::default() };
+        let plain = limits(0, &disk);
+        assert_eq!((plain.sectors, plain.read_only, plain.size_max), (2, true, None));
+        let bounded = limits(1 << VIRTIO_BLK_F_SIZE_MAX, &disk);
+        assert_eq!(bounded.size_max, Some(config::SIZE_MAX));
+        assert!(write_through(0) && !write_through(1 << VIRTIO_BLK_F_FLUSH));
     }
 }

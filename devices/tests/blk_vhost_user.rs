@@ -149,9 +149,10 @@ fn a_batch_is_answered_with_one_interrupt() {
     let from = queue.avail;
     for n in 0..8 {
         let [header, status] = queue.header(&memory, n, T_IN, n);
-        queue.add(&memory, &[header, into(DATA + n * 512, 512), status]);
+        queue.place(&memory, &[header, into(DATA + n * 512, 512), status]);
     }
-    assert!(queue.kick(&memory, from));
+    queue.announce(&memory);
+    queue.kick(&memory, from);
     let mut heads: Vec<u32> =
         (0..8).map(|_| queue.next_used(&memory).expect("an answer").0).collect();
     heads.sort_unstable();

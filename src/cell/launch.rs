@@ -93,10 +93,10 @@ pub fn wait_ready(cells: &mut [&mut Cell], spawner: &mut Spawner) -> Result<(), 
         let event = spawner.next_event(end.saturating_duration_since(Instant::now())).map_err(
             |source| CellError::Spawner { role: cells[0].role, id: cells[0].id.clone(), source },
         )?;
-        if let Event::Started { ticket, pid, pidfd } = event {
-            if let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket) {
-                cell.process = Some((pid, pidfd));
-            }
+        if let Event::Started { ticket, pid, pidfd } = event
+            && let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket)
+        {
+            cell.process = Some((pid, pidfd));
         }
     }
     Ok(())

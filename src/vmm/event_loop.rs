@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::ring::Producer;
+use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{FromCell, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
@@ -67,6 +67,7 @@ enum Source {
     Control,
     Vcpus,
     Notices,
+    Ring,
     Cell(usize),
     Device(usize),
 }
@@ -79,6 +80,7 @@ impl Source {
             Source::Control => 2,
             Source::Vcpus => 3,
             Source::Notices => 4,
+            Source::Ring => 5,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
         }
@@ -92,6 +94,7 @@ impl Source {
             (0, 2) => Some(Source::Control),
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
+            (0, 5) => Some(Source::Ring),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             _ => None,
@@ -143,6 +146,7 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
+        add(self.ring.fault_event(), Source::Ring)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -179,6 +183,7 @@ impl Vm {
                     self.event(requests::marker_event(marker, "port"));
                 }
             }
+            Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::Device(n) => {
                 let (id, device) = &self.devices[n];
@@ -206,6 +211,20 @@ impl Vm {
             let _ = epoll.delete(self.cells[n].channel());
         }
         ON
+    }
+
+    /// COM1's process does not answer, or lies. A liar is ended at once.
+    fn ring_fault(&mut self) {
+        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
+        let (id, pid) = (cell.id().to_string(), cell.pid());
+        tracing::error!(role = "serial", device = id, pid, "{fault}");
+        if let (Fault::Index { .. }, Some(pid)) = (fault, pid)
+            && let Err(error) = self.spawner.kill(pid)
+        {
+            tracing::error!(error = crate::remedy::chain(&error), "ending it");
+        }
+        self.event(EventKind::DeviceStalled { role: "serial".to_string(), id });
     }
 
     pub(super) fn cell_message(&mut self, n: usize, message: FromCell) {

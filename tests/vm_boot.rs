@@ -15,7 +15,7 @@ use cellblock::vm::cpu::CpuModel;
 use cellblock::vm::kvm::Machine;
 use cellblock::vm::memory::{GuestRam, MemoryError};
 use cellblock::vm::{acpi, kvm, layout};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -207,6 +207,35 @@ fn vcpus_start_as_processors_come_out_of_reset() {
     }
     let lapic = vm.vcpus[0].get_lapic().unwrap();
     assert_eq!((lapic.regs[0x351] & 7, lapic.regs[0x361] & 7), (7, 4)); // ExtINT, NMI
+}
+
+#[test]
+fn a_jump_to_the_firmware_resets_the_machine() {
+    let mut vm = vm(&elf(&POWER_OFF, false), None, "", 1);
+    let vcpu = &mut vm.vcpus[0];
+    // Real mode at f000:fff0, with nothing else of the boot state kept.
+    let mut sregs = vcpu.get_sregs().unwrap();
+    let real = |selector: u16, code: bool| kvm_segment {
+        base: u64::from(selector) << 4,
+        limit: 0xffff,
+        selector,
+        type_: if code { 0xb } else { 0x3 },
+        present: 1,
+        s: 1,
+        ..Default::default()
+    };
+    sregs.cs = real(0xf000, true);
+    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        *segment = real(0, false);
+    }
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x10, 0, 0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    let regs = kvm_regs { rip: 0xfff0, rflags: 2, ..Default::default() };
+    vcpu.set_regs(&regs).unwrap();
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(layout::I8042_COMMAND_PORT, &[layout::RESET_VALUE]) => {}
+        other => panic!("unexpected exit {other:?}"),
+    }
 }
 
 #[test]

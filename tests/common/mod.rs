@@ -229,6 +229,16 @@ impl Vm {
         }
     }
 
+    /// As [`Vm::wait_for`], and waits for the end of the line too.
+    #[track_caller]
+    pub fn wait_for_line(&mut self, text: &str) -> String {
+        match self.console.wait_for_line(text, LIMIT) {
+            Some(line) if !self.console.text().contains("FAIL") => line,
+            Some(_) => self.fail("the guest found a fault"),
+            None => self.fail(&format!("the guest did not print a line {text:?} within {LIMIT:?}")),
+        }
+    }
+
     /// Waits until the VMM says `text` on standard error; returns the line.
     #[track_caller]
     pub fn wait_for_error(&mut self, text: &str) -> String {

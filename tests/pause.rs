@@ -274,7 +274,7 @@ fn a_vcpu_that_waits_for_a_stopped_serial_process_pauses() {
     vm.wait_for("pause: n=");
     let serial = stop(&mut vm, "serial", "com1");
     wait_stuck(&mut vm, libc::SYS_futex_waitv);
-    for _ in 0..10 {
+    for _ in 0..4 {
         parks(&mut vm);
     }
     wait_stuck(&mut vm, libc::SYS_futex_waitv);
@@ -294,10 +294,10 @@ fn a_vcpu_that_waits_for_a_stopped_serial_process_pauses() {
 fn output_outlives_pauses_of_a_guest_whose_serial_process_is_stopped() {
     let _alone = alone();
     // The ring fills with what the guest writes; every byte of it arrives in the end.
-    const LINES: usize = 3000;
+    const LINES: usize = 1500;
     let mut vm = Vm::with(&format!("mode=print lines={LINES}")).start();
     vm.wait_for("cellblock guest");
-    for cycle in 0..10 {
+    for cycle in 0..4 {
         let serial = stop(&mut vm, "serial", "com1");
         wait_stuck(&mut vm, libc::SYS_futex_waitv);
         parks(&mut vm);
@@ -333,7 +333,7 @@ fn a_vcpu_that_waits_for_a_stopped_block_process_pauses() {
             continue;
         }
         wait_stuck(&mut vm, libc::SYS_futex);
-        for _ in 0..10 {
+        for _ in 0..4 {
             parks(&mut vm);
         }
         wait_stuck(&mut vm, libc::SYS_futex);
@@ -358,7 +358,7 @@ fn requests_in_flight_in_a_stopped_block_process_survive_pauses() {
         let mut vm = Vm::with(&format!("mode=pause every=20 {words}")).disk(8).start();
         vm.wait_for("pause: n=");
         let blk = stop(&mut vm, "blk", "disk0");
-        for _ in 0..10 {
+        for _ in 0..4 {
             parks(&mut vm);
         }
         vm.pause();

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::{env, fs};
 
 /// Policies that become programs; the other files are included by these.
-const PROGRAMS: [&str; 4] = ["blk", "serial", "vmm_main", "vmm_vcpu"];
+const PROGRAMS: [&str; 5] = ["blk", "serial", "vmm_main", "vmm_vcpu", "vmm_device"];
 
 fn main() {
     println!("cargo::rerun-if-changed=policies");

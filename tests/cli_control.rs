@@ -176,7 +176,7 @@ fn main_loop(mut server: ControlServer, inbox: &Receiver<EventKind>) -> Duration
     }
     server.broadcast(EventKind::Shutdown { reason: Shutdown::Stopped, message: None });
     let start = Instant::now();
-    server.finish(Duration::from_millis(200));
+    drop(server.finish(Duration::from_millis(200)));
     assert!(start.elapsed() < Duration::from_secs(1), "the end is bounded");
     longest
 }

@@ -183,7 +183,7 @@ fn the_first_end_wins_and_is_heard_by_poll() {
     let error = vm.vcpus.pause(PATIENCE).unwrap_err();
     assert!(matches!(&error, PauseError::Ended { vcpus } if *vcpus == [0, 1]), "{error}");
     vm.vcpus.stop(PATIENCE).unwrap();
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }
 
 /// Fails as no device should.
@@ -204,5 +204,5 @@ fn a_panic_in_a_device_ends_the_vm_and_not_the_process() {
     let (exit, mut vm) = run(&END, bus(END_PORT, 1, Arc::new(Broken)));
     assert!(matches!(&exit, VmExit::Error(what) if what.contains("panicked")), "{exit:?}");
     vm.vcpus.stop(PATIENCE).unwrap();
-    assert_eq!(vcpu_threads(), Vec::<String>::new());
+    no_vcpu_threads();
 }

@@ -43,18 +43,24 @@ fn main() {
         }
     }
     if wants("memory") {
-        println!("memory of all processes beyond guest RAM (proportional set size), {ROUNDS} runs, MiB");
+        println!(
+            "memory of all processes beyond guest RAM (proportional set size), {ROUNDS} runs, MiB"
+        );
         for (machine, sample) in interleaved(&machines, ROUNDS, |m| beyond_ram(&bench, m)) {
             println!("  {:<22} {sample}", machine.name());
         }
     }
     if wants("block") {
-        for (op, qd, n) in
-            [("read", 1, 20_000), ("read", 32, 200_000), ("write", 1, 20_000), ("write", 32, 200_000)]
-        {
-            println!("random {op} of 4 KiB, queue depth {qd}, polling guest, {ROUNDS} runs of {n}, cycles a request");
-            for (machine, sample) in
-                interleaved(&machines, ROUNDS, |m| block(&bench, m, op, qd, n))
+        for (op, qd, n) in [
+            ("read", 1, 20_000),
+            ("read", 32, 200_000),
+            ("write", 1, 20_000),
+            ("write", 32, 200_000),
+        ] {
+            println!(
+                "random {op} of 4 KiB, queue depth {qd}, polling guest, {ROUNDS} runs of {n}, cycles a request"
+            );
+            for (machine, sample) in interleaved(&machines, ROUNDS, |m| block(&bench, m, op, qd, n))
             {
                 println!("  {:<22} {sample}", machine.name());
             }
@@ -62,7 +68,9 @@ fn main() {
     }
     if wants("pause") {
         for cpus in [1, 2, 4] {
-            println!("pause of {cpus} vCPUs doing block and console I/O, from request to all parked, us");
+            println!(
+                "pause of {cpus} vCPUs doing block and console I/O, from request to all parked, us"
+            );
             println!("  {:<22} {}", Machine::Cellblock.name(), pauses(&bench, cpus));
         }
     }
@@ -98,7 +106,7 @@ fn first_output(bench: &Bench, machine: Machine) -> f64 {
 
 fn beyond_ram(bench: &Bench, machine: Machine) -> f64 {
     let mut guest = bench.start(machine, 1, "mode=echo");
-    guest.wait_for("ready");
+    guest.wait_for("echo: ready");
     let bytes = memory::beyond_guest_ram(guest.child.id(), RAM_MIB << 20);
     guest.say("quit\n");
     guest.end();
@@ -122,10 +130,10 @@ fn pauses(bench: &Bench, cpus: u32) -> Sample {
     let mut guest = bench.start_with(
         Machine::Cellblock,
         cpus,
-        "mode=pause",
+        &format!("mode=pause cpus={cpus}"),
         &["--control", control.to_str().expect("utf-8")],
     );
-    guest.wait_for("progress");
+    guest.wait_for("pause: n=");
     // The guest goes on printing; someone has to read it.
     let drain = guest.drain();
     let mut socket = control_connection(&control);

@@ -18,6 +18,8 @@ pub enum Policy {
     VmmMain,
     /// A vCPU thread of the VMM (`policies/vmm_vcpu.json`).
     VmmVcpu,
+    /// A device's front-end thread in the VMM (`policies/vmm_device.json`).
+    VmmDevice,
 }
 
 /// What happens on a call outside the policy.
@@ -52,6 +54,8 @@ impl Policy {
             (Policy::VmmMain, Mode::Log) => &VMM_MAIN_LOG,
             (Policy::VmmVcpu, Mode::Kill) => &VMM_VCPU_KILL,
             (Policy::VmmVcpu, Mode::Log) => &VMM_VCPU_LOG,
+            (Policy::VmmDevice, Mode::Kill) => &VMM_DEVICE_KILL,
+            (Policy::VmmDevice, Mode::Log) => &VMM_DEVICE_LOG,
         }
     }
 }

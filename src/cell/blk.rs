@@ -14,9 +14,9 @@ use super::launch::{Common, launch};
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
+use crate::transport::front_end::{Answer, DeviceInfo, FrontEnd, FrontEndError};
+use crate::transport::mmio::{INTERRUPT_ACK, Identity, QUEUE_NOTIFY, VirtioMmio, Wiring};
 use crate::vcpu::Kicks;
-use crate::transport::front_end::{FrontEnd, FrontEndError};
-use crate::transport::mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, VirtioMmio};
 use crate::vm::kvm::{KvmError, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
@@ -58,7 +58,8 @@ pub enum DiskError {
 pub struct StartingDisk {
     /// The process.
     pub cell: Cell,
-    socket: UnixStream,
+    socket: Option<UnixStream>,
+    front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
 
 /// Asks for the process of `disk`.
@@ -69,8 +70,8 @@ pub fn start(
     disk: &OpenedDisk,
 ) -> Result<StartingDisk, DiskError> {
     let id = spec.id();
-    let (near, far) = UnixStream::pair()
-        .map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
+    let (near, far) =
+        UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
     let start = Start::Blk(BlkStart {
         read_only: disk.read_only,
         size: disk.size,
@@ -79,34 +80,57 @@ pub fn start(
         poll_us: spec.poll_us,
     });
     let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
-    Ok(StartingDisk { cell, socket: near })
+    Ok(StartingDisk { cell, socket: Some(near), front_end: None })
 }
 
-/// Negotiates with the process, and connects doorbell and interrupt at `slot`.
-pub fn connect(
-    machine: &Machine,
-    ram: &GuestRam,
-    slot: VirtioSlot,
-    starting: StartingDisk,
-    kicks: Arc<Kicks>,
-    on_thread: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
-) -> Result<(Cell, VirtioMmio), DiskError> {
-    let StartingDisk { cell, socket } = starting;
-    let id = cell.id().to_string();
-    let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
-    let kvm = |source| DiskError::Kvm { id: id.clone(), source };
+impl StartingDisk {
+    /// Starts the front-end thread and its negotiation, which goes on while the jail
+    /// is still being built. `confine` runs on that thread first.
+    pub fn negotiate(
+        &mut self,
+        ram: &GuestRam,
+        confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
+    ) -> Result<(), DiskError> {
+        if let Some(socket) = self.socket.take() {
+            let front_end =
+                FrontEnd::start(self.cell.id(), socket, CONFIG_LEN, ram.clone(), confine)?;
+            let answer = front_end.open();
+            self.front_end = Some((front_end, answer));
+        }
+        Ok(())
+    }
 
-    let front_end = FrontEnd::start(&id, socket, CONFIG_LEN, ram.clone(), on_thread)?;
-    let opening = front_end.open();
+    /// Connects doorbell and interrupt at `slot` once the negotiation is over.
+    pub fn connect(
+        self,
+        machine: &Machine,
+        ram: &GuestRam,
+        slot: VirtioSlot,
+        kicks: Arc<Kicks>,
+    ) -> Result<(Cell, VirtioMmio), DiskError> {
+        let id = self.cell.id().to_string();
+        let (front_end, answer) =
+            self.front_end.ok_or_else(|| FrontEndError::Gone { id: id.clone() })?;
+        let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
+        let kvm = |source| DiskError::Kvm { id: id.clone(), source };
 
-    let (kick, call, err) = (event()?, event()?, event()?);
-    machine.irqfd(&call, slot.gsi).map_err(kvm)?;
-    machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(0)).map_err(kvm)?;
-    // Nobody reads it: acknowledging a used buffer needs no one's attention.
-    machine.ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING)).map_err(kvm)?;
-
-    let info = front_end.wait(&opening)?;
-    let device =
-        VirtioMmio::new(&id, VIRTIO_ID_BLOCK, info, ram.clone(), front_end, vec![kick], call, err, kicks);
-    Ok((cell, device))
+        let (kick, call, err) = (event()?, event()?, event()?);
+        machine.irqfd(&call, slot.gsi).map_err(kvm)?;
+        machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(0)).map_err(kvm)?;
+        // Nobody reads it: acknowledging a used buffer needs no one's attention.
+        machine
+            .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
+            .map_err(kvm)?;
+        let info = front_end.wait(&answer)?;
+        let wiring =
+            Wiring { kicks: vec![Arc::new(kick)], call: Arc::new(call), err: Arc::new(err) };
+        let device = VirtioMmio::new(
+            Identity { id, device_type: VIRTIO_ID_BLOCK, info },
+            front_end,
+            wiring,
+            ram.clone(),
+            kicks,
+        );
+        Ok((self.cell, device))
+    }
 }

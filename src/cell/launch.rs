@@ -42,8 +42,7 @@ pub fn launch(
         Start::Blk(_) => "blk",
         Start::Serial(_) => "serial",
     };
-    let channel_error =
-        |source| CellError::Channel { role, id: id.to_string(), source };
+    let channel_error = |source| CellError::Channel { role, id: id.to_string(), source };
     let shm_error = |source| CellError::Shm { role, id: id.to_string(), source };
 
     let (near, far) = Channel::pair().map_err(channel_error)?;
@@ -65,9 +64,11 @@ pub fn launch(
     let mut given = vec![far.as_fd()];
     given.extend(vhost_user.as_ref().map(|socket| socket.as_fd()));
     let request = Request { role: role.to_string(), id: id.to_string(), sandbox: common.sandbox };
-    let ticket = spawner
-        .spawn(&request, &given)
-        .map_err(|source| CellError::Spawner { role, id: id.to_string(), source })?;
+    let ticket = spawner.spawn(&request, &given).map_err(|source| CellError::Spawner {
+        role,
+        id: id.to_string(),
+        source,
+    })?;
     Ok(Cell {
         role,
         id: id.to_string(),
@@ -89,17 +90,13 @@ pub fn wait_ready(cells: &mut [&mut Cell], spawner: &mut Spawner) -> Result<(), 
         }
     }
     while cells.iter().any(|cell| cell.process.is_none()) {
-        let event = spawner
-            .next_event(end.saturating_duration_since(Instant::now()))
-            .map_err(|source| CellError::Spawner {
-                role: cells[0].role,
-                id: cells[0].id.clone(),
-                source,
-            })?;
-        if let Event::Started { ticket, pid, pidfd } = event {
-            if let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket) {
-                cell.process = Some((pid, pidfd));
-            }
+        let event = spawner.next_event(end.saturating_duration_since(Instant::now())).map_err(
+            |source| CellError::Spawner { role: cells[0].role, id: cells[0].id.clone(), source },
+        )?;
+        if let Event::Started { ticket, pid, pidfd } = event
+            && let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket)
+        {
+            cell.process = Some((pid, pidfd));
         }
     }
     Ok(())

@@ -45,6 +45,9 @@ fn text(event: &Event) -> String {
         EventKind::DeviceDied { role, id, pid, how } => {
             format!("device process {role} {id} (pid {pid}) died: {how}")
         }
+        EventKind::DeviceStalled { role, id } => {
+            format!("device process {role} {id} does not answer the guest")
+        }
         EventKind::NeedsReset { id } => {
             format!("the driver of {id} broke the rules of its queue and has to reset the device")
         }

@@ -7,6 +7,51 @@ use super::control::Target;
 use super::output::Table;
 use crate::control::protocol::{Process, Reply, Request};
 
+/// Capabilities by number (linux/capability.h).
+const CAPABILITIES: [&str; 41] = [
+    "chown",
+    "dac_override",
+    "dac_read_search",
+    "fowner",
+    "fsetid",
+    "kill",
+    "setgid",
+    "setuid",
+    "setpcap",
+    "linux_immutable",
+    "net_bind_service",
+    "net_broadcast",
+    "net_admin",
+    "net_raw",
+    "ipc_lock",
+    "ipc_owner",
+    "sys_module",
+    "sys_rawio",
+    "sys_chroot",
+    "sys_ptrace",
+    "sys_pacct",
+    "sys_admin",
+    "sys_boot",
+    "sys_nice",
+    "sys_resource",
+    "sys_time",
+    "sys_tty_config",
+    "mknod",
+    "lease",
+    "audit_write",
+    "audit_control",
+    "setfcap",
+    "mac_override",
+    "mac_admin",
+    "syslog",
+    "wake_alarm",
+    "block_suspend",
+    "audit_read",
+    "perfmon",
+    "bpf",
+    "checkpoint_restore",
+];
+
 /// List a VM's processes, and what the kernel says about the jail of each.
 ///
 /// NAMESPACES names those that are not the VMM's own. PSS is resident memory with
@@ -50,11 +95,7 @@ fn text(processes: &[Process]) -> String {
             process.uid.to_string(),
             seccomp(process),
             if process.no_new_privs { "yes" } else { "no" }.into(),
-            if process.cap_eff.0 == 0 && process.cap_prm.0 == 0 {
-                "none".into()
-            } else {
-                process.cap_eff.to_string()
-            },
+            capabilities(process.cap_eff.0 | process.cap_prm.0),
             namespaces(process, vmm),
             process.rss_kib.to_string(),
             process.pss_kib.to_string(),
@@ -71,6 +112,20 @@ fn seccomp(process: &Process) -> String {
         0 if process.seccomp != 2 => "none".into(),
         n if n == process.threads.len() => "filter".into(),
         n => format!("filter on {n} of {}", process.threads.len()),
+    }
+}
+
+/// The names of a set of capabilities, without their prefix.
+fn capabilities(set: u64) -> String {
+    let all = (1 << CAPABILITIES.len()) - 1;
+    match set {
+        0 => "none".into(),
+        set if set & all == all => "all".into(),
+        set => (0..u64::BITS as usize)
+            .filter(|bit| set >> bit & 1 == 1)
+            .map(|bit| CAPABILITIES.get(bit).map_or_else(|| bit.to_string(), |n| n.to_string()))
+            .collect::<Vec<_>>()
+            .join(","),
     }
 }
 
@@ -125,5 +180,9 @@ mod tests {
         assert_eq!(seccomp(&blk), "filter on 1 of 2");
         assert_eq!(seccomp(&process("spawner", 1, &[0])), "none");
         assert_eq!(text(&[vmm, blk]).lines().count(), 3);
+        assert_eq!(capabilities(0), "none");
+        assert_eq!(capabilities(0xc0), "setgid,setuid");
+        assert_eq!(capabilities(0x1ff_ffff_ffff), "all");
+        assert_eq!(capabilities(1 << 60), "60");
     }
 }

@@ -18,7 +18,8 @@ A disk SPEC is PATH[,key=value]...:
   ro             the guest may only read
   id=NAME        name in this VM, [a-z0-9_-]{1,32} [default: disk0, disk1, ...]
   serial=TEXT    what the guest reads as serial number, up to 20 characters [default: the id]
-  poll-us=N      poll for N microseconds before sleeping: faster, at the cost of CPU time
+  poll-us=N      poll for up to N microseconds before sleeping: faster, at the cost of CPU
+                 time while the guest uses the disk [default: 50]
 A serial SPEC is one of:
   stdout         this terminal (ctrl-a x stops the VM), or standard input and output
   file=F         output only, to a file that is created or emptied

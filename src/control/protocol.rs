@@ -302,6 +302,14 @@ pub enum EventKind {
         /// `exit status 1`, `signal 9 (SIGKILL)`.
         how: String,
     },
+    /// A device process does not answer the guest: reads give 0xff, writes are dropped,
+    /// until it moves again.
+    DeviceStalled {
+        /// `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+    },
     /// The driver of a device broke the rules of its queue and has to reset it.
     NeedsReset {
         /// Id of the device.

@@ -102,6 +102,19 @@ pub struct ControlServer {
     history: VecDeque<Vec<u8>>,
 }
 
+/// The connections of the clients of a VM that ends: see [`ControlServer::finish`].
+#[derive(Debug)]
+pub struct Farewell {
+    _connections: Vec<UnixStream>,
+}
+
+impl Farewell {
+    /// Leaves closing the connections to the end of this process.
+    pub fn at_exit(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl ControlServer {
     /// Makes the socket at `path`, with mode 0600, and listens.
     ///
@@ -185,20 +198,24 @@ impl ControlServer {
         self.clients.len()
     }
 
-    /// The end of the VM: hands over what clients have not read yet, for at most
-    /// `limit`, and closes. To be called after the last event and the last answer.
-    pub fn finish(mut self, limit: Duration) {
+    /// The end of the VM: takes the path away and hands over what clients have not
+    /// read yet, for at most `limit`. To be called after the last event and answer.
+    ///
+    /// A client learns the end from the end of its connection. So that this is the
+    /// end of everything, the connections are returned, to be kept to the very last.
+    #[must_use = "dropping the connections tells clients that the VM has ended"]
+    pub fn finish(mut self, limit: Duration) -> Farewell {
         drop(self.node.take());
         let deadline = Instant::now() + limit;
-        self.clients.retain(|_, c| c.flush() && !c.is_flushed());
-        while !self.clients.is_empty() {
+        let waits = |c: &mut Peer| c.flush() && !c.is_flushed();
+        while self.clients.values_mut().any(waits) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
             for (id, client) in &mut self.clients {
-                let mut event = EpollEvent::new(EpollFlags::EPOLLOUT, *id);
-                let _ = self.epoll.modify(&client.stream, &mut event);
+                let flags = if waits(client) { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
+                let _ = self.epoll.modify(&client.stream, &mut EpollEvent::new(flags, *id));
             }
             let mut events = [EpollEvent::empty(); MAX_CLIENTS];
             let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO);
@@ -206,8 +223,14 @@ impl ControlServer {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(_) => break,
             }
-            self.clients.retain(|_, c| c.flush() && !c.is_flushed());
+            // One that hung up would be reported again and again.
+            for event in &events {
+                if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                    self.clients.remove(&event.data());
+                }
+            }
         }
+        Farewell { _connections: self.clients.into_values().map(|c| c.stream).collect() }
     }
 
     fn accept(&mut self) {

@@ -34,6 +34,9 @@ const LATER: &[&str] =
     &["direct", "cow", "engine", "queues", "bw", "bw-burst", "iops", "iops-burst", "vhost-user"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
+/// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
+/// that polling is never dearer than twice the sleep it saves.
+const POLL_US: u32 = 50;
 /// Longest busy wait a disk may be given, in microseconds.
 const POLL_US_MAX: u32 = 100_000;
 /// Bytes of a virtio-blk sector; an image is a whole number of them.
@@ -54,7 +57,8 @@ pub struct DiskSpec {
     /// What the guest reads as the disk's serial number; the id where none is given.
     /// At most 20 bytes of printable ASCII.
     pub serial: Option<String>,
-    /// How long, in microseconds, the disk's worker polls before it sleeps.
+    /// How long, in microseconds, the disk's worker polls before it sleeps, at most: the
+    /// window closes while the guest is slow to come back.
     pub poll_us: u32,
 }
 
@@ -67,8 +71,13 @@ impl FromStr for DiskSpec {
         if path.is_empty() {
             return Err(SpecError::NoPath);
         }
-        let mut disk =
-            DiskSpec { path: path.into(), id: None, read_only: false, serial: None, poll_us: 0 };
+        let mut disk = DiskSpec {
+            path: path.into(),
+            id: None,
+            read_only: false,
+            serial: None,
+            poll_us: POLL_US,
+        };
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
@@ -339,7 +348,7 @@ mod tests {
         );
         let plain = parse("x,,y").unwrap();
         assert_eq!(plain.path, Path::new("x,y"));
-        assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == 0);
+        assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == POLL_US);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{MappedQueue, QUEUE_SIZE_MAX};
+use super::queue::{QUEUE_SIZE_MAX, QueueConfig};
 use super::wait::{Completion, Waited};
 use crate::vm::memory::GuestRam;
 
@@ -101,16 +101,14 @@ pub struct DeviceInfo {
 pub struct QueueSetup {
     /// Index of the queue.
     pub index: usize,
-    /// Entries.
-    pub size: u16,
-    /// Where it is mapped here.
-    pub mapped: MappedQueue,
+    /// As the driver set it up, checked.
+    pub config: QueueConfig,
     /// Rung by the guest.
-    pub kick: EventFd,
+    pub kick: Arc<EventFd>,
     /// Rung by the device: the interrupt.
-    pub call: EventFd,
+    pub call: Arc<EventFd>,
     /// Rung by the device when it gives the queue up.
-    pub err: EventFd,
+    pub err: Arc<EventFd>,
 }
 
 /// Everything a back end needs to serve.
@@ -122,7 +120,8 @@ pub struct Activation {
     pub queues: Vec<QueueSetup>,
 }
 
-type Answer<T> = Arc<Completion<Result<T, FrontEndError>>>;
+/// What a job will be answered with.
+pub type Answer<T> = Arc<Completion<Result<T, FrontEndError>>>;
 
 enum Job {
     Open(Answer<DeviceInfo>),
@@ -248,7 +247,11 @@ impl Worker {
         }
     }
 
-    fn exchange<T>(&self, what: &'static str, result: vhost::Result<T>) -> Result<T, FrontEndError> {
+    fn exchange<T>(
+        &self,
+        what: &'static str,
+        result: vhost::Result<T>,
+    ) -> Result<T, FrontEndError> {
         result.map_err(|source| FrontEndError::Exchange { id: self.id.clone(), what, source })
     }
 
@@ -279,12 +282,8 @@ impl Worker {
             1
         };
         let space = vec![0; self.config_len as usize];
-        let config = self.frontend.get_config(
-            0,
-            self.config_len,
-            VhostUserConfigFlags::empty(),
-            &space,
-        );
+        let config =
+            self.frontend.get_config(0, self.config_len, VhostUserConfigFlags::empty(), &space);
         let (_, config) = self.exchange("reading the configuration", config)?;
         Ok(DeviceInfo {
             features: features & GUEST_FEATURES,
@@ -304,7 +303,9 @@ impl Worker {
             .map(|region| VhostUserMemoryRegionInfo {
                 guest_phys_addr: region.gpa,
                 memory_size: region.len,
-                userspace_addr: region.hva,
+                // Any numbering will do that the ring addresses share. The guest's own
+                // tells the jail nothing about where this process maps memory.
+                userspace_addr: region.gpa,
                 mmap_offset: region.offset,
                 mmap_handle: self.ram.fd().as_raw_fd(),
             })
@@ -330,16 +331,16 @@ impl Worker {
     fn set_up(&self, queue: &QueueSetup) -> Result<(), FrontEndError> {
         let vring = VringConfigData {
             queue_max_size: QUEUE_SIZE_MAX,
-            queue_size: queue.size,
+            queue_size: queue.config.size,
             flags: 0,
-            desc_table_addr: queue.mapped.desc,
-            used_ring_addr: queue.mapped.used,
-            avail_ring_addr: queue.mapped.avail,
+            desc_table_addr: queue.config.desc,
+            used_ring_addr: queue.config.used,
+            avail_ring_addr: queue.config.avail,
             log_addr: None,
         };
         let frontend = &self.frontend;
         let index = queue.index;
-        self.exchange("sizing a queue", frontend.set_vring_num(index, queue.size))?;
+        self.exchange("sizing a queue", frontend.set_vring_num(index, queue.config.size))?;
         self.exchange("placing a queue", frontend.set_vring_addr(index, &vring))?;
         self.exchange("positioning a queue", frontend.set_vring_base(index, 0))?;
         self.exchange("connecting an interrupt", frontend.set_vring_call(index, &queue.call))?;

@@ -51,8 +51,28 @@ enum ActivateError {
     },
     #[error("the driver set no queue up")]
     NoQueue,
-    #[error("duplicating an event")]
-    Event(#[source] std::io::Error),
+}
+
+/// What a device is, and what its process said of it.
+#[derive(Debug)]
+pub struct Identity {
+    /// Unique in the VM.
+    pub id: String,
+    /// VIRTIO_ID_*.
+    pub device_type: u32,
+    /// From the process.
+    pub info: DeviceInfo,
+}
+
+/// The events between guest and device process.
+#[derive(Debug)]
+pub struct Wiring {
+    /// Rung by the guest, one a queue.
+    pub kicks: Vec<Arc<EventFd>>,
+    /// Raises the device's interrupt line.
+    pub call: Arc<EventFd>,
+    /// Rung by the process when it gives a queue up.
+    pub err: Arc<EventFd>,
 }
 
 /// A virtio device as its driver sees it.
@@ -62,10 +82,8 @@ pub struct VirtioMmio {
     info: DeviceInfo,
     ram: GuestRam,
     front_end: FrontEnd,
-    kicks: Vec<EventFd>,
-    call: EventFd,
-    err: EventFd,
-    kicks_asked: Arc<Kicks>,
+    wiring: Wiring,
+    vcpu_kicks: Arc<Kicks>,
     registers: Mutex<Registers>,
 }
 
@@ -97,36 +115,18 @@ enum Change {
 }
 
 impl VirtioMmio {
-    /// A device of `device_type` whose process answered with `info`. One kick
-    /// event a queue; `call` raises the interrupt line, and `err` is rung by the
-    /// device process when it gives a queue up.
+    /// A device behind `front_end`, for the vCPUs of `vcpu_kicks`.
     pub fn new(
-        id: &str,
-        device_type: u32,
-        info: DeviceInfo,
-        ram: GuestRam,
+        identity: Identity,
         front_end: FrontEnd,
-        kicks: Vec<EventFd>,
-        call: EventFd,
-        err: EventFd,
-        kicks_asked: Arc<Kicks>,
+        wiring: Wiring,
+        ram: GuestRam,
+        vcpu_kicks: Arc<Kicks>,
     ) -> VirtioMmio {
-        let registers = Registers {
-            queues: vec![QueueConfig::default(); kicks.len()],
-            ..Registers::default()
-        };
-        VirtioMmio {
-            id: id.to_string(),
-            device_type,
-            info,
-            ram,
-            front_end,
-            kicks,
-            call,
-            err,
-            kicks_asked,
-            registers: Mutex::new(registers),
-        }
+        let Identity { id, device_type, info } = identity;
+        let queues = vec![QueueConfig::default(); wiring.kicks.len()];
+        let registers = Mutex::new(Registers { queues, ..Registers::default() });
+        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, registers }
     }
 
     /// The kick hook: a vCPU that waits for this device process stops waiting.
@@ -152,12 +152,12 @@ impl VirtioMmio {
 
     /// Rung when the device process gives a queue up.
     pub fn err_event(&self) -> BorrowedFd<'_> {
-        event::fd(&self.err)
+        event::fd(&self.wiring.err)
     }
 
     /// The device process gave a queue up: the driver has to reset the device.
     pub fn gave_up(&self) {
-        let _ = self.err.read(); // it is level-triggered; an empty one is fine
+        let _ = self.wiring.err.read(); // it is level-triggered; an empty one is fine
         self.fail();
     }
 
@@ -177,7 +177,7 @@ impl VirtioMmio {
         if registers.status & DRIVER_OK != 0 {
             registers.config_changed = true;
             registers.generation = registers.generation.wrapping_add(1);
-            let _ = self.call.write(1); // a full eventfd is an interrupt all the same
+            let _ = self.wiring.call.write(1); // a full eventfd is an interrupt all the same
         }
     }
 
@@ -266,7 +266,7 @@ impl VirtioMmio {
             }
         };
         // A kick from before there was anything to kick.
-        if self.kicks_asked.kicked(vcpu) {
+        if self.vcpu_kicks.kicked(vcpu) {
             return Outcome::Retry;
         }
         let result = match pending.answer.wait(DEADLINE) {
@@ -326,7 +326,7 @@ impl VirtioMmio {
                 if let Err(error) = result {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
-                let queues = vec![QueueConfig::default(); self.kicks.len()];
+                let queues = vec![QueueConfig::default(); self.wiring.kicks.len()];
                 let generation = registers.generation;
                 *registers = Registers { queues, generation, ..Registers::default() };
             }
@@ -352,16 +352,13 @@ impl VirtioMmio {
     fn activation(&self, registers: &Registers) -> Result<Activation, ActivateError> {
         let mut queues = Vec::new();
         for (index, queue) in registers.queues.iter().enumerate().filter(|(_, q)| q.ready) {
-            let mapped = queue
-                .map(&self.ram)
-                .map_err(|source| ActivateError::Queue { index, source })?;
+            queue.check(&self.ram).map_err(|source| ActivateError::Queue { index, source })?;
             queues.push(QueueSetup {
                 index,
-                size: queue.size,
-                mapped,
-                kick: self.kicks[index].try_clone().map_err(ActivateError::Event)?,
-                call: self.call.try_clone().map_err(ActivateError::Event)?,
-                err: self.err.try_clone().map_err(ActivateError::Event)?,
+                config: *queue,
+                kick: self.wiring.kicks[index].clone(),
+                call: self.wiring.call.clone(),
+                err: self.wiring.err.clone(),
             });
         }
         if queues.is_empty() {
@@ -420,7 +417,9 @@ impl BusDevice for VirtioMmio {
 
     fn write(&self, vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
         match data.try_into().map(u32::from_le_bytes) {
-            Ok(value) if offset < u64::from(reg::VIRTIO_MMIO_CONFIG) && offset.is_multiple_of(4) => {
+            Ok(value)
+                if offset < u64::from(reg::VIRTIO_MMIO_CONFIG) && offset.is_multiple_of(4) =>
+            {
                 self.write_register(vcpu, offset, value)
             }
             _ => Outcome::Done,
@@ -432,7 +431,7 @@ impl std::fmt::Debug for VirtioMmio {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VirtioMmio")
             .field("id", &self.id)
-            .field("call", &self.call.as_raw_fd())
+            .field("call", &self.wiring.call.as_raw_fd())
             .finish_non_exhaustive()
     }
 }

@@ -70,11 +70,8 @@ impl<T> Completion<T> {
             if left.is_zero() {
                 return Waited::TimedOut;
             }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! 0                low RAM: boot structures, kernel, initrd
 //! 0x000a_0000      hole of the PC (no RAM in the e820 map up to 1 MiB)
-//! 0x000e_0000        ACPI tables
+//! 0x000e_0000        ACPI tables, reset vector
 //! 0x0010_0000      low RAM goes on, to 3 GiB at most
 //! 0xc000_0000      MMIO hole: virtio-mmio, IOAPIC, local APIC, KVM's own pages
 //! 0x1_0000_0000    high RAM
@@ -41,7 +41,12 @@ pub const LOW_RAM_640K: u64 = 0x9_fc00;
 /// ACPI tables, the RSDP first: firmware's place, where a guest also scans for it.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables' area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a PC's firmware starts: kernels that know no better way to restart jump here
+/// in real mode. The code there resets the machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// End of the reserved range that begins at [`ACPI_START`], 1 MiB.
+pub const FIRMWARE_END: u64 = 0x10_0000;
 
 /// First virtio-mmio register window.
 pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
@@ -129,6 +134,7 @@ mod tests {
             (CMDLINE, CMDLINE_ROOM),
             (LOW_RAM_640K, 0xa_0000 - LOW_RAM_640K),
             (ACPI_START, ACPI_END - ACPI_START),
+            (RESET_VECTOR, FIRMWARE_END - RESET_VECTOR),
             (KERNEL_MIN, LOW_RAM_END - KERNEL_MIN),
             (VIRTIO_MMIO_BASE, VIRTIO_GSI.len() as u64 * VIRTIO_MMIO_SIZE),
             (IOAPIC, 0x1000),

@@ -3,11 +3,11 @@
 //! Every process that needs guest memory maps the same memfd; being sealed, none
 //! of them can resize it under another. Pages come into being when they are first
 //! touched, so a large guest costs what it uses.
-#![allow(unsafe_code)] // asks for the host's memory size and keeps RAM out of core dumps
+#![allow(unsafe_code)] // host memory size, no RAM in core dumps, file to memfd copies
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use cellblock_wire::{ShmError, sealed_memfd};
@@ -47,10 +47,21 @@ pub enum MemoryError {
     /// Mapping the memfd failed.
     #[error("mapping guest memory")]
     Map(#[source] vm_memory::mmap::FromRangesError),
-    /// A file could not be positioned for reading into guest memory.
-    #[error("reading a file into guest memory")]
-    Seek(#[source] std::io::Error),
-    /// A file could not be read into guest memory, or the place is not RAM.
+    /// A range that is not RAM, or not in one region.
+    #[error("{len:#x} bytes at guest-physical {gpa:#x} are not all RAM")]
+    NotRam {
+        /// Guest-physical start.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// A file could not be copied to guest memory.
+    #[error("copying a file to guest memory")]
+    Copy(#[source] io::Error),
+    /// A file ended early.
+    #[error("the file became shorter while it was read: try again when nobody writes it")]
+    Shrunk,
+    /// Data could not be written to guest memory.
     #[error("placing data in guest memory")]
     Access(#[source] GuestMemoryError),
 }
@@ -132,19 +143,42 @@ impl GuestRam {
         self.len.min(LOW_RAM_END)
     }
 
-    /// Reads `len` bytes of `file` from byte `offset` on to guest-physical `gpa`.
+    /// Copies `len` bytes of `file` from byte `offset` on to guest-physical `gpa`.
+    ///
+    /// From page cache to page cache: half the time of reading to the mapping, and
+    /// this process's page tables stay empty.
     pub fn fill_from(
         &self,
         gpa: u64,
         file: &File,
         offset: u64,
-        len: usize,
+        len: u64,
     ) -> Result<(), MemoryError> {
-        let mut source = file;
-        source.seek(SeekFrom::Start(offset)).map_err(MemoryError::Seek)?;
-        self.memory
-            .read_exact_volatile_from(GuestAddress(gpa), &mut source, len)
-            .map_err(MemoryError::Access)
+        let region = self
+            .regions
+            .iter()
+            .find(|r| gpa >= r.gpa && gpa.checked_add(len).is_some_and(|end| end <= r.gpa + r.len));
+        let region = region.ok_or(MemoryError::NotRam { gpa, len })?;
+        let target = region.offset + (gpa - region.gpa);
+        (&*self.file).seek(SeekFrom::Start(target)).map_err(MemoryError::Copy)?;
+        let mut from = i64::try_from(offset)
+            .map_err(|_| MemoryError::Copy(io::ErrorKind::InvalidInput.into()))?;
+        let mut left = len;
+        while left > 0 {
+            let (to, source) = (self.file.as_raw_fd(), file.as_raw_fd());
+            // SAFETY: both fds are open; `from` outlives the call. The bytes go to the
+            // memfd, which is guest memory and may change at any time anyway.
+            let n = unsafe { libc::sendfile(to, source, &mut from, left as usize) };
+            match n {
+                0 => return Err(MemoryError::Shrunk),
+                1.. => left -= n as u64,
+                _ => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(MemoryError::Copy(e)),
+                },
+            }
+        }
+        Ok(())
     }
 
     /// Writes `data` to guest-physical `gpa`.
@@ -246,6 +280,24 @@ mod tests {
         assert!(matches!(ram.write(64 * MIB - 1, &[1, 2]), Err(MemoryError::Access(_))));
         ram.write(64 * MIB - 1, &[1]).unwrap();
         assert_eq!(ram.low_end(), 64 * MIB);
+    }
+
+    #[test]
+    fn a_file_is_copied_to_its_place() {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, b"0123456789").unwrap();
+        let ram = GuestRam::new((4 * GIB).min(host_memory() / MIB * MIB)).unwrap();
+        let last = *ram.regions().last().unwrap();
+        let end = last.gpa + last.len;
+        ram.fill_from(end - 4, &file, 3, 4).unwrap();
+        let seen: [u8; 6] = ram.memory().read_obj(GuestAddress(end - 6)).unwrap();
+        assert_eq!(&seen, b"\0\x003456");
+        let fill = |gpa, offset, len| ram.fill_from(gpa, &file, offset, len);
+        assert!(matches!(fill(end - 3, 3, 4), Err(MemoryError::NotRam { .. })));
+        assert!(matches!(fill(u64::MAX, 3, 4), Err(MemoryError::NotRam { .. })));
+        assert!(matches!(fill(ram.low_end(), 0, 1), Err(MemoryError::NotRam { .. })));
+        assert!(matches!(fill(0, 8, 4), Err(MemoryError::Shrunk)));
+        assert!(matches!(fill(0, u64::MAX, 4), Err(MemoryError::Copy(_))));
     }
 
     #[test]

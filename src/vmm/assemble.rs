@@ -4,16 +4,18 @@
 //! nothing to inherit; then every cell is asked for; KVM, memory, kernel and
 //! vCPUs are set up while the jails are being built; last the two halves meet.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
+use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
-use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use kvm_ioctls::VcpuFd;
+use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
@@ -21,21 +23,22 @@ use super::event_loop::{DiskFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
-use crate::bus::Bus;
+use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
 use crate::cell::{Cell, blk};
 use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
-use crate::transport::mmio::WINDOW;
 use crate::event;
 use crate::logging;
 use crate::spec;
+use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks, Vcpus};
-use crate::vm::kvm::Machine;
-use crate::vm::memory::GuestRam;
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
+use crate::vm::kvm::{self, Machine};
+use crate::vm::layout::VirtioSlot;
+use crate::vm::memory::GuestRam;
 use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
@@ -47,45 +50,44 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let terminal =
-        matches!(config.serial, spec::SerialSpec::Stdout).then(crate::terminal::stdin_terminal).flatten();
-    let mut spawner = spawner::fork(spawner::Options { restore_terminal: terminal })?;
+    let mut spawner = fork_spawner(&config)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
+    // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
-    let OpenedConsole { endpoint, fds: console_fds, terminal, note, keep } = console;
-    if let Some(note) = note {
-        logging::tell(&note);
-    }
+    let kvm = kvm::open()?;
+    let ram = GuestRam::new(config.memory)?;
 
-    // The cells are asked for first and waited for last.
-    let common =
-        Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    // Every cell is asked for, and its jail is built beside what follows.
+    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
     let com1 = SerialEnds::new()?;
-    let start = Start::Serial(SerialStart {
-        endpoint,
-        escape: terminal.is_some(),
-        buffer: CONSOLE_BUFFER,
-    });
-    let mut fds: Vec<BorrowedFd<'_>> =
-        vec![com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
-    fds.extend(console_fds.iter().map(|fd| fd.as_fd()));
-    let mut serial = launch(&mut spawner, common, "com1", start, &fds, None)?;
-    drop(console_fds);
-    let mut starting = config
+    let mut serial = start_console(&mut spawner, common, &com1, &console)?;
+    let starting: Result<Vec<_>, _> = config
         .disks
         .iter()
         .zip(&disks)
         .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk))
-        .collect::<Result<Vec<_>, _>>()?;
+        .collect();
+    let mut starting = starting?;
+    let OpenedConsole { terminal, note, keep, .. } = console;
+    if let Some(note) = note {
+        logging::tell(&note);
+    }
 
-    let ram = GuestRam::new(config.memory)?;
-    let machine = Machine::new(&ram)?;
+    // From here on there are threads, each of which confines itself.
+    if seccomp.is_some() {
+        drop_privileges()?;
+    }
+    for disk in &mut starting {
+        disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
+    }
+
+    let machine = Machine::with_kvm(kvm, &ram)?;
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
     let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
@@ -93,65 +95,36 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
 
-    // Everything is open. What follows starts threads, each of which confines itself.
-    if seccomp.is_some() {
-        jail::drop_vmm_privileges()?;
-        let page = violation::new_page()?;
-        let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
-        violation::install(page, "vmm")?;
-    }
-
-    let mut waiting: Vec<&mut Cell> = vec![&mut serial];
+    // The two halves meet.
+    let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().map(|disk| &mut disk.cell));
     wait_ready(&mut waiting, &mut spawner)?;
-
     let kicks = Kicks::new(usize::from(config.cpus));
     let ring = Arc::new(com1.producer(kicks.len())?);
-    let notifier = Notifier::new()
-        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
-
-    let mut mmio = Bus::builder();
     let mut cells = vec![serial];
     let mut devices = Vec::new();
     for (starting, slot) in starting.into_iter().zip(&slots) {
-        let (cell, device) = blk::connect(
-            &machine,
-            &ram,
-            *slot,
-            starting,
-            kicks.clone(),
-            confine(seccomp),
-        )?;
-        let device = Arc::new(device);
-        mmio = mmio.add(slot.base, WINDOW, device.clone())?;
-        devices.push((cell.id().to_string(), device));
+        let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
+        devices.push((cell.id().to_string(), Arc::new(device)));
         cells.push(cell);
     }
-    let pio = Bus::builder()
-        .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(SerialPort::new(ring.clone(), kicks.clone())))?
-        .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
-        .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
-        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier.clone())))?
-        .build();
-
-    let waker = ring.clone();
-    kicks.on_kick(move |vcpu| waker.kick(vcpu));
-    for (_, device) in &devices {
-        let device = device.clone();
-        kicks.on_kick(move |vcpu| device.kick(vcpu));
-    }
+    let notifier = Notifier::new()
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
+    let mmio = windows(&devices, &slots)?;
+    wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
     let vcpus = Vcpus::start(
         vcpu_fds,
         vcpu::Config {
             on_thread_start: seccomp.map(vcpu_filter),
-            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio.build()), exit)
+            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
         },
     )?;
 
     // Last, because threads inherit the filter of the thread that starts them.
-    confine(seccomp)()?;
+    confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
         _machine: machine,
@@ -172,6 +145,66 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
     })
+}
+
+/// Has to come first: what the spawner forks from, it has in it.
+fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
+    let restore_terminal = match config.serial {
+        spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
+        _ => None,
+    };
+    spawner::fork(spawner::Options { restore_terminal })
+}
+
+fn start_console(
+    spawner: &mut Spawner,
+    common: Common,
+    com1: &SerialEnds,
+    console: &OpenedConsole,
+) -> Result<Cell, VmmError> {
+    let start = Start::Serial(SerialStart {
+        endpoint: console.endpoint,
+        escape: console.terminal.is_some(),
+        buffer: CONSOLE_BUFFER,
+    });
+    let mut fds = vec![com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
+    fds.extend(console.fds.iter().map(|fd| fd.as_fd()));
+    Ok(launch(spawner, common, "com1", start, &fds, None)?)
+}
+
+/// Gives up capabilities, and has refused system calls reported by name.
+fn drop_privileges() -> Result<(), VmmError> {
+    jail::drop_vmm_privileges()?;
+    let page = violation::new_page()?;
+    let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
+    Ok(violation::install(page, "vmm")?)
+}
+
+fn ports(serial: SerialPort, notifier: Arc<Notifier>) -> Result<Bus, BusError> {
+    Ok(Bus::builder()
+        .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(serial))?
+        .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
+        .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
+        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier)))?
+        .build())
+}
+
+fn windows(devices: &[(String, Arc<VirtioMmio>)], slots: &[VirtioSlot]) -> Result<Bus, BusError> {
+    let mut bus = Bus::builder();
+    for ((_, device), slot) in devices.iter().zip(slots) {
+        bus = bus.add(slot.base, WINDOW, device.clone())?;
+    }
+    Ok(bus.build())
+}
+
+/// A vCPU that waits for a device process is woken to look at its request.
+fn wake_on_kick(kicks: &Kicks, ring: &Arc<Producer>, devices: &[(String, Arc<VirtioMmio>)]) {
+    let ring = ring.clone();
+    kicks.on_kick(move |vcpu| ring.kick(vcpu));
+    for (_, device) in devices {
+        let device = device.clone();
+        kicks.on_kick(move |vcpu| device.kick(vcpu));
+    }
 }
 
 /// The two ends of COM1 before they meet.
@@ -220,12 +253,10 @@ fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts>
 }
 
 fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
-    Arc::new(move |_| {
-        filter::apply(filter::Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e))
-    })
+    Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 
-/// Confines a device's front-end thread. A thread that cannot be confined must not run.
-fn confine(mode: Option<filter::Mode>) -> impl FnOnce() -> Result<(), filter::FilterError> + Send {
-    move || mode.map_or(Ok(()), |mode| filter::apply(filter::Policy::VmmMain, mode))
+/// Puts the calling thread under `policy`, unless jails are off.
+fn confine(policy: Policy, mode: Option<filter::Mode>) -> Result<(), filter::FilterError> {
+    mode.map_or(Ok(()), |mode| filter::apply(policy, mode))
 }

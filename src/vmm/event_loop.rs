@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::ring::Producer;
+use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{FromCell, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
@@ -18,8 +18,8 @@ use super::signals::Signals;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::Cell;
-use crate::control::protocol::EventKind;
 use crate::console::Keep;
+use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::terminal::RawTerminal;
@@ -67,6 +67,7 @@ enum Source {
     Control,
     Vcpus,
     Notices,
+    Ring,
     Cell(usize),
     Device(usize),
 }
@@ -79,6 +80,7 @@ impl Source {
             Source::Control => 2,
             Source::Vcpus => 3,
             Source::Notices => 4,
+            Source::Ring => 5,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
         }
@@ -92,6 +94,7 @@ impl Source {
             (0, 2) => Some(Source::Control),
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
+            (0, 5) => Some(Source::Ring),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             _ => None,
@@ -112,9 +115,11 @@ impl Vm {
     /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
     pub(super) fn run(&mut self) -> Result<VmEnd, VmmError> {
         let system = |what| move |e: Errno| VmmError::System { what, source: e.into() };
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
+        self.event(EventKind::Start);
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];
@@ -141,6 +146,7 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
+        add(self.ring.fault_event(), Source::Ring)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -172,17 +178,17 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => {
-                for Notice::Marker(marker) in self.notifier.take() {
-                    self.event(requests::marker_event(marker, "port"));
-                }
-            }
+            Source::Notices => self.port_markers(),
+            Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::Device(n) => {
                 let (id, device) = &self.devices[n];
                 let id = id.clone();
                 device.gave_up();
-                tracing::warn!(device = id, "driver broke the rules of its queue; it has to reset the device");
+                tracing::warn!(
+                    device = id,
+                    "driver broke the rules of its queue; it has to reset the device"
+                );
                 self.event(EventKind::NeedsReset { id });
             }
         }
@@ -203,6 +209,20 @@ impl Vm {
         ON
     }
 
+    /// COM1's process does not answer, or lies. A liar is ended at once.
+    fn ring_fault(&mut self) {
+        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
+        let (id, pid) = (cell.id().to_string(), cell.pid());
+        tracing::error!(role = "serial", device = id, pid, "{fault}");
+        if let (Fault::Index { .. }, Some(pid)) = (fault, pid)
+            && let Err(error) = self.spawner.kill(pid)
+        {
+            tracing::error!(error = crate::remedy::chain(&error), "ending it");
+        }
+        self.event(EventKind::DeviceStalled { role: "serial".to_string(), id });
+    }
+
     pub(super) fn cell_message(&mut self, n: usize, message: FromCell) {
         match message {
             FromCell::Quit => {
@@ -213,6 +233,12 @@ impl Vm {
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             // The rest is said only when asked for, and then waited for.
             _ => {}
+        }
+    }
+
+    fn port_markers(&mut self) {
+        for Notice::Marker(marker) in self.notifier.take() {
+            self.event(requests::marker_event(marker, "port"));
         }
     }
 
@@ -240,7 +266,7 @@ impl Vm {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
-                },
+                }
                 Ok(Some(_)) => {}
                 Ok(None) => return ON,
                 Err(error) => {
@@ -287,9 +313,14 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
+        self.port_markers(); // those of the guest's last moments
         for (id, device) in &self.devices {
             if let Err(error) = device.drain() {
-                tracing::warn!(device = id, error = crate::remedy::chain(&error), "finishing requests");
+                tracing::warn!(
+                    device = id,
+                    error = crate::remedy::chain(&error),
+                    "finishing requests"
+                );
             }
         }
         self.drain_console();
@@ -305,7 +336,7 @@ impl Vm {
             tracing::warn!("the spawner is slow to end");
         }
         if let Some(control) = self.control.take() {
-            control.finish(CLIENTS_LIMIT);
+            control.finish(CLIENTS_LIMIT).at_exit();
         }
     }
 
@@ -313,21 +344,38 @@ impl Vm {
         const EPOCH: u64 = 1;
         let end = Instant::now() + DRAIN_LIMIT;
         let limit_ms = DRAIN_LIMIT.as_millis() as u32;
-        for cell in self.cells.iter_mut().filter(|c| c.role() == "serial" && c.is_open()) {
+        for n in 0..self.cells.len() {
+            let cell = &mut self.cells[n];
+            if cell.role() != "serial" || !cell.is_open() {
+                continue;
+            }
             if cell.channel().send(&ToCell::Drain { epoch: EPOCH, limit_ms }, &[]).is_err() {
                 continue;
             }
             let grace = end + Duration::from_millis(500);
-            let dropped = std::iter::from_fn(|| cell.wait_message(grace)).find_map(|m| match m {
-                FromCell::Drained { epoch: EPOCH, dropped } => Some(dropped),
-                _ => None,
-            });
-            match dropped {
+            // Counted by the process, and not trusted to add up.
+            let mut lost: Option<u64> = None;
+            while lost.is_none()
+                && let Some(message) = self.cells[n].wait_message(grace)
+            {
+                match message {
+                    FromCell::Drained { epoch: EPOCH, dropped, unread } => {
+                        lost = Some(dropped.saturating_add(unread));
+                    }
+                    other => self.cell_message(n, other),
+                }
+            }
+            let device = self.cells[n].id();
+            match lost {
                 Some(0) => {}
                 Some(bytes) => {
-                    tracing::warn!(device = cell.id(), bytes, "console reader did not keep up; output was dropped");
+                    tracing::warn!(
+                        device,
+                        bytes,
+                        "console reader did not keep up; output was dropped"
+                    );
                 }
-                None => tracing::warn!(device = cell.id(), "console process did not finish in time"),
+                None => tracing::warn!(device, "console process did not finish in time"),
             }
         }
     }

@@ -88,10 +88,16 @@ pub enum VmmError {
     #[error("{0} disks are more than the {1} a VM can have")]
     TooManyDisks(usize, usize),
     #[error("{what}")]
-    System { what: &'static str, #[source] source: std::io::Error },
+    System {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{0}")]
     Guest(String),
-    #[error("the spawner died, so no device process can be watched or replaced; the VM was stopped")]
+    #[error(
+        "the spawner died, so no device process can be watched or replaced; the VM was stopped"
+    )]
     SpawnerDied,
 }
 

@@ -126,7 +126,9 @@ impl Vm {
         let asked: Vec<bool> = self
             .cells
             .iter()
-            .map(|cell| cell.is_open() && matches!(cell.channel().try_send(&ToCell::Stats, &[]), Ok(true)))
+            .map(|cell| {
+                cell.is_open() && matches!(cell.channel().try_send(&ToCell::Stats, &[]), Ok(true))
+            })
             .collect();
         for n in (0..asked.len()).filter(|n| asked[*n]) {
             while let Some(message) = self.cells[n].wait_message(end) {

@@ -217,6 +217,12 @@ pub fn bus(base: u64, len: u64, device: Arc<dyn BusDevice>) -> Bus {
     Bus::builder().add(base, len, device).unwrap().build()
 }
 
+/// Waits until all vCPU threads of this process are gone: a thread that was joined can still be
+/// seen for a moment.
+pub fn no_vcpu_threads() {
+    wait_for("the vcpu threads to be gone", || vcpu_threads().is_empty().then_some(()));
+}
+
 /// The names of this process's vCPU threads.
 pub fn vcpu_threads() -> Vec<String> {
     std::fs::read_dir("/proc/self/task")

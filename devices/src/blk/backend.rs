@@ -6,19 +6,18 @@
 //! stopped; descriptors and memory may be replaced at any time, for which the
 //! ring is stopped and goes on where it was.
 
+mod messages;
+
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Error, Result};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SIZE_MAX};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -180,17 +179,11 @@ impl Backend {
         };
         let view = View::new(table.memory()).map_err(internal)?;
         Ring::new(&view, &layout).map_err(internal)?;
-        let size_max = has(self.acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX);
         let start = Start {
             memory: table.memory().clone(),
             layout,
-            limits: Limits {
-                sectors: self.disk.size / SECTOR,
-                read_only: self.disk.read_only,
-                size_max,
-            },
-            // A driver that cannot flush has to be able to rely on every write (virtio 1.2, 5.2.6.2).
-            write_through: !has(self.acked, VIRTIO_BLK_F_FLUSH),
+            limits: limits(self.acked, &self.disk),
+            write_through: write_through(self.acked),
             kick: kick.clone(),
             call: vring.call.clone(),
             err: vring.err.clone(),
@@ -289,6 +282,20 @@ impl Vring {
     }
 }
 
+/// What requests are held to under the features agreed on.
+fn limits(acked: u64, disk: &Disk) -> Limits {
+    Limits {
+        sectors: disk.size / SECTOR,
+        read_only: disk.read_only,
+        size_max: has(acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX),
+    }
+}
+
+/// A driver that cannot flush relies on every write being durable (virtio 1.2, 5.2.6.2).
+fn write_through(acked: u64) -> bool {
+    !has(acked, VIRTIO_BLK_F_FLUSH)
+}
+
 fn internal(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(std::io::Error::other(super::chain(&error).to_string()))
 }
@@ -303,190 +310,18 @@ fn non_blocking(fd: Option<File>) -> Result<Option<Arc<File>>> {
     Ok(Some(Arc::new(file)))
 }
 
-/// The answer to messages that belong to features that are not offered.
-fn not_offered<T>() -> Result<T> {
-    Err(Error::InvalidOperation("this message was not offered"))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl VhostUserBackendReqHandlerMut for Backend {
-    fn set_owner(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn reset_owner(&mut self) -> Result<()> {
-        let result = self.reset();
-        self.acknowledge(result)
-    }
-
-    fn reset_device(&mut self) -> Result<()> {
-        let result = self.reset();
-        self.acknowledge(result)
-    }
-
-    fn get_features(&mut self) -> Result<u64> {
-        Ok(self.offered)
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<()> {
-        let result = self.try_set_features(features);
-        self.acknowledge(result)
-    }
-
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::RESET_DEVICE)
-    }
-
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.get_protocol_features()?;
-        let result = match VhostUserProtocolFeatures::from_bits(features) {
-            Some(features) if offered.contains(features) => {
-                self.protocol = features;
-                Ok(())
-            }
-            _ => Err(Error::InvalidOperation("a protocol feature was not offered")),
-        };
-        self.acknowledge(result)
-    }
-
-    fn set_mem_table(
-        &mut self,
-        ctx: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let result = self.try_set_mem_table(ctx, files);
-        self.acknowledge(result).map(|()| None)
-    }
-
-    fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.vrings.len() as u64)
-    }
-
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let result = self.try_set_vring_num(index, num);
-        self.acknowledge(result)
-    }
-
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        flags: VhostUserVringAddrFlags,
-        descriptor: u64,
-        used: u64,
-        available: u64,
-        _log: u64,
-    ) -> Result<()> {
-        let addresses = Addresses { descriptors: descriptor, avail: available, used };
-        let result = self.try_set_vring_addr(index, flags, addresses);
-        self.acknowledge(result)
-    }
-
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let result = self.try_set_vring_base(index, base);
-        self.acknowledge(result)
-    }
-
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let at = self.index(index)?;
-        self.pause(at)?;
-        self.vrings[at].forget();
-        Ok(VhostUserVringState::new(index, self.vrings[at].next_avail.into()))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let result = self.try_set_vring_kick(index, fd);
-        self.acknowledge(result)
-    }
-
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let result = non_blocking(fd).and_then(|fd| self.replace(index, |vring| vring.call = fd));
-        self.acknowledge(result)
-    }
-
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let result = non_blocking(fd).and_then(|fd| self.replace(index, |vring| vring.err = fd));
-        self.acknowledge(result)
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        let result = self.try_set_vring_enable(index, enable);
-        self.acknowledge(result)
-    }
-
-    fn get_config(
-        &mut self,
-        offset: u32,
-        size: u32,
-        _flags: VhostUserConfigFlags,
-    ) -> Result<Vec<u8>> {
-        // The size was checked against the message, so it is small.
-        let at = |i: u32| self.config.get(offset.saturating_add(i) as usize);
-        Ok((0..size).map(|i| at(i).copied().unwrap_or(0)).collect())
-    }
-
-    fn set_config(
-        &mut self,
-        _offset: u32,
-        _buf: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> Result<()> {
-        self.acknowledge(Err(Error::InvalidOperation("the configuration space cannot be written")))
-    }
-
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
-        not_offered()
-    }
-
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
-    }
-
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        not_offered()
-    }
-
-    fn add_mem_region(
-        &mut self,
-        _region: &VhostUserSingleMemoryRegion,
-        _fd: File,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        not_offered()
-    }
-
-    fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        not_offered()
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
-    ) -> Result<Option<File>> {
-        not_offered()
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        not_offered()
-    }
-
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered()
+    #[test]
+    fn terms_follow_the_features_agreed_on() {
+        let file = tempfile::tempfile().expect("file");
+        let disk = Disk { file, size: 1024, read_only: true, id: Default::default() };
+        let plain = limits(0, &disk);
+        assert_eq!((plain.sectors, plain.read_only, plain.size_max), (2, true, None));
+        let bounded = limits(1 << VIRTIO_BLK_F_SIZE_MAX, &disk);
+        assert_eq!(bounded.size_max, Some(config::SIZE_MAX));
+        assert!(write_through(0) && !write_through(1 << VIRTIO_BLK_F_FLUSH));
     }
 }

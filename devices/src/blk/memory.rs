@@ -22,7 +22,7 @@ const MAX_REGIONS: usize = 8;
 
 /// A memory table that was refused.
 #[derive(Debug, thiserror::Error)]
-pub enum MemTableError {
+pub(super) enum MemTableError {
     /// More regions than a table may have, or not one fd for each.
     #[error("memory table has {regions} regions and {files} file descriptors")]
     Count {

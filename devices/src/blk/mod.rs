@@ -12,15 +12,15 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`] | features and configuration space |
-//! | [`memory`], [`view`] | the memory table, checked and mapped; how the data path looks at it |
-//! | [`backend`] | vhost-user messages and the state of each ring |
-//! | [`worker`], [`server`] | the thread of a queue, and what it does |
-//! | [`ring`] | one virtqueue: chains, used entries, suppression of kicks and interrupts |
-//! | [`request`] | a chain parsed and checked, or why it is refused |
-//! | [`execute`] | a request done on the image |
-//! | [`poll`] | how long to look at a ring before sleeping |
-//! | [`counters`] | what a queue has done |
+//! | `config` | features and configuration space |
+//! | `memory`, `view` | the memory table, checked and mapped; how the data path looks at it |
+//! | `backend` | vhost-user messages and the state of each ring |
+//! | `worker`, `server` | the thread of a queue, and what it does |
+//! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
+//! | `request` | a chain parsed and checked, or why it is refused |
+//! | `execute` | a request done on the image |
+//! | `poll` | how long to look at a ring before sleeping |
+//! | `counters` | what a queue has done |
 //!
 //! Everything from the guest and from the front end is hostile. Parsing ends
 //! before the image is touched, a broken chain is still given back so that no
@@ -58,7 +58,8 @@ use backend::Backend;
 use config::SECTOR;
 use counters::Counters;
 use execute::{Disk, ID_BYTES};
-use worker::{Worker, WorkerError};
+use worker::Worker;
+pub use worker::WorkerError;
 
 /// Most queues of a device: as many as a VM has vCPUs.
 pub const MAX_QUEUES: u16 = 32;
@@ -231,7 +232,7 @@ impl Blk {
         let answer = match message {
             ToCell::Stats => FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c))),
             // A block device holds no output back.
-            ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0 },
+            ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0, unread: 0 },
         };
         match cell.send(&answer, &[]) {
             Ok(()) => Ok(true),

@@ -29,7 +29,7 @@ pub(super) struct Layout {
 
 /// A ring that cannot be used, or not any longer.
 #[derive(Debug, thiserror::Error)]
-pub enum RingError {
+pub(super) enum RingError {
     /// A part is misaligned, or the size is not one a queue may have.
     #[error("setting up a ring of {size} entries")]
     Setup {

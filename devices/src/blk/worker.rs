@@ -97,6 +97,10 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("blk-q{index}"))
             .spawn(move || {
+                // It runs, with all that a thread's start takes behind it.
+                if end.send(0).is_err() {
+                    return;
+                }
                 while let Ok(ring) = start.recv() {
                     let next_avail = server.serve(&ring);
                     server.control().stop.store(false, Ordering::Relaxed);
@@ -106,6 +110,8 @@ impl Worker {
                 }
             })
             .map_err(WorkerError::Thread)?;
+        // A filter put on now must not meet a thread that is still being set up.
+        ends.recv().map_err(|_| WorkerError::Gone)?;
         Ok(Worker { control, starts: Some(starts), ends, running: None, thread: Some(thread) })
     }
 

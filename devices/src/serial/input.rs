@@ -93,10 +93,7 @@ impl Reader {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), event });
         let own = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("serial-in".into())
-            .stack_size(64 * 1024)
-            .spawn(move || own.run(&fd))?;
+        super::start_thread("serial-in", move || own.run(&fd))?;
         Ok(Reader(shared))
     }
 

@@ -31,6 +31,7 @@ mod uart;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use cellblock_wire::{Access, Channel, ChannelError, Mapping, ShmError};
@@ -123,6 +124,19 @@ impl Serial {
     pub fn serve(mut self, cell: &Channel) -> Result<(), SerialError> {
         self.run(cell)
     }
+}
+
+/// Starts a thread and waits until it runs, so that what a thread does to set
+/// itself up is done before the process is sealed.
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let started = Arc::new(Barrier::new(2));
+    let own = Arc::clone(&started);
+    std::thread::Builder::new().name(name.into()).stack_size(64 * 1024).spawn(move || {
+        own.wait();
+        run();
+    })?;
+    started.wait();
+    Ok(())
 }
 
 /// Watching the ring would keep the vCPU from the only CPU there is.

@@ -249,6 +249,13 @@ impl Queue {
 
     /// Writes a chain and makes it available; returns its head.
     pub fn add(&mut self, memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> u16 {
+        let head = self.place(memory, buffers);
+        self.announce(memory);
+        head
+    }
+
+    /// Writes a chain that the next [`Queue::announce`] makes available; returns its head.
+    pub fn place(&mut self, memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> u16 {
         let (head, table) = if self.indirect {
             let head = self.free;
             self.free = (self.free + 1) % self.size;
@@ -270,7 +277,7 @@ impl Queue {
             let (at, next) = (number(i), number(i + 1));
             self.descriptor(memory, table, at, buffer.address, buffer.len, flags, next);
         }
-        self.publish(memory, head);
+        self.enter(memory, head);
         head
     }
 
@@ -296,11 +303,20 @@ impl Queue {
 
     /// Makes the chain at `head` available.
     pub fn publish(&mut self, memory: &GuestMemoryMmap<()>, head: u16) {
-        let ring = self.base + AVAIL;
-        let slot = GuestAddress(ring + 4 + 2 * u64::from(self.avail % self.size));
-        memory.write_obj(head, slot).expect("avail entry");
+        self.enter(memory, head);
+        self.announce(memory);
+    }
+
+    fn enter(&mut self, memory: &GuestMemoryMmap<()>, head: u16) {
+        let slot = self.base + AVAIL + 4 + 2 * u64::from(self.avail % self.size);
+        memory.write_obj(head, GuestAddress(slot)).expect("avail entry");
         self.avail = self.avail.wrapping_add(1);
-        memory.store(self.avail, GuestAddress(ring + 2), Ordering::Release).expect("avail idx");
+    }
+
+    /// Shows the device every chain entered so far, at once.
+    pub fn announce(&self, memory: &GuestMemoryMmap<()>) {
+        let index = GuestAddress(self.base + AVAIL + 2);
+        memory.store(self.avail, index, Ordering::Release).expect("avail idx");
     }
 
     /// Kicks if the device asked for it since available index `from`; true if it did.

@@ -160,7 +160,11 @@ fn call32() {
 
 /// One VMM thread of each kind in one process; the call is refused in one of them.
 fn vmm_threads() {
-    for (policy, name) in [(Policy::VmmMain, "main-loop"), (Policy::VmmVcpu, "vcpu0")] {
+    for (policy, name) in [
+        (Policy::VmmMain, "main-loop"),
+        (Policy::VmmVcpu, "vcpu0"),
+        (Policy::VmmDevice, "vu-disk0"),
+    ] {
         let (line, status) = vmm_violation(policy, name);
         assert_eq!(status, violation::EXIT_STATUS, "{line}");
         assert!(

@@ -41,7 +41,7 @@ pub fn load(ram: &GuestRam, file: &File, size: u64, head: &[u8]) -> Result<Loade
     let start = header.pref_address;
     let room = u64::from(header.init_size).max(len);
     check_place(ram, start, start.saturating_add(room))?;
-    ram.fill_from(start, file, offset, len as usize).map_err(KernelError::Place)?;
+    ram.fill_from(start, file, offset, len).map_err(KernelError::Place)?;
     Ok(Loaded {
         end: start + room,
         initrd_max: header.initrd_addr_max.into(),

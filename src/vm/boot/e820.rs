@@ -1,6 +1,6 @@
 //! The map of physical memory a kernel is given (ACPI 6.5, chapter 15).
 
-use crate::vm::layout::{ACPI_END, ACPI_START, HIGH_RAM_START, KVM_IDENTITY_MAP, LOW_RAM_640K};
+use crate::vm::layout::{ACPI_START, FIRMWARE_END, HIGH_RAM_START, KVM_IDENTITY_MAP, LOW_RAM_640K};
 use crate::vm::memory::RamRegion;
 
 /// Memory the guest may use as it likes.
@@ -22,14 +22,14 @@ pub struct Range {
 /// The map of a guest with these regions of RAM, sorted.
 pub fn map(regions: &[RamRegion]) -> Vec<Range> {
     let range = |start, end, kind| Range { start, len: end - start, kind };
-    let mut map = vec![range(0, LOW_RAM_640K, RAM), range(ACPI_START, ACPI_END, RESERVED)];
+    let mut map = vec![range(0, LOW_RAM_640K, RAM), range(ACPI_START, FIRMWARE_END, RESERVED)];
     for region in regions {
         let end = region.gpa + region.len;
         if region.gpa == HIGH_RAM_START {
             map.push(range(KVM_IDENTITY_MAP, HIGH_RAM_START, RESERVED));
         }
         // Below 1 MiB is a PC's own business: only the first 640 KiB are RAM.
-        map.push(range(region.gpa.max(ACPI_END), end, RAM));
+        map.push(range(region.gpa.max(FIRMWARE_END), end, RAM));
     }
     if regions.len() == 1 {
         map.push(range(KVM_IDENTITY_MAP, HIGH_RAM_START, RESERVED));
@@ -50,7 +50,7 @@ mod tests {
             assert!(pair[0].start + pair[0].len <= pair[1].start, "{pair:x?}");
         }
         let usable: u64 = map.iter().filter(|r| r.kind == RAM).map(|r| r.len).sum();
-        assert_eq!(usable, ram - (ACPI_END - LOW_RAM_640K));
+        assert_eq!(usable, ram - (FIRMWARE_END - LOW_RAM_640K));
     }
 
     #[test]

@@ -39,8 +39,7 @@ pub fn load(ram: &GuestRam, file: &File, size: u64, head: &[u8]) -> Result<Loade
         return Err(KernelError::Entry(rip));
     }
     for s in segments.iter().filter(|s| s.p_filesz > 0) {
-        ram.fill_from(s.p_paddr, file, s.p_offset, s.p_filesz as usize)
-            .map_err(KernelError::Place)?;
+        ram.fill_from(s.p_paddr, file, s.p_offset, s.p_filesz).map_err(KernelError::Place)?;
     }
     let start = match pvh {
         Some(entry) => Start::Pvh { rip: entry.into() },
@@ -340,7 +339,7 @@ mod tests {
     #[test]
     fn a_note_asks_for_pvh() {
         let load = segment(ENTRY, 0x1000, 0x1000, 0x1000);
-        let mut with_note = |notes: &[u8]| {
+        let with_note = |notes: &[u8]| {
             let header = Elf64_Phdr {
                 p_type: PT_NOTE,
                 p_offset: 0x800,

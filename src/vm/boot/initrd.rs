@@ -49,7 +49,7 @@ pub(super) fn load(ram: &GuestRam, file: &File, kernel: &Loaded) -> Result<Initr
         return Err(InitrdError::NotAFile);
     }
     let initrd = place(metadata.len(), kernel.end, kernel.initrd_max, ram.low_end())?;
-    ram.fill_from(initrd.start, file, 0, initrd.len as usize).map_err(InitrdError::Place)?;
+    ram.fill_from(initrd.start, file, 0, initrd.len).map_err(InitrdError::Place)?;
     Ok(initrd)
 }
 

@@ -21,7 +21,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::cpu::write_boot_tables;
-use super::layout::{CMDLINE, PVH_START_INFO, ZERO_PAGE};
+use super::layout::{
+    CMDLINE, I8042_COMMAND_PORT, PVH_START_INFO, RESET_VALUE, RESET_VECTOR, ZERO_PAGE,
+};
 use super::memory::{GuestRam, MemoryError};
 
 pub use cmdline::CmdlineError;
@@ -61,7 +63,7 @@ pub enum BootError {
     /// Boot structures could not be written.
     #[error("writing boot structures")]
     Structures(#[source] linux_loader::configurator::Error),
-    /// The boot vCPU's descriptor and page tables could not be written.
+    /// The boot vCPU's tables or the reset code could not be written.
     #[error("writing the boot vCPU's tables")]
     Tables(#[source] MemoryError),
 }
@@ -173,8 +175,15 @@ pub fn load(
     };
     let entry = written.map_err(BootError::Structures)?;
     write_boot_tables(ram, &entry).map_err(BootError::Tables)?;
+    ram.write(RESET_VECTOR, &RESET_CODE).map_err(BootError::Tables)?;
     Ok(entry)
 }
+
+/// `mov al, 0xfe; out 0x64, al; hlt; jmp back`, in 16-bit code.
+///
+/// On a hardware-reduced platform Linux restarts through EFI, and without EFI by
+/// jumping to the firmware, rather than by the reset register.
+const RESET_CODE: [u8; 7] = [0xb0, RESET_VALUE, 0xe6, I8042_COMMAND_PORT as u8, 0xf4, 0xeb, 0xfd];
 
 /// Bytes that hold a bzImage's setup header and the headers of common ELF files.
 const HEAD: usize = 4096;

@@ -8,6 +8,10 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+/// The processor's name, in leaves 0x8000_0002 to 0x8000_0004, which KVM leaves
+/// empty. The host's own would tell guests apart by where they run.
+const BRAND: &[u8; 48] = b"Cellblock virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
@@ -16,7 +20,8 @@ const EXT_ECX_CMP_LEGACY: u32 = 1 << 1;
 /// `base` made the table of vCPU `id` of `cpus`.
 pub fn personal(base: &CpuId, id: u8, cpus: u8, deadline_timer: bool) -> CpuId {
     let topology = Topology::new(id, cpus);
-    let mut entries = Vec::with_capacity(base.as_slice().len() + 6);
+    let amd = is_amd(base);
+    let mut entries = Vec::with_capacity(base.as_slice().len() + 9);
     let mut extended_leaves = 0; // a mask: bit 0 for 0xb, bit 1 for 0x1f
     let max = base.as_slice().iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     for entry in base.as_slice() {
@@ -38,8 +43,9 @@ pub fn personal(base: &CpuId, id: u8, cpus: u8, deadline_timer: bool) -> CpuId {
                 extended_leaves |= 2;
                 continue;
             }
-            0x8000_0001 => set(&mut entry.ecx, EXT_ECX_CMP_LEGACY, is_amd(base) && cpus > 1),
-            0x8000_0008 => entry.ecx = topology.bits << 12 | (topology.cpus - 1),
+            0x8000_0001 => set(&mut entry.ecx, EXT_ECX_CMP_LEGACY, amd && cpus > 1),
+            0x8000_0002..=0x8000_0004 => continue, // rebuilt below
+            0x8000_0008 if amd => entry.ecx = topology.bits << 12 | (topology.cpus - 1),
             0x8000_001d => topology.cache(&mut entry, false),
             0x8000_001e => {
                 entry.eax = topology.id;
@@ -57,7 +63,14 @@ pub fn personal(base: &CpuId, id: u8, cpus: u8, deadline_timer: bool) -> CpuId {
     if extended_leaves & 2 != 0 {
         topology.extended(&mut entries, 0x1f);
     }
+    entries.extend((0x8000_0002..).zip(BRAND.chunks_exact(16)).map(brand));
     CpuId::from_entries(&entries).expect("KVM's table and a few more stay below the limit")
+}
+
+fn brand((function, text): (u32, &[u8])) -> kvm_cpuid_entry2 {
+    let word = |n: usize| u32::from_le_bytes([text[n], text[n + 1], text[n + 2], text[n + 3]]);
+    let (eax, ebx, ecx, edx) = (word(0), word(4), word(8), word(12));
+    kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
 }
 
 fn set(register: &mut u32, bit: u32, on: bool) {
@@ -192,6 +205,17 @@ mod tests {
         assert_eq!(get(&table, 0xb, 1).eax, 0);
         assert_eq!(get(&table, 0x8000_0008, 0).ecx, 0);
         assert_eq!(get(&table, 0x8000_0001, 0).ecx, 0);
+    }
+
+    #[test]
+    fn the_processor_has_a_name() {
+        let table = personal(&base(), 0, 1, true);
+        let name: Vec<u8> = (0x8000_0002..=0x8000_0004)
+            .map(|leaf| get(&table, leaf, 0))
+            .flat_map(|e| [e.eax, e.ebx, e.ecx, e.edx])
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        assert_eq!(name, BRAND);
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! What each vCPU is and how it starts: CPUID, MSRs, local APIC, registers.
 //!
 //! The boot vCPU starts where the kernel's protocol says; the others wait for its
-//! INIT and SIPI, as processors do, and need nothing but their CPUID and MSRs.
-//! KVM's own reset state is relied on for all that is not set here (FPU, debug
-//! registers, wait-for-SIPI), and a test holds KVM to it.
+//! INIT and SIPI, as processors do. KVM's own reset state is relied on for all that
+//! is not set here (FPU, debug registers, wait-for-SIPI), and a test holds KVM to it.
 
 mod cpuid;
 mod regs;
@@ -60,8 +59,8 @@ impl CpuModel {
     pub fn configure(&self, vcpu: &VcpuFd, id: u8, entry: Option<&Entry>) -> Result<(), CpuError> {
         vcpu.set_cpuid2(&self.cpuid(id)).map_err(step("setting a vCPU's CPUID"))?;
         set_msrs(vcpu)?;
+        set_local_interrupts(vcpu)?;
         if let Some(entry) = entry {
-            set_local_interrupts(vcpu)?;
             let mut sregs = vcpu.get_sregs().map_err(step("reading a vCPU's system registers"))?;
             regs::system(&mut sregs, entry);
             vcpu.set_sregs(&sregs).map_err(step("setting a vCPU's system registers"))?;
@@ -100,8 +99,11 @@ const APIC_LVT1: usize = 0x360;
 const DELIVER_NMI: u32 = 4 << 8;
 const DELIVER_EXTINT: u32 = 7 << 8;
 
-/// Wires LINT0 to the PIC and LINT1 to NMI, as firmware leaves them on the boot
-/// processor. The others' are reset by their INIT.
+/// Wires LINT0 to the PIC and LINT1 to NMI, as firmware does.
+///
+/// On the others than the boot vCPU this is undone by their INIT, but without it
+/// they might not get one: KVM looks up destinations in a map of the APICs, which
+/// it makes anew when an APIC is set, not when a vCPU is created.
 fn set_local_interrupts(vcpu: &VcpuFd) -> Result<(), CpuError> {
     let mut lapic = vcpu.get_lapic().map_err(step("reading a vCPU's local APIC"))?;
     write_apic(&mut lapic, APIC_LVT0, DELIVER_EXTINT);

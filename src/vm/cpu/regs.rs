@@ -121,7 +121,7 @@ fn page_tables() -> Vec<u64> {
         words[TABLE_ENTRIES + n] = table(2 + n) | PRESENT_WRITABLE;
     }
     for (n, word) in words[2 * TABLE_ENTRIES..].iter_mut().enumerate() {
-        *word = n as u64 * LARGE_PAGE | PRESENT_WRITABLE | LARGE;
+        *word = (n as u64 * LARGE_PAGE) | PRESENT_WRITABLE | LARGE;
     }
     words
 }

@@ -262,6 +262,12 @@ impl Producer {
         self.fault_event.as_fd()
     }
 
+    /// The fault that [`Producer::fault_event`] told of, which it then forgets.
+    pub fn take_fault(&self) -> Option<Fault> {
+        let _ = self.fault_event.read(); // empty is fine: the fault decides
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// What could not be delivered so far.
     pub fn counters(&self) -> Counters {
         Counters {

@@ -191,7 +191,7 @@ fn a_kick_reaches_a_waiting_read_and_the_answer_is_not_lost() {
     consumer.reply(reply, 0x42);
     let (first, took, second) = waiter.join().expect("waiter");
     assert_eq!(first, Err(Interrupted));
-    assert!(took < Duration::from_millis(165), "{took:?}");
+    assert!(took < Producer::LIMIT / 2, "{took:?}");
     assert_eq!(second, Ok(0x42));
 }
 
@@ -202,17 +202,17 @@ fn fastest(mut once: impl FnMut() -> Duration) -> Duration {
 
 #[test]
 fn kicks_and_replies_wake_at_once_not_by_the_slice() {
-    for wake in [0, 1, 2, 3] {
+    for wake in [0, 1, 2, 3, 4] {
         let best = fastest(|| {
             let ring = ring();
-            if wake == 3 {
+            if wake >= 3 {
                 ring.fill();
             }
             let (producer, kicked) = (ring.producer.clone(), Arc::new(AtomicBool::new(false)));
             let asked = kicked.clone();
             let waiter = thread::spawn(move || {
                 let kicked = || asked.load(Ordering::SeqCst);
-                if wake == 3 {
+                if wake >= 3 {
                     let _ = producer.post_write(0, 0, 1, &kicked);
                 } else {
                     let ticket = producer.begin_read(0, 5, &kicked).expect("room");
@@ -220,11 +220,14 @@ fn kicks_and_replies_wake_at_once_not_by_the_slice() {
                 }
                 Instant::now()
             });
+            while wake < 3 && ring.producer.is_idle() {
+                thread::yield_now();
+            }
             // Somewhere in the middle of the first slices.
             thread::sleep(Duration::from_millis(70));
             let begin = Instant::now();
             match wake {
-                0 => {
+                0 | 4 => {
                     kicked.store(true, Ordering::SeqCst);
                     ring.producer.kick(0);
                 }

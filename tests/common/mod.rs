@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use cellblock::control::client::{Client, ClientError};
 use cellblock::control::protocol::{Event, EventKind, Process, Reply, Request, Stats};
 use cellblock::guest::BARE_GUEST;
-use nix::pty::openpty;
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -41,7 +41,8 @@ pub struct Options {
     kernel: &'static [u8],
     memory: String,
     control: bool,
-    terminal: bool,
+    terminal: Option<OpenptyResult>,
+    kernel: PathBuf,
     user: bool,
     output: Option<OwnedFd>,
     program: Option<PathBuf>,
@@ -84,8 +85,19 @@ impl Options {
     }
 
     /// The console on a terminal: a pseudo-terminal the VMM is in the foreground of.
-    pub fn terminal(mut self) -> Options {
-        self.terminal = true;
+    pub fn terminal(self) -> Options {
+        self.terminal_on(openpty(None, None).unwrap())
+    }
+
+    /// As [`Options::terminal`], on this one.
+    pub fn terminal_on(mut self, pty: OpenptyResult) -> Options {
+        self.terminal = Some(pty);
+        self
+    }
+
+    /// Another kernel than the built-in guest.
+    pub fn kernel(mut self, path: &Path) -> Options {
+        self.kernel = path.into();
         self
     }
 
@@ -144,12 +156,13 @@ impl Options {
             chown(dir.path(), Some(NOBODY), None).unwrap();
         }
         words.extend(self.prefix);
-        if self.terminal {
+        if self.terminal.is_some() {
             words.extend(["setsid", "--ctty"].map(String::from));
         }
         words.push(program.to_str().unwrap().into());
         // A test that is killed leaves nothing behind.
-        words.extend(["run", "--die-with-parent", "--kernel", "kernel"].map(String::from));
+        words.extend(["run", "--die-with-parent", "--kernel"].map(String::from));
+        words.push(self.kernel.to_str().unwrap().into());
         words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
         for (n, (_, options)) in self.disks.iter().enumerate() {
             words.extend(["--disk".into(), format!("disk{n}{options}")]);
@@ -163,8 +176,7 @@ impl Options {
         command.args(&words[1..]).current_dir(dir.path()).env_remove("CELLBLOCK_LOG");
         command.stderr(Stdio::piped()).process_group(0);
         let (mut child, input, console, terminal);
-        if self.terminal {
-            let pty = openpty(None, None).unwrap();
+        if let Some(pty) = self.terminal {
             // A group leader cannot start the session that the terminal belongs to.
             command.process_group(nix::unistd::getpgrp().as_raw());
             command.stdin(pty.slave.try_clone().unwrap());
@@ -214,7 +226,8 @@ impl Vm {
             kernel: BARE_GUEST,
             memory: "64M".into(),
             control: true,
-            terminal: false,
+            terminal: None,
+            kernel: "kernel".into(),
             user: false,
             output: None,
             program: None,
@@ -251,6 +264,16 @@ impl Vm {
             Some(line) if !self.console.text().contains("FAIL") => line,
             Some(_) => self.fail("the guest found a fault"),
             None => self.fail(&format!("the guest did not print {text:?} within {limit:?}")),
+        }
+    }
+
+    /// As [`Vm::wait_for`], and waits for the end of the line too.
+    #[track_caller]
+    pub fn wait_for_line(&mut self, text: &str) -> String {
+        match self.console.wait_for_line(text, LIMIT) {
+            Some(line) if !self.console.text().contains("FAIL") => line,
+            Some(_) => self.fail("the guest found a fault"),
+            None => self.fail(&format!("the guest did not print a line {text:?} within {LIMIT:?}")),
         }
     }
 
@@ -415,8 +438,8 @@ impl Vm {
         self.status
     }
 
-    /// The end of a VM that ends well: status 0, no fault found by the guest, no control
-    /// path, and nothing said on standard error but what `allowed` names.
+    /// The end of a VM that ends well: status 0, no fault found by the guest, no process
+    /// and no control path left.
     #[track_caller]
     pub fn ends_well(mut self) {
         let family = self.processes();
@@ -424,6 +447,7 @@ impl Vm {
         if status.code() != Some(0) {
             self.fail("the VM should have ended with status 0");
         }
+        self.terminal = None; // its other side ends when nobody has it open any more
         if self.console.finished(LIMIT).contains("FAIL") {
             self.fail("the guest found a fault");
         }

@@ -95,6 +95,19 @@ impl Output {
         Some(line)
     }
 
+    /// As [`Output::wait_for`], and waits for the end of the line too.
+    pub fn wait_for_line(&mut self, text: &str, limit: Duration) -> Option<String> {
+        let begun = self.wait_for(text, limit)?;
+        let from = self.seen;
+        let rest = self.shared.wait(limit, |state| {
+            let length = state.all[from..].iter().position(|b| *b == b'\n')?;
+            Some(String::from_utf8_lossy(&state.all[from..from + length]).into_owned())
+        })?;
+        let head = begun.find(text).map_or(0, |at| at + text.len());
+        self.seen = from + rest.len();
+        Some(format!("{}{}", &begun[..head], rest.trim_end()))
+    }
+
     /// All of it so far.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.shared.state.lock().unwrap().all).into_owned()

@@ -116,3 +116,17 @@ pub fn files(pid: i32) -> BTreeMap<i32, String> {
     }
     found
 }
+
+/// The thread of `pid` that is called `name`.
+pub fn thread(pid: i32, name: &str) -> Option<i32> {
+    let is_it = |tid: &i32| {
+        fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).is_ok_and(|c| c.trim() == name)
+    };
+    threads(pid).into_iter().find(is_it)
+}
+
+/// Number of the system call that a thread sleeps in; `None` while it runs.
+pub fn sleeps_in(pid: i32, tid: i32) -> Option<i64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    text.split(' ').next()?.parse().ok()
+}

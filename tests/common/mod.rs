@@ -254,6 +254,14 @@ impl Vm {
         }
     }
 
+    /// As [`Vm::wait_for`], and for the end of the line; returns all of the line.
+    #[track_caller]
+    pub fn wait_for_line(&mut self, text: &str) -> String {
+        self.wait_for(text);
+        let lines = self.wait_for("\n");
+        lines.lines().next().unwrap_or_default().into()
+    }
+
     /// Waits until the VMM says `text` on standard error; returns the line.
     #[track_caller]
     pub fn wait_for_error(&mut self, text: &str) -> String {

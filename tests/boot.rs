@@ -38,8 +38,7 @@ fn both_entries() {
 fn memory_of_every_size_is_described() {
     for kernel in [BARE_GUEST, BARE_GUEST_LINUX64] {
         for mib in [32, 33, 512, 3071, 3072, 3073, 4096, 6144] {
-            let mut vm =
-                Vm::with("mode=hello").kernel(kernel).memory(&format!("{mib}M")).start();
+            let mut vm = Vm::with("mode=hello").kernel(kernel).memory(&format!("{mib}M")).start();
             let line = vm.wait_for_line("hello: protocol=");
             vm.wait_for("hello: ok");
             let missing = mib * MIB - number(&line, "memory=");
@@ -139,7 +138,9 @@ fn every_end_of_a_guest_ends_the_vm_well() {
 /// Disks are where the command line says, each under the name it was given.
 #[test]
 fn disks_are_found_each_with_its_own_id() {
-    for (count, number) in [(4, 0), (4, 1), (4, 3), (MOST_DISKS, 0), (MOST_DISKS, 8), (MOST_DISKS, 16)] {
+    for (count, number) in
+        [(4, 0), (4, 1), (4, 3), (MOST_DISKS, 0), (MOST_DISKS, 8), (MOST_DISKS, 16)]
+    {
         // Interrupts, so that each disk's line is proved too.
         let cmdline = format!("mode=blk mib=1 irq disk={number}");
         let mut options = Vm::with(&cmdline);
@@ -149,10 +150,7 @@ fn disks_are_found_each_with_its_own_id() {
         }
         let mut vm = options.start();
         let line = vm.wait_for_line("blk: capacity=");
-        assert_eq!(
-            line,
-            format!("blk: capacity={} ro=0 flush=1 id=the-{number}", 2048 + number)
-        );
+        assert_eq!(line, format!("blk: capacity={} ro=0 flush=1 id=the-{number}", 2048 + number));
         vm.wait_for("blk: ok");
         for n in 0..count {
             let written = std::fs::read(vm.path(&format!("disk{n}"))).unwrap();

@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn a_note_asks_for_pvh() {
         let load = segment(ENTRY, 0x1000, 0x1000, 0x1000);
-        let mut with_note = |notes: &[u8]| {
+        let with_note = |notes: &[u8]| {
             let header = Elf64_Phdr {
                 p_type: PT_NOTE,
                 p_offset: 0x800,

@@ -106,7 +106,7 @@ fn first_output(bench: &Bench, machine: Machine) -> f64 {
 
 fn beyond_ram(bench: &Bench, machine: Machine) -> f64 {
     let mut guest = bench.start(machine, 1, "mode=echo");
-    guest.wait_for("ready");
+    guest.wait_for("echo: ready");
     let bytes = memory::beyond_guest_ram(guest.child.id(), RAM_MIB << 20);
     guest.say("quit\n");
     guest.end();
@@ -130,10 +130,10 @@ fn pauses(bench: &Bench, cpus: u32) -> Sample {
     let mut guest = bench.start_with(
         Machine::Cellblock,
         cpus,
-        "mode=pause",
+        &format!("mode=pause cpus={cpus}"),
         &["--control", control.to_str().expect("utf-8")],
     );
-    guest.wait_for("progress");
+    guest.wait_for("pause: n=");
     // The guest goes on printing; someone has to read it.
     let drain = guest.drain();
     let mut socket = control_connection(&control);

@@ -481,7 +481,7 @@ fn the_cell_channel_is_answered() {
     let (mut device, _queue) = rig(ALL);
     device.cell.send(&ToCell::Drain { epoch: 9, limit_ms: 0 }, &[]).expect("ask");
     let answer = device.cell.recv_timeout::<FromCell>(PATIENCE).expect("answer").0;
-    assert!(matches!(answer, FromCell::Drained { epoch: 9, dropped: 0 }));
+    assert!(matches!(answer, FromCell::Drained { epoch: 9, dropped: 0, .. }));
     device.cell.send(&"not a message", &[]).expect("send");
     device.join().expect_err("garbage ends the device");
 }

@@ -106,7 +106,7 @@ impl Vm {
     fn drain(&self, epoch: u64, limit_ms: u32) -> u64 {
         self.cell.send(&ToCell::Drain { epoch, limit_ms }, &[]).unwrap();
         match self.heard() {
-            FromCell::Drained { epoch: of, dropped } if of == epoch => dropped,
+            FromCell::Drained { epoch: of, dropped, .. } if of == epoch => dropped,
             other => panic!("{other:?}"),
         }
     }
@@ -340,7 +340,7 @@ fn drains_overlap_and_are_answered_in_order() {
     same(&read_exactly(&reader, 100_000), &text(100_000));
     for epoch in [1, 2] {
         let answer = vm.heard();
-        assert!(matches!(answer, FromCell::Drained { epoch: e, dropped: 0 } if e == epoch));
+        assert!(matches!(answer, FromCell::Drained { epoch: e, dropped: 0, .. } if e == epoch));
     }
     vm.close().unwrap();
 }

@@ -206,7 +206,7 @@ impl Vm {
     fn drain(&self, limit_ms: u32) -> u64 {
         self.cell.send(&ToCell::Drain { epoch: 9, limit_ms }, &[]).unwrap();
         match self.heard() {
-            FromCell::Drained { epoch: 9, dropped } => dropped,
+            FromCell::Drained { epoch: 9, dropped, .. } => dropped,
             other => panic!("{other:?}"),
         }
     }

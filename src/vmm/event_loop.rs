@@ -178,11 +178,7 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => {
-                for Notice::Marker(marker) in self.notifier.take() {
-                    self.event(requests::marker_event(marker, "port"));
-                }
-            }
+            Source::Notices => self.port_markers(),
             Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::Device(n) => {
@@ -237,6 +233,12 @@ impl Vm {
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             // The rest is said only when asked for, and then waited for.
             _ => {}
+        }
+    }
+
+    fn port_markers(&mut self) {
+        for Notice::Marker(marker) in self.notifier.take() {
+            self.event(requests::marker_event(marker, "port"));
         }
     }
 
@@ -311,6 +313,7 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
+        self.port_markers(); // those of the guest's last moments
         for (id, device) in &self.devices {
             if let Err(error) = device.drain() {
                 tracing::warn!(
@@ -341,27 +344,38 @@ impl Vm {
         const EPOCH: u64 = 1;
         let end = Instant::now() + DRAIN_LIMIT;
         let limit_ms = DRAIN_LIMIT.as_millis() as u32;
-        for cell in self.cells.iter_mut().filter(|c| c.role() == "serial" && c.is_open()) {
+        for n in 0..self.cells.len() {
+            let cell = &mut self.cells[n];
+            if cell.role() != "serial" || !cell.is_open() {
+                continue;
+            }
             if cell.channel().send(&ToCell::Drain { epoch: EPOCH, limit_ms }, &[]).is_err() {
                 continue;
             }
             let grace = end + Duration::from_millis(500);
-            let dropped = std::iter::from_fn(|| cell.wait_message(grace)).find_map(|m| match m {
-                FromCell::Drained { epoch: EPOCH, dropped } => Some(dropped),
-                _ => None,
-            });
-            match dropped {
+            // Counted by the process, and not trusted to add up.
+            let mut lost: Option<u64> = None;
+            while lost.is_none()
+                && let Some(message) = self.cells[n].wait_message(grace)
+            {
+                match message {
+                    FromCell::Drained { epoch: EPOCH, dropped, unread } => {
+                        lost = Some(dropped.saturating_add(unread));
+                    }
+                    other => self.cell_message(n, other),
+                }
+            }
+            let device = self.cells[n].id();
+            match lost {
                 Some(0) => {}
                 Some(bytes) => {
                     tracing::warn!(
-                        device = cell.id(),
+                        device,
                         bytes,
                         "console reader did not keep up; output was dropped"
                     );
                 }
-                None => {
-                    tracing::warn!(device = cell.id(), "console process did not finish in time")
-                }
+                None => tracing::warn!(device, "console process did not finish in time"),
             }
         }
     }

@@ -37,11 +37,13 @@ pub const NOBODY: u32 = 65534;
 pub struct Options {
     cmdline: String,
     args: Vec<String>,
-    disks: Vec<u64>,
+    disks: Vec<(u64, String)>,
+    kernel: &'static [u8],
     memory: String,
     control: bool,
     terminal: bool,
     user: bool,
+    output: Option<OwnedFd>,
     program: Option<PathBuf>,
     prefix: Vec<String>,
 }
@@ -53,8 +55,19 @@ impl Options {
     }
 
     /// A further empty disk.
-    pub fn disk(mut self, mib: u64) -> Options {
-        self.disks.push(mib << 20);
+    pub fn disk(self, mib: u64) -> Options {
+        self.disk_with(mib << 20, "")
+    }
+
+    /// A further empty disk of so many bytes, with `options` in its SPEC: `,ro,serial=x`.
+    pub fn disk_with(mut self, bytes: u64, options: &str) -> Options {
+        self.disks.push((bytes, options.into()));
+        self
+    }
+
+    /// Another kernel than the guest with the PVH entry.
+    pub fn kernel(mut self, image: &'static [u8]) -> Options {
+        self.kernel = image;
         self
     }
 
@@ -100,14 +113,20 @@ impl Options {
         self
     }
 
+    /// Standard output is `to`, and nothing is collected from it.
+    pub fn output(mut self, to: OwnedFd) -> Options {
+        self.output = Some(to);
+        self
+    }
+
     /// Starts the program. It is alive on return; nothing has been waited for.
     #[track_caller]
     pub fn start(self) -> Vm {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(path("kernel"), BARE_GUEST).unwrap();
-        for (n, bytes) in self.disks.iter().enumerate() {
+        fs::write(path("kernel"), self.kernel).unwrap();
+        for (n, (bytes, _)) in self.disks.iter().enumerate() {
             File::create(path(&format!("disk{n}"))).unwrap().set_len(*bytes).unwrap();
         }
 
@@ -132,8 +151,8 @@ impl Options {
         // A test that is killed leaves nothing behind.
         words.extend(["run", "--die-with-parent", "--kernel", "kernel"].map(String::from));
         words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
-        for n in 0..self.disks.len() {
-            words.extend(["--disk".into(), format!("disk{n}")]);
+        for (n, (_, options)) in self.disks.iter().enumerate() {
+            words.extend(["--disk".into(), format!("disk{n}{options}")]);
         }
         if self.control {
             words.extend(["--control", "control"].map(String::from));
@@ -156,9 +175,13 @@ impl Options {
             input = Some(File::from(pty.master));
         } else {
             terminal = None;
-            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            command.stdin(Stdio::piped());
+            command.stdout(self.output.map_or_else(Stdio::piped, Stdio::from));
             child = command.spawn().unwrap();
-            console = Output::collect(File::from(OwnedFd::from(child.stdout.take().unwrap())));
+            console = match child.stdout.take() {
+                Some(stdout) => Output::collect(File::from(OwnedFd::from(stdout))),
+                None => Output::collect(std::io::empty()),
+            };
             input = Some(File::from(OwnedFd::from(child.stdin.take().unwrap())));
         }
         let stderr = Output::collect(File::from(OwnedFd::from(child.stderr.take().unwrap())));
@@ -188,10 +211,12 @@ impl Vm {
             cmdline: cmdline.into(),
             args: Vec::new(),
             disks: Vec::new(),
+            kernel: BARE_GUEST,
             memory: "64M".into(),
             control: true,
             terminal: false,
             user: false,
+            output: None,
             program: None,
             prefix: Vec::new(),
         }

@@ -232,7 +232,7 @@ impl Blk {
         let answer = match message {
             ToCell::Stats => FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c))),
             // A block device holds no output back.
-            ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0 },
+            ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0, unread: 0 },
         };
         match cell.send(&answer, &[]) {
             Ok(()) => Ok(true),

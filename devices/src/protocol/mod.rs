@@ -135,6 +135,9 @@ pub enum FromCell {
         epoch: u64,
         /// Bytes dropped because the reader did not keep up, since the start.
         dropped: u64,
+        /// Bytes that the reader has not taken within the time of the request. They are
+        /// lost if the process ends now.
+        unread: u64,
     },
     /// Answer to [`ToCell::Stats`].
     Stats(CellStats),

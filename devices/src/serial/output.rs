@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -34,6 +35,8 @@ struct Shared {
     work: Condvar,
     event: EventFd,
     on_error: OnError,
+    /// Of the bytes in the hands of the thread, those that its reader has.
+    written: AtomicUsize,
 }
 
 struct State {
@@ -73,6 +76,7 @@ impl Output {
             work: Condvar::new(),
             event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             on_error,
+            written: AtomicUsize::new(0),
         });
         let own = Arc::clone(&shared);
         super::start_thread("serial-out", move || own.run())?;
@@ -122,6 +126,13 @@ impl Output {
     /// Bytes dropped so far.
     pub(super) fn dropped(&self) -> u64 {
         self.0.lock().dropped
+    }
+
+    /// Bytes that the reader has not taken yet.
+    pub(super) fn unread(&self) -> u64 {
+        let state = self.0.lock();
+        let in_hand = state.taken.saturating_sub(self.0.written.load(Ordering::Relaxed));
+        (state.queue.len() + in_hand) as u64
     }
 
     /// Takes the event back; look at [`Output::lost`] and [`Output::is_settled`] then.
@@ -184,7 +195,7 @@ impl Shared {
     fn run(&self) {
         let mut chunk = Vec::with_capacity(CHUNK);
         while let Some(sink) = self.next_chunk(&mut chunk) {
-            let (written, error) = write_all(&sink, &chunk);
+            let (written, error) = write_all(&sink, &chunk, &self.written);
             let mut state = self.lock();
             state.taken = 0;
             if let Some(error) = error {
@@ -225,6 +236,7 @@ impl Shared {
                 let count = state.queue.len().min(CHUNK);
                 chunk.extend(state.queue.drain(..count));
                 state.taken = count;
+                self.written.store(0, Ordering::Relaxed);
                 return Some(sink);
             }
             state.idle = true;
@@ -235,12 +247,15 @@ impl Shared {
 }
 
 /// Writes everything, waiting for the reader as long as it takes; or as much as
-/// went before an error.
-fn write_all(fd: &OwnedFd, bytes: &[u8]) -> (usize, Option<Errno>) {
+/// went before an error. `progress` says meanwhile how much that is.
+fn write_all(fd: &OwnedFd, bytes: &[u8], progress: &AtomicUsize) -> (usize, Option<Errno>) {
     let mut written = 0;
     while written < bytes.len() {
         match nix::unistd::write(fd, &bytes[written..]) {
-            Ok(count) => written += count,
+            Ok(count) => {
+                written += count;
+                progress.store(written, Ordering::Relaxed);
+            }
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => {
                 let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];

@@ -192,6 +192,8 @@ impl Serial {
             ToCell::Drain { epoch, limit_ms } => {
                 let until = Instant::now() + Duration::from_millis(limit_ms.into());
                 self.take_rest(until)?;
+                // A guest may report and end in one breath.
+                self.report_markers(cell)?;
                 self.drains.push(Drain { epoch, until });
                 Ok(())
             }
@@ -211,10 +213,12 @@ impl Serial {
             return Ok(());
         }
         let settled = self.output.as_ref().is_none_or(|output| output.is_settled());
-        let (now, dropped) = (Instant::now(), self.dropped());
+        let now = Instant::now();
+        let unread = self.output.as_ref().filter(|_| !settled).map_or(0, |o| o.unread());
+        let dropped = self.dropped();
         for drain in std::mem::take(&mut self.drains) {
             if settled || now >= drain.until {
-                self.send(FromCell::Drained { epoch: drain.epoch, dropped }, cell)?;
+                self.send(FromCell::Drained { epoch: drain.epoch, dropped, unread }, cell)?;
             } else {
                 self.drains.push(drain);
             }

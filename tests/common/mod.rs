@@ -42,7 +42,6 @@ pub struct Options {
     memory: String,
     control: bool,
     terminal: Option<OpenptyResult>,
-    kernel: PathBuf,
     user: bool,
     output: Option<OwnedFd>,
     program: Option<PathBuf>,
@@ -92,12 +91,6 @@ impl Options {
     /// As [`Options::terminal`], on this one.
     pub fn terminal_on(mut self, pty: OpenptyResult) -> Options {
         self.terminal = Some(pty);
-        self
-    }
-
-    /// Another kernel than the built-in guest.
-    pub fn kernel(mut self, path: &Path) -> Options {
-        self.kernel = path.into();
         self
     }
 
@@ -161,8 +154,7 @@ impl Options {
         }
         words.push(program.to_str().unwrap().into());
         // A test that is killed leaves nothing behind.
-        words.extend(["run", "--die-with-parent", "--kernel"].map(String::from));
-        words.push(self.kernel.to_str().unwrap().into());
+        words.extend(["run", "--die-with-parent", "--kernel", "kernel"].map(String::from));
         words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
         for (n, (_, options)) in self.disks.iter().enumerate() {
             words.extend(["--disk".into(), format!("disk{n}{options}")]);
@@ -227,7 +219,6 @@ impl Vm {
             memory: "64M".into(),
             control: true,
             terminal: None,
-            kernel: "kernel".into(),
             user: false,
             output: None,
             program: None,

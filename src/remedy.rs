@@ -15,12 +15,16 @@ pub trait Remedy: Error {
 }
 
 /// The whole chain of `error` joined by `": "`, as one printable line: for logs.
+/// Errors of some crates repeat their cause; the line says it once.
 pub fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        // Writing to a string cannot fail.
-        let _ = write!(line, ": {cause}");
+        let text = cause.to_string();
+        if !line.ends_with(&text) {
+            // Writing to a string cannot fail.
+            let _ = write!(line, ": {text}");
+        }
         source = cause.source();
     }
     printable(&line)
@@ -76,6 +80,14 @@ mod tests {
     #[test]
     fn chain_and_remedy_make_one_line() {
         assert_eq!(one_line(&Outer(Inner)), "opening the door: key lost; find the key");
+    }
+
+    #[test]
+    fn a_cause_that_is_repeated_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("no way in: {0}")]
+        struct Repeats(#[source] Inner);
+        assert_eq!(chain(&Repeats(Inner)), "no way in: key lost");
     }
 
     #[test]

@@ -104,7 +104,7 @@ fn the_terminal_is_itself_again_when_the_start_fails() {
     assert!(is_cooked(vm.terminal()));
 
     // After the terminal was made raw: this kernel is none.
-    let mut vm = Vm::with("").kernel(&[0; 4096]).terminal().start();
+    let mut vm = Vm::with("").image(&[0; 4096]).terminal().start();
     assert_eq!(vm.wait_exit().code(), Some(1));
     assert!(is_cooked(vm.terminal()));
     let said = vm.stderr.finished(LIMIT);

@@ -62,7 +62,7 @@ impl Failure {
 
 impl From<JailError> for Failure {
     fn from(error: JailError) -> Failure {
-        let message = format!("{}; {}", error.source, error.remedy);
+        let message = format!("{}; {}", error.errno, error.remedy);
         Failure::Start { step: error.step.into(), message }
     }
 }

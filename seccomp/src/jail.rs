@@ -22,19 +22,20 @@ pub(crate) use capabilities::{Kept, restrict};
 
 /// A step of building a jail that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("jail step `{step}` failed: {source}; {remedy}")]
+#[error("jail step `{step}` failed: {errno}; {remedy}")]
 pub struct JailError {
     /// Name of the step.
     pub step: &'static str,
-    /// The kernel's reason.
-    pub source: Errno,
+    /// The kernel's reason. Not a source in the sense of [`std::error::Error`]: the
+    /// remedy has to come after it, so the message holds it already.
+    pub errno: Errno,
     /// What to do about it.
     pub remedy: &'static str,
 }
 
 impl JailError {
     pub(crate) fn new(step: &'static str, remedy: &'static str) -> impl Fn(Errno) -> JailError {
-        move |source| JailError { step, source, remedy }
+        move |errno| JailError { step, errno, remedy }
     }
 }
 
@@ -114,7 +115,7 @@ fn in_own_namespaces() -> Result<(), JailError> {
     }
     Err(JailError {
         step: "check for namespaces",
-        source: Errno::EPERM,
+        errno: Errno::EPERM,
         remedy: "device processes are started by `cellblock run`, not by hand",
     })
 }

@@ -166,7 +166,7 @@ pub struct DiskStats {
     pub bytes_read: u64,
     /// Bytes written.
     pub bytes_written: u64,
-    /// Requests answered with an error.
+    /// Requests answered with an I/O error.
     pub errors: u64,
 }
 

@@ -375,6 +375,10 @@ impl Vcpus {
             (one, other) => one.or(other),
         };
         let event = match wait {
+            // recv_deadline spins for a while before it looks at the time.
+            Some(wait) if wait <= Instant::now() => {
+                self.events.try_recv().map_err(|_| RecvTimeoutError::Timeout)
+            }
             Some(wait) => self.events.recv_deadline(wait),
             None => self.events.recv().map_err(RecvTimeoutError::from),
         };

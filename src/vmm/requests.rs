@@ -11,7 +11,7 @@ use crate::control::protocol::{
     CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, State, Stats,
     Thread, VcpuStats,
 };
-use crate::vcpu::VcpuState;
+use crate::vcpu::{PauseError, VcpuState};
 
 /// How long the vCPUs may take to park.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
@@ -44,10 +44,15 @@ impl Vm {
                 self.event(EventKind::Pause { epoch, took_us });
                 Reply::Pause { epoch, took_us }
             }
-            Err(error) => {
-                Reply::error(crate::remedy::chain(&error), Some("the vCPUs that had parked run on"))
+            Err(PauseError::State(_)) if self.is_paused() => {
+                Reply::error("the VM is paused already", None)
             }
+            Err(error) => Reply::error(crate::remedy::chain(&error), None),
         }
+    }
+
+    fn is_paused(&self) -> bool {
+        self.vcpus.states().iter().all(|state| *state == VcpuState::Paused)
     }
 
     fn resume(&mut self) -> Reply {
@@ -57,6 +62,9 @@ impl Vm {
             Ok(()) => {
                 self.event(EventKind::Resume { epoch });
                 Reply::Resume { epoch, took_us: start.elapsed().as_micros() as u64 }
+            }
+            Err(_) if !self.is_paused() => {
+                Reply::error("the VM is not paused", Some("pause it first"))
             }
             Err(error) => Reply::error(crate::remedy::chain(&error), None),
         }

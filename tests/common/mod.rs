@@ -38,10 +38,11 @@ pub struct Options {
     cmdline: String,
     args: Vec<String>,
     disks: Vec<(u64, String)>,
-    kernel: &'static [u8],
+    image: &'static [u8],
     memory: String,
     control: bool,
     terminal: Option<OpenptyResult>,
+    kernel: PathBuf,
     user: bool,
     output: Option<OwnedFd>,
     program: Option<PathBuf>,
@@ -65,9 +66,9 @@ impl Options {
         self
     }
 
-    /// Another kernel than the guest with the PVH entry.
-    pub fn kernel(mut self, image: &'static [u8]) -> Options {
-        self.kernel = image;
+    /// Another image than the guest with the PVH entry.
+    pub fn image(mut self, image: &'static [u8]) -> Options {
+        self.image = image;
         self
     }
 
@@ -91,6 +92,12 @@ impl Options {
     /// As [`Options::terminal`], on this one.
     pub fn terminal_on(mut self, pty: OpenptyResult) -> Options {
         self.terminal = Some(pty);
+        self
+    }
+
+    /// The kernel at `path` instead of one of our images.
+    pub fn kernel(mut self, path: &Path) -> Options {
+        self.kernel = path.into();
         self
     }
 
@@ -130,7 +137,7 @@ impl Options {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(path("kernel"), self.kernel).unwrap();
+        fs::write(path("kernel"), self.image).unwrap();
         for (n, (bytes, _)) in self.disks.iter().enumerate() {
             File::create(path(&format!("disk{n}"))).unwrap().set_len(*bytes).unwrap();
         }
@@ -154,7 +161,8 @@ impl Options {
         }
         words.push(program.to_str().unwrap().into());
         // A test that is killed leaves nothing behind.
-        words.extend(["run", "--die-with-parent", "--kernel", "kernel"].map(String::from));
+        words.extend(["run", "--die-with-parent", "--kernel"].map(String::from));
+        words.push(self.kernel.to_str().unwrap().into());
         words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
         for (n, (_, options)) in self.disks.iter().enumerate() {
             words.extend(["--disk".into(), format!("disk{n}{options}")]);
@@ -215,10 +223,11 @@ impl Vm {
             cmdline: cmdline.into(),
             args: Vec::new(),
             disks: Vec::new(),
-            kernel: BARE_GUEST,
+            image: BARE_GUEST,
             memory: "64M".into(),
             control: true,
             terminal: None,
+            kernel: "kernel".into(),
             user: false,
             output: None,
             program: None,

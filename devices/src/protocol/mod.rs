@@ -189,7 +189,7 @@ pub enum CellStats {
         bytes_read: u64,
         /// Bytes written.
         bytes_written: u64,
-        /// Requests answered with an error.
+        /// Requests answered with an I/O error.
         errors: u64,
     },
 }

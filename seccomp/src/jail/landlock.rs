@@ -13,7 +13,7 @@ const NEWEST: ABI = ABI::V9;
 
 pub(super) fn deny_all() -> Result<(), JailError> {
     restrict().map_err(|e| {
-        let source = match std::error::Error::source(&e)
+        let errno = match std::error::Error::source(&e)
             .and_then(|e| e.downcast_ref::<std::io::Error>())
             .and_then(std::io::Error::raw_os_error)
         {
@@ -22,7 +22,7 @@ pub(super) fn deny_all() -> Result<(), JailError> {
         };
         JailError {
             step: "restrict by Landlock",
-            source,
+            errno,
             remedy: "boot with `lsm=` including landlock, or without Landlock altogether",
         }
     })

@@ -215,7 +215,7 @@ impl Template {
         }
         // After the change of ids, which clears it. Should the spawner have died
         // before, no signal comes; its end of the socket tells.
-        jail::die_with_parent().map_err(|e| (Step::ParentDeath, e.source))?;
+        jail::die_with_parent().map_err(|e| (Step::ParentDeath, e.errno))?;
         if orphaned(sync) {
             exit();
         }

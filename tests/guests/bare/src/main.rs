@@ -16,7 +16,7 @@
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |
-//! | `touch` | writes and checks memory | `mib=` (16) |
+//! | `touch` | writes and checks memory | `mib=` (16) `high` |
 //! | `demo` | a short tour, then commands: `t` `w` `q` | `mib=` (8) |
 //!
 //! Words for every mode: `marks=1,3` writes these bytes to the readiness port before the mode

@@ -9,7 +9,7 @@ const PAGE: usize = 4096;
 const GIB: u64 = 1 << 30;
 
 /// Writes one word in every page and reads all of them back, in the memory beyond the image and
-/// then in the memory map's other ranges.
+/// then in the memory map's other ranges. `high`: only in those above 4 GiB.
 pub fn run(boot: &Boot) {
     let mut heap = Heap::new(&boot.memory);
     let mut left = boot.cmdline.number("mib", 16) << 20;
@@ -25,11 +25,14 @@ pub fn run(boot: &Boot) {
     let near = heap.rest();
     let near_range = near.as_ptr_range();
     let (near_start, near_end) = (near_range.start as u64, near_range.end as u64);
-    touch(near_start, left.min(near_end - near_start));
-    left = left.saturating_sub(near_end - near_start);
+    let lowest = if boot.cmdline.flag("high") { 4 * GIB } else { 1 << 20 };
+    if near_start >= lowest {
+        touch(near_start, left.min(near_end - near_start));
+        left = left.saturating_sub(near_end - near_start);
+    }
     for &(start, length) in boot.memory.as_slice() {
         // Below 1 MiB lie the loader's tables, and the image's own range is done.
-        if start >= 1 << 20 && !(start..start + length).contains(&near_start) && left > 0 {
+        if start >= lowest && !(start..start + length).contains(&near_start) && left > 0 {
             touch(start, left.min(length));
             left = left.saturating_sub(length);
         }

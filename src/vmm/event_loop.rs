@@ -183,13 +183,14 @@ impl Vm {
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::Device(n) => {
                 let (id, device) = &self.devices[n];
-                let id = id.clone();
-                device.gave_up();
-                tracing::warn!(
-                    device = id,
-                    "driver broke the rules of its queue; it has to reset the device"
-                );
-                self.event(EventKind::NeedsReset { id });
+                if device.gave_up() {
+                    let id = id.clone();
+                    tracing::warn!(
+                        device = id,
+                        "driver broke the rules of its queue; it has to reset the device"
+                    );
+                    self.event(EventKind::NeedsReset { id });
+                }
             }
         }
         ON
@@ -314,8 +315,10 @@ impl Vm {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
         self.port_markers(); // those of the guest's last moments
-        for (id, device) in &self.devices {
-            if let Err(error) = device.drain() {
+        // All at once, so that they share one deadline.
+        let draining: Vec<_> = self.devices.iter().map(|(_, d)| d.begin_drain()).collect();
+        for ((id, device), answer) in self.devices.iter().zip(&draining) {
+            if let Err(error) = device.finish_drain(answer) {
                 tracing::warn!(
                     device = id,
                     error = crate::remedy::chain(&error),

@@ -125,28 +125,43 @@ impl VirtioMmio {
         }
     }
 
-    /// The device process is gone: nothing waits for it any longer, and the driver is
-    /// told.
-    pub fn lost(&self) {
-        self.front_end.abort();
-        self.needs_reset(&mut self.lock());
+    /// Tells the driver that the device gave up: DEVICE_NEEDS_RESET and a
+    /// configuration interrupt (virtio 1.2 section 2.1.2). False where that is known
+    /// already, or no driver runs the device: a reset may have come first.
+    fn fail(&self) -> bool {
+        let mut state = self.lock();
+        let status = state.registers.status;
+        let starting = matches!(state.pending, Some(Pending { change: Change::DriverOk(_), .. }));
+        let news = (starting || status & DRIVER_OK != 0) && status & NEEDS_RESET == 0;
+        if news {
+            self.needs_reset(&mut state);
+        }
+        news
     }
 
-    /// Rung when the device process gives a queue up.
+    /// The device process is gone: nothing waits for it any longer.
+    pub fn lost(&self) {
+        self.front_end.abort();
+        self.fail();
+    }
+
+    /// Rung when the device process gives a queue up. To be watched edge-triggered and
+    /// never read: the process shares it, and can make any read of it block.
     pub fn err_event(&self) -> BorrowedFd<'_> {
         event::fd(&self.wiring.err)
     }
 
-    /// To be called when [`VirtioMmio::err_event`] is readable: the driver has to reset
-    /// the device. False if it has done so in between.
+    /// The device process gave a queue up: the driver has to reset the device. False
+    /// where that is nothing new.
     pub fn gave_up(&self) -> bool {
-        // Under the lock, because a reset takes back what was rung before it.
-        let mut state = self.lock();
-        let rung = self.wiring.err.read().is_ok();
-        if rung {
-            self.needs_reset(&mut state);
+        let news = self.fail();
+        if news {
+            tracing::warn!(
+                device = self.id,
+                "driver broke the rules of its queue; it has to reset the device"
+            );
         }
-        rung
+        news
     }
 
     /// Has the device process finish what it holds and stop, at the end of the VM.
@@ -154,9 +169,9 @@ impl VirtioMmio {
         self.front_end.reset()
     }
 
-    /// Waits for what [`VirtioMmio::begin_drain`] began.
-    pub fn finish_drain(&self, answer: &Answer<()>) -> Result<(), FrontEndError> {
-        self.front_end.wait(answer)
+    /// Waits until it has, up to the [`DEADLINE`] that began with `begun`.
+    pub fn finish_drain(&self, begun: &Answer<()>) -> Result<(), FrontEndError> {
+        self.front_end.wait(begun)
     }
 
     // Nothing that can panic runs under this lock but slice indexing that was
@@ -278,7 +293,6 @@ impl VirtioMmio {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
                 state.registers.reset();
-                let _ = self.wiring.err.read(); // what the reset has made void
             }
         }
     }

@@ -154,7 +154,9 @@ impl Vm {
             add(cell.channel().as_fd(), Source::Cell(n))?;
         }
         for (n, (_, device)) in self.devices.iter().enumerate() {
-            add(device.err_event(), Source::Device(n))?;
+            // Edge-triggered, because it must not be read: see there.
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(device.err_event(), EpollEvent::new(flags, Source::Device(n).token()))?;
         }
         Ok(())
     }
@@ -185,10 +187,6 @@ impl Vm {
                 let (id, device) = &self.devices[n];
                 if device.gave_up() {
                     let id = id.clone();
-                    tracing::warn!(
-                        device = id,
-                        "driver broke the rules of its queue; it has to reset the device"
-                    );
                     self.event(EventKind::NeedsReset { id });
                 }
             }
@@ -316,9 +314,9 @@ impl Vm {
         }
         self.port_markers(); // those of the guest's last moments
         // All at once, so that they share one deadline.
-        let draining: Vec<_> = self.devices.iter().map(|(_, d)| d.begin_drain()).collect();
-        for ((id, device), answer) in self.devices.iter().zip(&draining) {
-            if let Err(error) = device.finish_drain(answer) {
+        let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
+        for ((id, device), drain) in self.devices.iter().zip(drains) {
+            if let Err(error) = device.finish_drain(&drain) {
                 tracing::warn!(
                     device = id,
                     error = crate::remedy::chain(&error),

@@ -448,17 +448,17 @@ fn markers_become_events() {
 /// A guest that reports and ends at once has reported.
 #[test]
 fn markers_of_the_last_moment_are_not_lost() {
-    for _ in 0..5 {
-        // The event stream's history begins at the start, so the end alone is waited for.
-        let mut vm = Vm::with("mode=echo").start();
-        vm.wait_for("echo: ready");
-        let events = vm.events();
-        vm.say(b"quicellblock:parked\n");
-        vm.wait_for("parked");
-        vm.say(b"\ncellblock:parked\nquit");
-        vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Shutdown { .. }));
-        assert_eq!(markers(&events), [("parked".to_string(), "console".to_string())]);
-        vm.ends_well();
+    for last in ["last=cellblock:parked", "last-mark=5"] {
+        for _ in 0..5 {
+            let mut vm = Vm::with(&format!("mode=echo {last}")).start();
+            vm.wait_for("echo: ready");
+            let events = vm.events();
+            vm.say(b"quit");
+            vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Shutdown { .. }));
+            let source = if last.starts_with("last=") { "console" } else { "port" };
+            assert_eq!(markers(&events), [("parked".to_string(), source.to_string())]);
+            vm.ends_well();
+        }
     }
 }
 

@@ -18,11 +18,14 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::front_end::{Activation, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup};
+use super::front_end::{
+    Activation, Answer, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup,
+};
 use super::queue::{QUEUE_SIZE_MAX, QueueConfig, QueueError};
 use super::wait::{Completion, Waited};
 use crate::bus::{BusDevice, Outcome};
 use crate::event;
+use crate::throttle::Throttle;
 use crate::vcpu::Kicks;
 use crate::vm::memory::GuestRam;
 
@@ -85,6 +88,7 @@ pub struct VirtioMmio {
     wiring: Wiring,
     vcpu_kicks: Arc<Kicks>,
     registers: Mutex<Registers>,
+    lines: Mutex<Throttle>,
 }
 
 #[derive(Default)]
@@ -126,7 +130,8 @@ impl VirtioMmio {
         let Identity { id, device_type, info } = identity;
         let queues = vec![QueueConfig::default(); wiring.kicks.len()];
         let registers = Mutex::new(Registers { queues, ..Registers::default() });
-        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, registers }
+        let lines = Mutex::default();
+        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, registers, lines }
     }
 
     /// The kick hook: a vCPU that waits for this device process stops waiting.
@@ -138,10 +143,19 @@ impl VirtioMmio {
     }
 
     /// Tells the driver that the device gave up: DEVICE_NEEDS_RESET and a
-    /// configuration interrupt (virtio 1.2 section 2.1.2).
-    pub fn fail(&self) {
+    /// configuration interrupt (virtio 1.2 section 2.1.2). False where that is known
+    /// already, or no driver runs the device: a reset may have come first, and after
+    /// one the status is 0.
+    fn fail(&self) -> bool {
         let mut registers = self.lock();
-        self.needs_reset(&mut registers);
+        let starting =
+            registers.pending.as_ref().is_some_and(|p| matches!(p.change, Change::DriverOk(_)));
+        let runs = starting || registers.status & DRIVER_OK != 0;
+        let news = runs && registers.status & NEEDS_RESET == 0;
+        if news {
+            self.needs_reset(&mut registers);
+        }
+        news
     }
 
     /// The device process is gone: nothing waits for it any longer.
@@ -150,20 +164,45 @@ impl VirtioMmio {
         self.fail();
     }
 
-    /// Rung when the device process gives a queue up.
+    /// Rung when the device process gives a queue up. To be watched edge-triggered and
+    /// never read: the process shares it, and can make any read of it block.
     pub fn err_event(&self) -> BorrowedFd<'_> {
         event::fd(&self.wiring.err)
     }
 
-    /// The device process gave a queue up: the driver has to reset the device.
-    pub fn gave_up(&self) {
-        let _ = self.wiring.err.read(); // it is level-triggered; an empty one is fine
-        self.fail();
+    /// The device process gave a queue up: the driver has to reset the device. False
+    /// where that is nothing new.
+    pub fn gave_up(&self) -> bool {
+        let news = self.fail();
+        if news && self.may_log() {
+            tracing::warn!(
+                device = self.id,
+                "driver broke the rules of its queue; it has to reset the device"
+            );
+        }
+        news
     }
 
-    /// Lets the device process finish what it holds and stop, at the end of the VM.
-    pub fn drain(&self) -> Result<(), FrontEndError> {
-        self.front_end.wait(&self.front_end.reset())
+    /// What a guest can cause as often as it likes is not logged as often.
+    fn may_log(&self) -> bool {
+        let left_out = self.lines.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(lines @ 1..) = left_out {
+            tracing::warn!(
+                device = self.id,
+                "{lines} log lines were left out: there were too many"
+            );
+        }
+        left_out.is_some()
+    }
+
+    /// Has the device process finish what it holds and stop, at the end of the VM.
+    pub fn begin_drain(&self) -> Answer<()> {
+        self.front_end.reset()
+    }
+
+    /// Waits until it has, up to the [`DEADLINE`] that began with `begun`.
+    pub fn finish_drain(&self, begun: &Answer<()>) -> Result<(), FrontEndError> {
+        self.front_end.wait(begun)
     }
 
     // Nothing that can panic runs under this lock but slice indexing that was
@@ -313,8 +352,12 @@ impl VirtioMmio {
         registers.pending = None;
         match (change, result) {
             (Change::DriverOk(status), Ok(())) => {
-                // A reset-needing failure while the device was being started stays.
-                registers.status = status | registers.status & NEEDS_RESET;
+                // A failure while the device was being started is told now.
+                let failed = registers.status & NEEDS_RESET != 0;
+                registers.status = status;
+                if failed {
+                    self.needs_reset(&mut registers);
+                }
                 tracing::debug!(device = self.id, "driver is running");
             }
             (Change::DriverOk(status), Err(error)) => {
@@ -323,7 +366,9 @@ impl VirtioMmio {
             (Change::Reset, result) => {
                 // The guest sees its reset done in any case; a device process that
                 // failed it fails the next activation too.
-                if let Err(error) = result {
+                if let Err(error) = result
+                    && self.may_log()
+                {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
                 let queues = vec![QueueConfig::default(); self.wiring.kicks.len()];
@@ -339,7 +384,9 @@ impl VirtioMmio {
         status: u32,
         error: &dyn std::error::Error,
     ) {
-        tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
+        if self.may_log() {
+            tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
+        }
         registers.status = status;
         self.needs_reset(registers);
     }
@@ -433,5 +480,105 @@ impl std::fmt::Debug for VirtioMmio {
             .field("id", &self.id)
             .field("call", &self.wiring.call.as_raw_fd())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    /// A device, and the far end of its vhost-user socket.
+    fn device() -> (VirtioMmio, UnixStream) {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
+        let front_end = FrontEnd::start("disk0", near, 60, ram.clone(), || Ok(())).unwrap();
+        let event = || Arc::new(event::event().unwrap());
+        let wiring = Wiring { kicks: vec![event()], call: event(), err: event() };
+        let info = DeviceInfo { features: 1 << VIRTIO_F_VERSION_1, config: vec![], queues: 1 };
+        let identity = Identity { id: "disk0".into(), device_type: 2, info };
+        (VirtioMmio::new(identity, front_end, wiring, ram, Kicks::new(2)), far)
+    }
+
+    fn status(device: &VirtioMmio) -> u32 {
+        device.read_register(reg::VIRTIO_MMIO_STATUS.into())
+    }
+
+    #[test]
+    fn a_device_that_empties_its_error_event_does_not_block_the_vmm() {
+        let (device, _far) = device();
+        device.lock().status = DRIVER_OK;
+        // What a device process can do to an open file it shares with us.
+        let fd = device.err_event();
+        nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_RDWR)).unwrap();
+        let (done, wait) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(device.gave_up()));
+        assert_eq!(wait.recv_timeout(Duration::from_secs(5)), Ok(true));
+    }
+
+    #[test]
+    fn only_a_running_device_can_need_a_reset_and_says_so_once() {
+        let (device, _far) = device();
+        assert!(!device.gave_up());
+        assert_eq!(status(&device), 0, "an error from before a reset leaves no trace");
+        device.lock().status = DRIVER_OK;
+        assert!(device.gave_up());
+        assert_eq!(status(&device), DRIVER_OK | NEEDS_RESET);
+        let generation = device.lock().generation;
+        assert!(!device.gave_up());
+        assert_eq!(device.lock().generation, generation);
+    }
+
+    #[test]
+    fn an_error_during_the_start_is_told_when_it_is_done() {
+        let (device, _far) = device();
+        let change = Change::DriverOk(DRIVER_OK);
+        device.lock().pending = Some(Pending { vcpu: 0, change, answer: Completion::new() });
+        assert!(device.gave_up());
+        let generation = device.lock().generation;
+        device.finish(change, Ok(()));
+        assert_eq!(status(&device), DRIVER_OK | NEEDS_RESET);
+        assert_ne!(device.lock().generation, generation, "the interrupt comes with it");
+    }
+
+    /// Writes of random registers from several vCPUs at once, most of them in the
+    /// order that brings a device up, with a device process that answers nothing, or
+    /// hangs up. Whatever comes of it, every access ends.
+    #[test]
+    fn a_hostile_guest_and_a_dead_process_end_in_needs_reset() {
+        let (device, far) = device();
+        drop(far);
+        let device = Arc::new(device);
+        let guests: Vec<_> = (0..2u64)
+            .map(|vcpu| {
+                let device = device.clone();
+                std::thread::spawn(move || {
+                    let mut random = 0x9e37_79b9_7f4a_7c15 ^ vcpu;
+                    for _ in 0..20_000 {
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let offset = random & 0xfc;
+                        let value = match random >> 8 & 3 {
+                            0 => [0, 1, 3, 0xb, 0xf, 0x4f][(random >> 16) as usize % 6],
+                            1 => 1,
+                            2 => 128,
+                            _ => (random >> 32) as u32,
+                        };
+                        let offset = if random >> 12 & 3 == 0 { 0x70 } else { offset };
+                        while device.write(vcpu as usize, offset, &value.to_le_bytes())
+                            == Outcome::Retry
+                        {}
+                        let mut data = vec![0; (random >> 40) as usize % 9];
+                        let _ = device.read(vcpu as usize, random >> 48 & 0xfff, &mut data);
+                    }
+                })
+            })
+            .collect();
+        for guest in guests {
+            guest.join().unwrap();
+        }
+        assert!(device.lock().pending.is_none());
     }
 }

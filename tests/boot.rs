@@ -25,7 +25,7 @@ fn number(line: &str, key: &str) -> u64 {
 #[test]
 fn both_entries() {
     for (kernel, protocol) in [(BARE_GUEST, "pvh"), (BARE_GUEST_LINUX64, "linux64")] {
-        let mut vm = Vm::with("mode=hello").kernel(kernel).start();
+        let mut vm = Vm::with("mode=hello").image(kernel).start();
         let line = vm.wait_for_line("hello: protocol=");
         assert!(line.starts_with(&format!("hello: protocol={protocol} ")), "{line}");
         vm.wait_for("hello: ok");
@@ -38,7 +38,7 @@ fn both_entries() {
 fn memory_of_every_size_is_described() {
     for kernel in [BARE_GUEST, BARE_GUEST_LINUX64] {
         for mib in [32, 33, 512, 3071, 3072, 3073, 4096, 6144] {
-            let mut vm = Vm::with("mode=hello").kernel(kernel).memory(&format!("{mib}M")).start();
+            let mut vm = Vm::with("mode=hello").image(kernel).memory(&format!("{mib}M")).start();
             let line = vm.wait_for_line("hello: protocol=");
             vm.wait_for("hello: ok");
             let missing = mib * MIB - number(&line, "memory=");
@@ -53,7 +53,7 @@ fn memory_of_every_size_is_described() {
 #[test]
 fn the_least_memory_is_all_there() {
     for kernel in [BARE_GUEST, BARE_GUEST_LINUX64] {
-        let mut vm = Vm::with("mode=touch mib=29").kernel(kernel).memory("32M").start();
+        let mut vm = Vm::with("mode=touch mib=29").image(kernel).memory("32M").start();
         let line = vm.wait_for_line("touch: start=");
         assert_eq!(number(&line, "pages="), 29 * 256);
         vm.wait_for("touch: ok");
@@ -68,7 +68,7 @@ fn memory_above_4_gib_is_reachable() {
         // All there is above, and the beginning of much.
         for (memory, mib) in [("3073M", 1), ("3100M", 28), ("8G", 64)] {
             let cmdline = format!("mode=touch high mib={mib}");
-            let mut vm = Vm::with(&cmdline).kernel(kernel).memory(memory).start();
+            let mut vm = Vm::with(&cmdline).image(kernel).memory(memory).start();
             let line = vm.wait_for_line("touch: start=");
             assert_eq!(number(&line, "start="), 4 << 30, "-m {memory}: {line}");
             assert_eq!(number(&line, "pages="), mib * 256, "-m {memory}: {line}");

@@ -70,7 +70,7 @@ fn a_flooding_process_keeps_nobody_from_the_vmm() {
     for message in [
         FromCell::Log { level: LogLevel::Error, message: "x".repeat(300) },
         FromCell::Marker(Marker::Heartbeat),
-        FromCell::Drained { epoch: 77, dropped: 0 },
+        FromCell::Drained { epoch: 77, dropped: 0, unread: 0 },
     ] {
         let mut vm = Vm::with("mode=spin").disk(1).start();
         vm.wait_for("cellblock guest");

@@ -38,7 +38,7 @@ pub struct Options {
     cmdline: String,
     args: Vec<String>,
     disks: Vec<(u64, String)>,
-    kernel: &'static [u8],
+    image: &'static [u8],
     memory: String,
     control: bool,
     terminal: Option<OpenptyResult>,
@@ -66,9 +66,9 @@ impl Options {
         self
     }
 
-    /// Another kernel than the guest with the PVH entry.
-    pub fn kernel(mut self, image: &'static [u8]) -> Options {
-        self.kernel = image;
+    /// Another image than the guest with the PVH entry.
+    pub fn image(mut self, image: &'static [u8]) -> Options {
+        self.image = image;
         self
     }
 
@@ -95,14 +95,14 @@ impl Options {
         self
     }
 
-    /// Another kernel than the built-in guest.
+    /// The kernel at `path` instead of one of our images.
     pub fn kernel(mut self, path: &Path) -> Options {
         self.kernel = path.into();
         self
     }
 
     /// As an ordinary user, who may open /dev/kvm. Only root can.
-    pub fn as_user(mut self) -> Options {
+    pub fn ordinary_user(mut self) -> Options {
         self.user = true;
         self
     }
@@ -137,7 +137,7 @@ impl Options {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(path("kernel"), self.kernel).unwrap();
+        fs::write(path("kernel"), self.image).unwrap();
         for (n, (bytes, _)) in self.disks.iter().enumerate() {
             File::create(path(&format!("disk{n}"))).unwrap().set_len(*bytes).unwrap();
         }
@@ -223,7 +223,7 @@ impl Vm {
             cmdline: cmdline.into(),
             args: Vec::new(),
             disks: Vec::new(),
-            kernel: BARE_GUEST,
+            image: BARE_GUEST,
             memory: "64M".into(),
             control: true,
             terminal: None,

@@ -14,7 +14,7 @@ use super::launch::{Common, launch};
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
-use crate::transport::front_end::{Answer, DeviceInfo, FrontEnd, FrontEndError};
+use crate::transport::front_end::{Answer, DeviceInfo, FrontEnd, FrontEndError, Needs};
 use crate::transport::mmio::{INTERRUPT_ACK, Identity, QUEUE_NOTIFY, VirtioMmio, Wiring};
 use crate::vcpu::Kicks;
 use crate::vm::kvm::{KvmError, Machine};
@@ -58,29 +58,32 @@ pub enum DiskError {
 pub struct StartingDisk {
     /// The process.
     pub cell: Cell,
+    queues: u16,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
 
-/// Asks for the process of `disk`.
+/// Asks for the process of `disk` of a VM with `cpus` vCPUs.
 pub fn start(
     spawner: &mut Spawner,
     common: Common,
     spec: &DiskSpec,
     disk: &OpenedDisk,
+    cpus: u8,
 ) -> Result<StartingDisk, DiskError> {
     let id = spec.id();
+    let queues = spec.queues(cpus);
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
     let start = Start::Blk(BlkStart {
         read_only: disk.read_only,
         size: disk.size,
         serial: disk.serial.clone(),
-        queues: 1,
+        queues,
         poll_us: spec.poll_us,
     });
     let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
-    Ok(StartingDisk { cell, socket: Some(near), front_end: None })
+    Ok(StartingDisk { cell, queues, socket: Some(near), front_end: None })
 }
 
 impl StartingDisk {
@@ -92,8 +95,10 @@ impl StartingDisk {
         confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<(), DiskError> {
         if let Some(socket) = self.socket.take() {
-            let front_end =
-                FrontEnd::start(self.cell.id(), socket, CONFIG_LEN, ram.clone(), confine)?;
+            let front_end = {
+                let needs = Needs { config_len: CONFIG_LEN, queues: self.queues };
+                FrontEnd::start(self.cell.id(), socket, needs, ram.clone(), confine)?
+            };
             let answer = front_end.open();
             self.front_end = Some((front_end, answer));
         }
@@ -114,16 +119,20 @@ impl StartingDisk {
         let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
         let kvm = |source| DiskError::Kvm { id: id.clone(), source };
 
-        let (kick, call, err) = (event()?, event()?, event()?);
+        let (call, err) = (event()?, event()?);
         machine.irqfd(&call, slot.gsi).map_err(kvm)?;
-        machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(0)).map_err(kvm)?;
+        let mut queue_kicks = Vec::new();
+        for queue in 0..self.queues {
+            let kick = event()?;
+            machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(queue.into())).map_err(kvm)?;
+            queue_kicks.push(Arc::new(kick));
+        }
         // Nobody reads it: acknowledging a used buffer needs no one's attention.
         machine
             .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
             .map_err(kvm)?;
         let info = front_end.wait(&answer)?;
-        let wiring =
-            Wiring { kicks: vec![Arc::new(kick)], call: Arc::new(call), err: Arc::new(err) };
+        let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(
             Identity { id, device_type: VIRTIO_ID_BLOCK, info },
             front_end,

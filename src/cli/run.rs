@@ -18,6 +18,7 @@ A disk SPEC is PATH[,key=value]...:
   ro             the guest may only read
   id=NAME        name in this VM, [a-z0-9_-]{1,32} [default: disk0, disk1, ...]
   serial=TEXT    what the guest reads as serial number, up to 20 characters [default: the id]
+  queues=N       1 to 32 request queues, each with a thread [default: one per vCPU]
   poll-us=N      poll for up to N microseconds before sleeping: faster, at the cost of CPU
                  time while the guest uses the disk [default: 50]
 A serial SPEC is one of:

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use cellblock_devices::blk::MAX_QUEUES;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -31,7 +32,7 @@ const KEYS: &[&str] = &[
 ];
 /// Those of them that are refused until what they ask for is built.
 const LATER: &[&str] =
-    &["direct", "cow", "engine", "queues", "bw", "bw-burst", "iops", "iops-burst", "vhost-user"];
+    &["direct", "cow", "engine", "bw", "bw-burst", "iops", "iops-burst", "vhost-user"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -60,6 +61,8 @@ pub struct DiskSpec {
     /// How long, in microseconds, the disk's worker polls before it sleeps, at most: the
     /// window closes while the guest is slow to come back.
     pub poll_us: u32,
+    /// Request queues, each with a worker of its own; one per vCPU where not given.
+    pub queues: Option<u16>,
 }
 
 impl FromStr for DiskSpec {
@@ -77,6 +80,7 @@ impl FromStr for DiskSpec {
             read_only: false,
             serial: None,
             poll_us: POLL_US,
+            queues: None,
         };
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
@@ -105,6 +109,12 @@ impl FromStr for DiskSpec {
                         .ok_or_else(|| {
                             field.bad(format!("it is a number of microseconds up to {POLL_US_MAX}"))
                         })?;
+                }
+                "queues" => {
+                    let queues = field.value("N")?.parse();
+                    let queues = queues.ok().filter(|n| (1..=MAX_QUEUES).contains(n));
+                    disk.queues =
+                        Some(queues.ok_or_else(|| field.bad(format!("it is 1 to {MAX_QUEUES}")))?);
                 }
                 later => {
                     debug_assert!(LATER.contains(&later), "{later} is known but not read");
@@ -247,6 +257,11 @@ impl DiskSpec {
         self.id.as_deref().unwrap_or_default()
     }
 
+    /// Request queues of the disk in a VM of `cpus` vCPUs.
+    pub fn queues(&self, cpus: u8) -> u16 {
+        self.queues.unwrap_or(cpus.into()).clamp(1, MAX_QUEUES)
+    }
+
     /// Opens, checks and locks the image: one writer or any number of readers.
     ///
     /// The lock is one on the open file description, so it is held by whatever
@@ -335,7 +350,7 @@ mod tests {
 
     #[test]
     fn every_key_of_this_version() {
-        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50").unwrap();
+        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50,queues=32").unwrap();
         assert_eq!(
             disk,
             DiskSpec {
@@ -344,11 +359,15 @@ mod tests {
                 read_only: true,
                 serial: Some("S/N=7".into()),
                 poll_us: 50,
+                queues: Some(32),
             }
         );
+        assert_eq!(disk.queues(4), 32);
         let plain = parse("x,,y").unwrap();
         assert_eq!(plain.path, Path::new("x,y"));
         assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == POLL_US);
+        // A queue for each vCPU, as far as queues go.
+        assert_eq!([1, 4, 255].map(|cpus| plain.queues(cpus)), [1, 4, MAX_QUEUES]);
     }
 
     #[test]
@@ -371,6 +390,8 @@ mod tests {
             ("d,serial=a b", "1 to 20"),
             ("d,poll-us=-1", "microseconds"),
             ("d,poll-us=100001", "up to 100000"),
+            ("d,queues=0", "'queues' cannot be '0': it is 1 to 32"),
+            ("d,queues=33", "it is 1 to 32"),
             ("d,direct", "'direct' is not supported yet by this version"),
             ("d,vhost-user=/s", "'vhost-user' is not supported yet by this version"),
         ] {

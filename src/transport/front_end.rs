@@ -96,6 +96,15 @@ pub struct DeviceInfo {
     pub queues: u16,
 }
 
+/// What we ask of a back end.
+#[derive(Clone, Copy, Debug)]
+pub struct Needs {
+    /// Bytes of the device configuration space.
+    pub config_len: u32,
+    /// Queues it has to serve.
+    pub queues: u16,
+}
+
 /// One queue of an [`Activation`].
 #[derive(Debug)]
 pub struct QueueSetup {
@@ -143,7 +152,7 @@ impl FrontEnd {
     pub fn start(
         id: &str,
         socket: UnixStream,
-        config_len: u32,
+        needs: Needs,
         ram: GuestRam,
         on_start: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<FrontEnd, FrontEndError> {
@@ -152,9 +161,9 @@ impl FrontEnd {
         let (jobs, inbox) = unbounded();
         let worker = Worker {
             id: id.to_string(),
-            frontend: Frontend::from_stream(socket, 1),
+            frontend: Frontend::from_stream(socket, needs.queues.into()),
             ram,
-            config_len,
+            needs,
             live: Vec::new(),
         };
         std::thread::Builder::new()
@@ -229,7 +238,7 @@ struct Worker {
     id: String,
     frontend: Frontend,
     ram: GuestRam,
-    config_len: u32,
+    needs: Needs,
     live: Vec<usize>,
 }
 
@@ -288,9 +297,13 @@ impl Worker {
         } else {
             1
         };
-        let space = vec![0; self.config_len as usize];
-        let config =
-            self.frontend.get_config(0, self.config_len, VhostUserConfigFlags::empty(), &space);
+        // Kicks of a queue without a worker would go nowhere.
+        if queues < self.needs.queues.into() {
+            return Err(missing("as many queues as its guest is to have"));
+        }
+        let len = self.needs.config_len;
+        let space = vec![0; len as usize];
+        let config = self.frontend.get_config(0, len, VhostUserConfigFlags::empty(), &space);
         let (_, config) = self.exchange("reading the configuration", config)?;
         Ok(DeviceInfo {
             features: features & GUEST_FEATURES,

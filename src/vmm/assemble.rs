@@ -71,7 +71,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         .disks
         .iter()
         .zip(&disks)
-        .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk))
+        .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk, config.cpus))
         .collect();
     let mut starting = starting?;
     let OpenedConsole { terminal, note, keep, .. } = console;

@@ -13,13 +13,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::event::event;
+use crate::transport::front_end::Needs;
 use crate::transport::script::{self, Peer};
 
 const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
-const CONFIG_LEN: u32 = 60;
+const NEEDS: Needs = Needs { config_len: 60, queues: 1 };
 const DISK: u64 = 1 << 20;
 
 /// A device, and the front end's other half of the connection.
@@ -45,7 +46,7 @@ impl Rig {
         let thread = std::thread::spawn(move || drop(blk.serve(&cell_end)));
         let ram = GuestRam::new(32 << 20).expect("ram");
         let front_end =
-            FrontEnd::start("disk0", near, CONFIG_LEN, ram.clone(), || Ok(())).expect("front end");
+            FrontEnd::start("disk0", near, NEEDS, ram.clone(), || Ok(())).expect("front end");
         let info = front_end.wait(&front_end.open()).expect("negotiation");
         let mut rig = Rig::new(front_end, info, ram, vcpus);
         rig.back = Some((thread, cell));
@@ -59,7 +60,7 @@ impl Rig {
         let mut far = Peer(far);
         let ram = GuestRam::new(32 << 20).expect("ram");
         let front_end =
-            FrontEnd::start("disk0", near, CONFIG_LEN, ram.clone(), || Ok(())).expect("front end");
+            FrontEnd::start("disk0", near, NEEDS, ram.clone(), || Ok(())).expect("front end");
         let answer = front_end.open();
         let config = loop {
             let message = far.next().expect("negotiation");
@@ -240,7 +241,7 @@ fn the_configuration_is_read_in_any_width() {
     }
     assert_eq!(bytes, capacity);
     // Across its end and beyond.
-    for offset in [u64::from(CONFIG_LEN) - 2, u64::from(CONFIG_LEN), WINDOW - 0x108] {
+    for offset in [u64::from(NEEDS.config_len) - 2, u64::from(NEEDS.config_len), WINDOW - 0x108] {
         let mut data = [0xee; 8];
         assert!(matches!(rig.device.read(0, config + offset, &mut data), Outcome::Done));
         assert_eq!(data[2..], [0; 6], "at {offset:#x}");

@@ -10,9 +10,9 @@
 //! | `print` | prints numbered lines as fast as it can, and ends | `lines=` (1000) |
 //! | `uart` | the other vCPUs each print their letter `n=` times (`b` for vCPU 1), the first meanwhile checks that registers keep what it writes | `cpus=` `n=` (1000) |
 //! | `smp` | starts the other vCPUs and counts them | `cpus=` (1) |
-//! | `blk` | writes, reads back and checks a disk | `disk=` (0) `qd=` (1) `mib=` (4) `sectors=` (8) `segments=` (1) `irq` `indirect` `event-idx` `keep` `seed=` (1) `rounds=` (1) |
+//! | `blk` | writes, reads back and checks a disk | `disk=` (0) `qd=` (1) `mib=` (4) `sectors=` (8) `segments=` (1) `irq` `indirect` `event-idx` `queues=` (1) `keep` `seed=` (1) `rounds=` (1) |
 //! | `blk-errors` | requests a disk must refuse, one by one | `disk=` `irq` |
-//! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` |
+//! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` `queues=` (1) |
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |

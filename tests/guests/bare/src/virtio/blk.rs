@@ -11,11 +11,16 @@ use crate::virtio::queue::{Queue, Segment, Shape};
 const DEVICE_ID: u32 = 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_FLUSH: u64 = 1 << 9;
+const FEATURE_MULTI_QUEUE: u64 = 1 << 12;
 const FEATURE_INDIRECT: u64 = 1 << 28;
 const FEATURE_EVENT_IDX: u64 = 1 << 29;
 
 /// Most data segments of a request.
 pub const MAX_SEGMENTS: usize = 16;
+/// Most queues.
+pub const MAX_QUEUES: usize = 32;
+/// Where the configuration has the number of queues, in its upper half.
+const CONFIG_QUEUES: u64 = 32;
 /// Most requests in flight.
 pub const MAX_DEPTH: usize = 64;
 /// A timer tick, in microseconds, while the driver uses interrupts: it finds the lost ones.
@@ -61,6 +66,8 @@ pub struct Options {
     pub indirect: bool,
     /// Use event indices.
     pub event_idx: bool,
+    /// Queues that requests are spread over, slot by slot.
+    pub queues: usize,
 }
 
 impl Options {
@@ -81,6 +88,7 @@ impl Options {
             irq: cmdline.flag("irq"),
             indirect: cmdline.flag("indirect"),
             event_idx: cmdline.flag("event-idx"),
+            queues: number("queues", 1, MAX_QUEUES),
         }
     }
 }
@@ -114,7 +122,10 @@ pub struct Done {
 /// A disk, ready for requests.
 pub struct Disk {
     transport: Transport,
-    queue: Queue,
+    /// The first `options.queues` are there. Slot s is slot s / n of queue s % n.
+    queues: [Option<Queue>; MAX_QUEUES],
+    /// The queue to look at first, so that none is starved.
+    turn: usize,
     slots: *mut Slot,
     buffers: *mut u8,
     options: Options,
@@ -146,21 +157,35 @@ impl Disk {
         let mut wanted = FEATURE_READ_ONLY | FEATURE_FLUSH;
         wanted |= if options.indirect { FEATURE_INDIRECT } else { 0 };
         wanted |= if options.event_idx { FEATURE_EVENT_IDX } else { 0 };
+        wanted |= if options.queues > 1 { FEATURE_MULTI_QUEUE } else { 0 };
         let features = transport.negotiate(wanted);
+        if options.queues > 1 {
+            let offered = match features & FEATURE_MULTI_QUEUE {
+                0 => 1,
+                _ => transport.config32(CONFIG_QUEUES) >> 16,
+            };
+            if options.queues > offered as usize {
+                crate::exit::fail(format_args!("the disk has {offered} queues only"));
+            }
+        }
         if (options.indirect && features & FEATURE_INDIRECT == 0)
             || (options.event_idx && features & FEATURE_EVENT_IDX == 0)
         {
             crate::exit::fail(format_args!("the disk has features {features:#x} only"));
         }
         let shape = Shape {
-            slots: options.depth as u16,
+            slots: options.depth.div_ceil(options.queues) as u16,
             segments: options.segments as u16 + 2,
             indirect: options.indirect,
             event_idx: options.event_idx,
             interrupts: options.irq,
         };
-        let queue = Queue::new(heap, transport.queue_size_max(0), shape);
-        transport.set_queue(0, &queue);
+        let mut queues = [const { None }; MAX_QUEUES];
+        for (index, place) in (0..).zip(&mut queues).take(options.queues) {
+            let queue = Queue::new(heap, transport.queue_size_max(index), shape);
+            transport.set_queue(index, &queue);
+            *place = Some(queue);
+        }
         if options.irq {
             apic::enable_pin(transport.line);
             apic::start_timer(TICK);
@@ -172,7 +197,8 @@ impl Disk {
             read_only: features & FEATURE_READ_ONLY != 0,
             flush: features & FEATURE_FLUSH != 0,
             transport,
-            queue,
+            queues,
+            turn: 0,
             options,
         };
         disk.transport.start();
@@ -212,12 +238,15 @@ impl Disk {
             address += u64::from(length);
         }
         push(self.status_segment(slot));
-        self.queue.push(slot as u16, &segments[..count]);
+        self.prepare_raw(slot, &segments[..count]);
     }
 
     /// Fills a slot with whatever segments the caller likes.
     pub fn prepare_raw(&mut self, slot: usize, segments: &[Segment]) {
-        self.queue.push(slot as u16, segments);
+        let n = self.options.queues;
+        if let Some(queue) = &mut self.queues[slot % n] {
+            queue.push((slot / n) as u16, segments);
+        }
     }
 
     /// Writes a slot's header; the segment that holds it.
@@ -239,17 +268,24 @@ impl Disk {
         Segment { address: status as u64, length: 1, device_writes: true }
     }
 
-    /// Shows the device everything prepared, with a notification if it wants one.
+    /// Shows the device everything prepared, with a notification of each queue that wants one.
     pub fn kick(&mut self) {
-        if self.queue.publish() {
-            self.transport.notify(0);
+        for (index, queue) in (0..).zip(self.queues.iter_mut().flatten()) {
+            if queue.has_unpublished() && queue.publish() {
+                self.transport.notify(index);
+            }
         }
     }
 
     /// A completed request, if there is one.
     pub fn poll(&mut self) -> Option<Done> {
-        let used = self.queue.pop()?;
-        let slot = usize::from(used.slot);
+        let n = self.options.queues;
+        let (index, used) = (0..n).find_map(|ahead| {
+            let index = (self.turn + ahead) % n;
+            Some((index, self.queues[index].as_mut()?.pop()?))
+        })?;
+        self.turn = (index + 1) % n;
+        let slot = usize::from(used.slot) * n + index;
         // SAFETY: the slot's own memory; the device is done with it.
         let status = unsafe { (&raw const (*self.slots.add(slot)).status).read_volatile() };
         Some(Done { slot, status, written: used.written })
@@ -273,16 +309,18 @@ impl Disk {
     fn sleep(&mut self) {
         let line = self.transport.line;
         let before = apic::pin_count(line);
-        self.queue.request_interrupt();
+        for queue in self.queues.iter_mut().flatten() {
+            queue.request_interrupt();
+        }
         // The line is an edge: what was raised before has to be taken back to be raised again.
         self.transport.acknowledge();
-        if self.queue.has_used() {
+        if self.has_used() {
             return;
         }
         let mut overdue_since = None;
         cpu::interrupts_off();
         while apic::pin_count(line) == before {
-            if self.queue.has_used() {
+            if self.has_used() {
                 let now = apic::ticks();
                 if now - *overdue_since.get_or_insert(now) > LOST_AFTER {
                     crate::exit::fail(format_args!("an interrupt of line {line} was lost"));
@@ -291,6 +329,10 @@ impl Disk {
             cpu::wait_for_interrupt();
         }
         cpu::interrupts_on();
+    }
+
+    fn has_used(&self) -> bool {
+        self.queues.iter().flatten().any(Queue::has_used)
     }
 
     /// One request from beginning to end, in slot 0; fails the guest unless it succeeds.
@@ -318,8 +360,11 @@ impl Disk {
         self.transport
     }
 
-    /// The queue, for what only tests do.
+    /// The first queue, for what only tests do.
     pub fn queue(&mut self) -> &mut Queue {
-        &mut self.queue
+        match &mut self.queues[0] {
+            Some(queue) => queue,
+            None => crate::exit::fail(format_args!("there is no queue")),
+        }
     }
 }

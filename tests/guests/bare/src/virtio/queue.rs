@@ -151,6 +151,11 @@ impl Queue {
         self.filled = self.filled.wrapping_add(1);
     }
 
+    /// Whether something was pushed that the device was not shown.
+    pub fn has_unpublished(&self) -> bool {
+        self.filled != self.published
+    }
+
     /// Shows the device what was pushed; whether it wants to be notified.
     pub fn publish(&mut self) -> bool {
         let old = self.published;

@@ -19,6 +19,7 @@ use cellblock::control::protocol::{
 use cellblock::control::server::{
     ControlServer, HISTORY, Handler, MAX_CLIENTS, MAX_LINE, Response, Token,
 };
+use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
@@ -79,9 +80,14 @@ fn stats(paused: bool) -> Stats {
             reads: 1,
             writes: 2,
             flushes: 3,
-            bytes_read: 4,
-            bytes_written: 5,
             errors: 0,
+            counters: VirtioBlkCountersSnapshot {
+                bytes_read: 4,
+                bytes_written: 5,
+                throttled_count: 6,
+                ..Default::default()
+            },
+            queues: vec![Default::default(), Default::default()],
         }],
         serials: vec![SerialStats {
             id: "com1".into(),
@@ -387,6 +393,8 @@ fn the_program_pauses_resumes_shows_and_stops() {
     }
     let stats: Value = serde_json::from_slice(&vm.cli(&["stats", "--json"]).stdout).unwrap();
     assert_eq!(stats["disks"][0]["bytes_written"], 5);
+    assert_eq!(stats["disks"][0]["throttled_count"], 6);
+    assert_eq!(stats["disks"][0]["queues"][1]["io_errors"], 0);
     assert_eq!(stats["serials"][0]["pid"], Value::Null);
 
     let ps = vm.cli(&["ps"]);

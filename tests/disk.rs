@@ -217,12 +217,12 @@ fn counters_are_exact() {
     let (idle, busy) = (&stats.disks[0], &stats.disks[1]);
     assert_eq!((idle.id.as_str(), busy.id.as_str()), ("disk0", "disk1"));
     assert_eq!((idle.reads, idle.writes, idle.flushes, idle.errors), (0, 0, 0, 0));
-    assert_eq!((idle.bytes_read, idle.bytes_written), (0, 0));
+    assert_eq!((idle.counters.bytes_read, idle.counters.bytes_written), (0, 0));
     // 128 requests of 8 KiB in each of three rounds, and one sector at the very end.
     let requests = 3 * 128 + 1;
     let bytes = 3 * MIB + 512;
     assert_eq!((busy.reads, busy.writes), (requests, requests), "{busy:?}");
-    assert_eq!((busy.bytes_read, busy.bytes_written), (bytes, bytes), "{busy:?}");
+    assert_eq!((busy.counters.bytes_read, busy.counters.bytes_written), (bytes, bytes), "{busy:?}");
     assert_eq!((busy.flushes, busy.errors), (3, 0), "{busy:?}");
     // The command says the same, and asking does not count.
     let text = vm.cli("stats", &["--json"]);
@@ -254,8 +254,8 @@ fn refused_requests_are_counted_as_errors() {
     assert_eq!(disk.errors, failed, "{disk:?}");
     // After each a good read of a sector, and one after the reset.
     let good = failed + unknown + 1;
-    assert_eq!((disk.reads, disk.bytes_read), (good, good * 512), "{disk:?}");
-    assert_eq!((disk.writes, disk.bytes_written, disk.flushes), (0, 0, 0), "{disk:?}");
+    assert_eq!((disk.reads, disk.counters.bytes_read), (good, good * 512), "{disk:?}");
+    assert_eq!((disk.writes, disk.counters.bytes_written, disk.flushes), (0, 0, 0), "{disk:?}");
     vm.cli("stop", &[]);
     vm.ends_well();
 }

@@ -78,6 +78,7 @@ pub fn launch(
         process: None,
         open: true,
         stats: CellStats::None,
+        counters: None,
     })
 }
 

@@ -63,8 +63,8 @@ fn text(stats: &protocol::Stats) -> String {
                 disk.reads.to_string(),
                 disk.writes.to_string(),
                 disk.flushes.to_string(),
-                bytes(disk.bytes_read),
-                bytes(disk.bytes_written),
+                bytes(disk.counters.bytes_read),
+                bytes(disk.counters.bytes_written),
                 disk.errors.to_string(),
             ]);
         }

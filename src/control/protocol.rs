@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use serde::{Deserialize, Serialize};
 
 /// What a client asks.
@@ -143,7 +144,7 @@ pub struct VcpuStats {
     pub exits: Option<BTreeMap<String, u64>>,
 }
 
-/// One disk. Counters are those the device process reports, cumulative.
+/// One disk. Counters are those the device process shows, cumulative.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskStats {
     /// Its id in the VM.
@@ -156,18 +157,20 @@ pub struct DiskStats {
     pub read_only: bool,
     /// Bytes.
     pub size: u64,
-    /// Read requests done.
+    /// The same as `reads_completed`.
     pub reads: u64,
-    /// Write requests done.
+    /// The same as `writes_completed`.
     pub writes: u64,
-    /// Flush requests done.
+    /// The same as `flushes_completed`.
     pub flushes: u64,
-    /// Bytes read.
-    pub bytes_read: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
-    /// Requests answered with an I/O error.
+    /// The same as `io_errors`.
     pub errors: u64,
+    /// The sum over the queues.
+    #[serde(flatten)]
+    pub counters: VirtioBlkCountersSnapshot,
+    /// Each queue, from 0.
+    #[serde(default)]
+    pub queues: Vec<VirtioBlkCountersSnapshot>,
 }
 
 /// One serial line. Counters as for a disk.

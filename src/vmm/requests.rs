@@ -7,6 +7,7 @@ use cellblock_seccomp::spawner::ProcessInfo;
 
 use super::event_loop::Vm;
 use crate::cell::Cell;
+use crate::cell::counters::{self, BlkCounters};
 use crate::control::protocol::{
     CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, State, Stats,
     Thread, VcpuStats,
@@ -80,24 +81,20 @@ impl Vm {
         });
         let disks = self.disks.iter().filter_map(|disk| {
             let cell = self.cells.iter().find(|cell| cell.id() == disk.id)?;
-            let (reads, writes, flushes, bytes_read, bytes_written, errors) = match cell.stats() {
-                CellStats::Blk { reads, writes, flushes, bytes_read, bytes_written, errors } => {
-                    (*reads, *writes, *flushes, *bytes_read, *bytes_written, *errors)
-                }
-                _ => Default::default(),
-            };
+            let queues = cell.counters().map(BlkCounters::queues).unwrap_or_default();
+            let counters = counters::total(&queues);
             Some(DiskStats {
                 id: disk.id.clone(),
                 pid: cell.pid(),
                 state: cell_state(cell),
                 read_only: disk.read_only,
                 size: disk.size,
-                reads,
-                writes,
-                flushes,
-                bytes_read,
-                bytes_written,
-                errors,
+                reads: counters.reads_completed,
+                writes: counters.writes_completed,
+                flushes: counters.flushes_completed,
+                errors: counters.io_errors,
+                counters,
+                queues,
             })
         });
         let serials = self.cells.iter().filter(|cell| cell.role() == "serial").map(|cell| {
@@ -127,15 +124,17 @@ impl Vm {
         }
     }
 
-    /// Asks every device process for its counters. One that does not answer keeps
-    /// those it last gave.
+    /// Asks every serial process for its counters. One that does not answer keeps those
+    /// it last gave. Block processes count in shared memory.
     fn refresh_counters(&mut self) {
         let end = Instant::now() + STATS_LIMIT;
         let asked: Vec<bool> = self
             .cells
             .iter()
             .map(|cell| {
-                cell.is_open() && matches!(cell.channel().try_send(&ToCell::Stats, &[]), Ok(true))
+                cell.role() == "serial"
+                    && cell.is_open()
+                    && matches!(cell.channel().try_send(&ToCell::Stats, &[]), Ok(true))
             })
             .collect();
         for n in (0..asked.len()).filter(|n| asked[*n]) {

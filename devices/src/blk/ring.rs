@@ -54,6 +54,13 @@ pub(super) enum RingError {
     Access(#[source] GuestMemoryError),
 }
 
+impl RingError {
+    /// The driver made more chains available than the ring has entries.
+    pub fn is_invalid_avail_idx(&self) -> bool {
+        matches!(self, RingError::Poisoned(virtio_queue::Error::InvalidAvailRingIndex))
+    }
+}
+
 /// A ring in use. All of it was checked to be in guest memory.
 #[derive(Debug)]
 pub(super) struct Ring<'m> {

@@ -11,20 +11,20 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
 
-use super::counters::Counters;
 use super::execute::{Disk, Engine};
 use super::poll::PollWindow;
 use super::request::{Operation, Parser, Refusal, Request};
 use super::ring::{Ring, RingError};
 use super::view::View;
 use super::worker::{Control, Start, signal};
+use crate::protocol::counters::VirtioBlkCounters;
 
 /// What a queue's thread has for as long as it lives.
 #[derive(Debug)]
 pub(super) struct Server {
     control: Arc<Control>,
     disk: Arc<Disk>,
-    counters: Arc<Counters>,
+    counters: VirtioBlkCounters,
     poll: Duration,
     /// An unusable image is reported once, not once a request.
     reported: AtomicBool,
@@ -46,7 +46,7 @@ impl Server {
     pub fn new(
         control: Arc<Control>,
         disk: Arc<Disk>,
-        counters: Arc<Counters>,
+        counters: VirtioBlkCounters,
         poll: Duration,
     ) -> Server {
         Server { control, disk, counters, poll, reported: AtomicBool::new(false) }
@@ -81,7 +81,11 @@ impl Server {
 
     /// Leaves a broken ring alone until the front end takes it back.
     fn give_up(&self, start: &Start, error: &RingError) {
-        self.counters.poisoned();
+        if error.is_invalid_avail_idx() {
+            self.counters.invalid_avail_idx();
+        } else {
+            self.counters.failed();
+        }
         tracing::warn!(error = %super::chain(error), "ring is stopped until the device is reset");
         // The driver may be waiting for what was answered before.
         signal(start.call.as_ref());

@@ -17,12 +17,12 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::counters::Counters;
 use super::execute::Disk;
 use super::memory::Memory;
 use super::request::Limits;
 use super::ring::Layout;
 use super::server::Server;
+use crate::protocol::counters::VirtioBlkCounters;
 
 /// A worker that could not be made, or no longer answers.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,7 @@ impl Worker {
     pub fn spawn(
         index: u16,
         disk: Arc<Disk>,
-        counters: Arc<Counters>,
+        counters: VirtioBlkCounters,
         poll: Duration,
     ) -> Result<Worker, WorkerError> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)

@@ -5,6 +5,7 @@
 //! messages in both directions. A message that does not decode ends the channel,
 //! and with it the process; never the VM.
 
+pub mod counters;
 pub mod ring;
 
 use serde::{Deserialize, Serialize};
@@ -47,7 +48,8 @@ pub enum SeccompMode {
 /// Role and configuration of a device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
-    /// fds: the disk image, opened as [`BlkStart::read_only`] says.
+    /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
+    /// [`counters`].
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -106,7 +108,8 @@ pub enum ToCell {
         /// Longest time to wait for a slow reader, in milliseconds.
         limit_ms: u32,
     },
-    /// Answer [`FromCell::Stats`].
+    /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
+    /// instead.
     Stats,
 }
 
@@ -165,7 +168,7 @@ pub enum Marker {
 /// Counters of a device process, cumulative.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CellStats {
-    /// Nothing counted yet.
+    /// Nothing counted yet, or not here.
     #[default]
     None,
     /// A serial process.
@@ -176,21 +179,6 @@ pub enum CellStats {
         input: u64,
         /// Bytes of output dropped because the reader did not keep up.
         dropped: u64,
-    },
-    /// A block process.
-    Blk {
-        /// Requests answered OK.
-        reads: u64,
-        /// Requests answered OK.
-        writes: u64,
-        /// Requests answered OK.
-        flushes: u64,
-        /// Bytes read.
-        bytes_read: u64,
-        /// Bytes written.
-        bytes_written: u64,
-        /// Requests answered with an I/O error.
-        errors: u64,
     },
 }
 

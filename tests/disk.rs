@@ -239,6 +239,34 @@ fn counters_are_exact() {
     vm.ends_well();
 }
 
+/// A throttled disk in its jail: as slow as it was told, and as fast as it is told next.
+#[test]
+fn a_disk_keeps_to_its_limits_and_to_new_ones() {
+    // 256 requests of 8 KiB; 128 of them pass at once.
+    let cmdline = "mode=blk mib=1 rounds=1 qd=16 sectors=16 exit=none";
+    let mut vm = Vm::with(cmdline).disk_with(2 * MIB, ",iops=64,iops-burst=128").start();
+    let end = Instant::now() + Duration::from_secs(30);
+    while vm.stats().disks[0].counters.currently_throttled_gauge == 0 {
+        assert!(Instant::now() < end, "no request waits");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let disk = vm.stats().disks.remove(0);
+    assert!(disk.reads + disk.writes <= 128 + 64, "{disk:?}");
+    assert_eq!((disk.throttle.iops, disk.throttle.bw), (Some(64), None));
+    assert!(disk.counters.throttled_count > 0, "{disk:?}");
+    assert_eq!(disk.queues, std::slice::from_ref(&disk.counters));
+
+    let text = vm.cli("throttle", &["disk0", "iops=0", "bw=100M", "--json"]);
+    let reply = r#"{"reply":"throttle","id":"disk0","bw":104857600,"bw_burst":104857600}"#;
+    assert_eq!(text.trim(), reply);
+    vm.wait_for("blk: ok");
+    let disk = vm.stats().disks.remove(0);
+    assert_eq!(disk.counters.currently_throttled_gauge, 0);
+    assert_eq!(disk.throttle.iops, None);
+    vm.cli("stop", &[]);
+    vm.ends_well();
+}
+
 /// Each request that fails counts as an error, and as nothing else; one of a type that the
 /// device does not know is no failure.
 #[test]

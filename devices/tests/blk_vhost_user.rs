@@ -497,8 +497,14 @@ fn prepare_names_what_is_wrong() {
         let file = options.read(read).write(write).append(append).open(image.path());
         vec![OwnedFd::from(file.expect("open")), new_counters().expect("page")]
     };
-    let good =
-        BlkStart { read_only: false, size: 4096, serial: "x".repeat(20), queues: 1, poll_us: 0 };
+    let good = BlkStart {
+        read_only: false,
+        size: 4096,
+        serial: "x".repeat(20),
+        queues: 1,
+        poll_us: 0,
+        throttle: Default::default(),
+    };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
         prepare(start, fds, ours).map(|_| ()).map_err(|e| e.to_string())

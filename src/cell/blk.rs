@@ -82,6 +82,7 @@ pub fn start(
         serial: disk.serial.clone(),
         queues,
         poll_us: spec.poll_us,
+        throttle: spec.throttle,
     });
     let fds = [disk.fd.as_fd(), counters.fd()];
     let mut cell = launch(spawner, common, id, start, &fds, Some(far))?;

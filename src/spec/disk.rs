@@ -7,9 +7,11 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use cellblock_devices::protocol::ThrottleLimits;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::throttle::Throttle;
 use super::{SpecError, fields};
 use crate::remedy::Remedy;
 
@@ -30,8 +32,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] =
-    &["direct", "cow", "engine", "queues", "bw", "bw-burst", "iops", "iops-burst", "vhost-user"];
+const LATER: &[&str] = &["direct", "cow", "engine", "queues", "vhost-user"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -60,6 +61,8 @@ pub struct DiskSpec {
     /// How long, in microseconds, the disk's worker polls before it sleeps, at most: the
     /// window closes while the guest is slow to come back.
     pub poll_us: u32,
+    /// What the disk may do.
+    pub throttle: ThrottleLimits,
 }
 
 impl FromStr for DiskSpec {
@@ -77,7 +80,9 @@ impl FromStr for DiskSpec {
             read_only: false,
             serial: None,
             poll_us: POLL_US,
+            throttle: ThrottleLimits::default(),
         };
+        let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
@@ -106,12 +111,18 @@ impl FromStr for DiskSpec {
                             field.bad(format!("it is a number of microseconds up to {POLL_US_MAX}"))
                         })?;
                 }
+                key @ ("bw" | "bw-burst" | "iops" | "iops-burst") => {
+                    let value = field.value("NUMBER")?;
+                    throttle.set(key, value).map_err(|why| field.bad(why))?;
+                }
                 later => {
                     debug_assert!(LATER.contains(&later), "{later} is known but not read");
                     return Err(SpecError::NotYet(later.to_owned()));
                 }
             }
         }
+        disk.throttle =
+            throttle.applied_to(&ThrottleLimits::default()).map_err(SpecError::Throttle)?;
         Ok(disk)
     }
 }
@@ -328,6 +339,7 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), Errno> {
 mod tests {
     use super::*;
     use crate::remedy::one_line;
+    use cellblock_devices::protocol::Rate;
 
     fn parse(spec: &str) -> Result<DiskSpec, SpecError> {
         spec.parse()
@@ -344,11 +356,23 @@ mod tests {
                 read_only: true,
                 serial: Some("S/N=7".into()),
                 poll_us: 50,
+                throttle: ThrottleLimits::default(),
             }
         );
         let plain = parse("x,,y").unwrap();
         assert_eq!(plain.path, Path::new("x,y"));
         assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == POLL_US);
+    }
+
+    #[test]
+    fn limits_have_bursts() {
+        let limits = |spec| parse(spec).unwrap().throttle;
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(
+            limits("d,bw=100M,bw-burst=1G,iops=5000,iops-burst=6000"),
+            ThrottleLimits { bytes: rate(100 << 20, 1 << 30), requests: rate(5000, 6000) }
+        );
+        assert_eq!(limits("d,iops=7"), ThrottleLimits { bytes: None, requests: rate(7, 7) });
     }
 
     #[test]
@@ -371,6 +395,10 @@ mod tests {
             ("d,serial=a b", "1 to 20"),
             ("d,poll-us=-1", "microseconds"),
             ("d,poll-us=100001", "up to 100000"),
+            ("d,bw=fast", "'bw' cannot be 'fast': 'fast' is not a size"),
+            ("d,iops=5K", "it is a number of requests"),
+            ("d,bw-burst=5", "bw-burst needs a rate"),
+            ("d,iops=5,iops-burst=4", "has to be at least iops"),
             ("d,direct", "'direct' is not supported yet by this version"),
             ("d,vhost-user=/s", "'vhost-user' is not supported yet by this version"),
         ] {
@@ -384,7 +412,9 @@ mod tests {
         for key in KEYS {
             match parse(&format!("d,{key}=7")) {
                 Err(SpecError::NotYet(_)) => assert!(LATER.contains(key), "{key}"),
-                Ok(_) | Err(SpecError::BadValue { .. }) => assert!(!LATER.contains(key), "{key}"),
+                Ok(_) | Err(SpecError::BadValue { .. } | SpecError::Throttle(_)) => {
+                    assert!(!LATER.contains(key), "{key}")
+                }
                 Err(other) => panic!("{key}: {other}"),
             }
         }

@@ -12,6 +12,7 @@ use crate::control::protocol::{
     CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, State, Stats,
     Thread, VcpuStats,
 };
+use crate::spec::Throttle;
 use crate::vcpu::{PauseError, VcpuState};
 
 /// How long the vCPUs may take to park.
@@ -34,6 +35,9 @@ impl Vm {
                 Ok(()) => None,
                 Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
             },
+            Request::Throttle { id, bw, bw_burst, iops, iops_burst } => {
+                Some(self.throttle(id, &Throttle { bw, bw_burst, iops, iops_burst }))
+            }
             Request::Events => Some(Reply::Events),
         }
     }
@@ -71,6 +75,35 @@ impl Vm {
         }
     }
 
+    fn throttle(&mut self, id: String, change: &Throttle) -> Reply {
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.id == id) else {
+            let ids: Vec<&str> = self.disks.iter().map(|disk| disk.id.as_str()).collect();
+            let remedy = match ids.as_slice() {
+                [] => "this VM has none".to_string(),
+                ids => format!("its disks are {}", ids.join(", ")),
+            };
+            return Reply::error("the VM has no disk of that id", Some(&remedy));
+        };
+        let limits = match change.applied_to(&disk.throttle) {
+            Ok(limits) => limits,
+            Err(why) => return Reply::error(why, None),
+        };
+        let cell = self.cells.iter().find(|cell| cell.role() == "blk" && cell.id() == id);
+        let told = cell
+            .filter(|cell| cell.is_open())
+            .map(|cell| cell.channel().try_send(&ToCell::Throttle(limits), &[]));
+        match told {
+            Some(Ok(true)) => {
+                disk.throttle = limits;
+                Reply::Throttle { id, limits: limits.into() }
+            }
+            Some(Ok(false)) => {
+                Reply::error("the disk's process does not listen", Some("try again"))
+            }
+            Some(Err(_)) | None => Reply::error("the disk's process is dead", None),
+        }
+    }
+
     fn stats(&mut self) -> Stats {
         self.refresh_counters();
         let states = self.vcpus.states();
@@ -93,6 +126,7 @@ impl Vm {
                 writes: counters.writes_completed,
                 flushes: counters.flushes_completed,
                 errors: counters.io_errors,
+                throttle: disk.throttle.into(),
                 counters,
                 queues,
             })

@@ -19,6 +19,7 @@
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
+//! | `throttle` | how much the disk may do |
 //! | `poll` | how long to look at a ring before sleeping |
 //!
 //! Everything from the guest and from the front end is hostile. Parsing ends
@@ -33,6 +34,7 @@ mod poll;
 mod request;
 mod ring;
 mod server;
+mod throttle;
 mod view;
 mod worker;
 
@@ -56,6 +58,7 @@ use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
 use execute::{Disk, ID_BYTES};
+use throttle::Throttle;
 use worker::Worker;
 pub use worker::WorkerError;
 
@@ -115,6 +118,7 @@ pub struct Blk {
     backend: Arc<Mutex<Backend>>,
     handler: BackendReqHandler<Mutex<Backend>>,
     socket: UnixStream,
+    throttle: Arc<Throttle>,
 }
 
 /// Checks what was handed over and makes the queues' threads. Reads nothing that
@@ -130,16 +134,19 @@ pub fn prepare(
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
     }
+    let throttle = Throttle::new(&config.throttle, counters.clone(), throttle::now());
+    let throttle = Arc::new(throttle);
     let poll = Duration::from_micros(config.poll_us.into());
     let mut workers = Vec::new();
     for index in 0..config.queues {
-        let worker = Worker::spawn(index, disk.clone(), counters.queue(index), poll);
+        let (counters, throttle) = (counters.queue(index), throttle.clone());
+        let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
-    Ok(Blk { backend, handler, socket })
+    Ok(Blk { backend, handler, socket, throttle })
 }
 
 fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
@@ -223,6 +230,11 @@ impl Blk {
             Err(e) => return Err(BlkError::Cell(e)),
         };
         let answer = match message {
+            ToCell::Throttle(limits) => {
+                self.throttle.set(&limits, throttle::now());
+                self.backend().wake();
+                return Ok(true);
+            }
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
             // A block device holds no output back.

@@ -3,7 +3,8 @@
 //! A sealed memfd made by the VMM, which maps it read-only: it can be read although
 //! the process is stuck or dead, and outlives it. A block of its own for each queue,
 //! written by that queue's thread alone, so that an increment is a plain load and
-//! store and no two threads share a cache line.
+//! store and no two threads share a cache line. In front of them the balance of the
+//! throttle, written by whoever holds its lock.
 //!
 //! To the VMM it is hostile memory: a copy is taken with plain loads, and nothing is
 //! derived from it but figures for people.
@@ -46,6 +47,12 @@ impl CountersPage {
     pub fn queue(&self, queue: u16) -> VirtioBlkCounters {
         assert!(queue < MAX_QUEUES, "a block device has no queue {queue}");
         VirtioBlkCounters { page: self.0.clone(), base: BLOCK * (1 + usize::from(queue)) }
+    }
+
+    /// Word `n` of what the throttle keeps.
+    pub(crate) fn throttle(&self, n: usize) -> &AtomicU64 {
+        debug_assert!(n < BLOCK / 8, "the throttle has {} words", BLOCK / 8);
+        self.0.u64(8 * n)
     }
 }
 
@@ -225,6 +232,7 @@ mod tests {
             assert_eq!(reader.queue(MAX_QUEUES - 1).snapshot(), want);
             assert_eq!(reader.queue(0).snapshot(), none());
             assert_eq!(reader.queue(MAX_QUEUES - 2).snapshot(), none());
+            assert_eq!(reader.throttle(0).load(Ordering::Relaxed), 0);
         }
     }
 

@@ -69,6 +69,26 @@ pub struct BlkStart {
     pub queues: u16,
     /// How long, in microseconds, a worker polls the avail ring before it sleeps.
     pub poll_us: u32,
+    /// What the disk may do.
+    pub throttle: ThrottleLimits,
+}
+
+/// What a disk may do at most, over all its queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ThrottleLimits {
+    /// Bytes read and written; `None` for as many as can be.
+    pub bytes: Option<Rate>,
+    /// Valid requests of any kind; `None` for as many as can be.
+    pub requests: Option<Rate>,
+}
+
+/// A steady rate and what may go beyond it for a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Rate {
+    /// Tokens a second, at least one.
+    pub per_second: u64,
+    /// Most tokens saved up while nothing is asked for, at least `per_second`.
+    pub burst: u64,
 }
 
 /// Configuration of a serial device process.
@@ -108,6 +128,8 @@ pub enum ToCell {
         /// Longest time to wait for a slow reader, in milliseconds.
         limit_ms: u32,
     },
+    /// A block process only, and not answered: from now on the disk may do this much.
+    Throttle(ThrottleLimits),
     /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
     /// instead.
     Stats,

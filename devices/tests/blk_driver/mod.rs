@@ -9,10 +9,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::blk::{self, BlkError};
-use cellblock_devices::protocol::BlkStart;
 use cellblock_devices::protocol::counters::{
     CountersPage, VirtioBlkCountersSnapshot, new_counters,
 };
+use cellblock_devices::protocol::{BlkStart, ThrottleLimits};
 use cellblock_wire::{Access, Channel, sealed_memfd};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -47,11 +47,18 @@ pub struct Options {
     pub queues: u16,
     pub read_only: bool,
     pub poll_us: u32,
+    pub throttle: ThrottleLimits,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { bytes: 1 << 20, queues: 1, read_only: false, poll_us: 0 }
+        Options {
+            bytes: 1 << 20,
+            queues: 1,
+            read_only: false,
+            poll_us: 0,
+            throttle: Default::default(),
+        }
     }
 }
 
@@ -94,6 +101,7 @@ impl Device {
             serial: "test-disk".into(),
             queues: options.queues,
             poll_us: options.poll_us,
+            throttle: options.throttle,
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");

@@ -7,11 +7,13 @@ mod disk;
 mod fields;
 mod serial;
 mod size;
+mod throttle;
 
 pub(crate) use disk::lock;
 pub use disk::{DiskError, DiskSpec, OpenedDisk, name_disks};
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
+pub use throttle::Throttle;
 
 /// A SPEC that cannot be used as written. Each variant's text is a whole line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +53,9 @@ pub enum SpecError {
         /// What it may be.
         why: String,
     },
+    /// Limits that do not go together.
+    #[error("{0}")]
+    Throttle(String),
     /// An id that two devices of the VM would share.
     #[error("the id '{0}' is used by two devices: give each disk its own with id=NAME")]
     SharedId(String),

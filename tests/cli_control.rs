@@ -13,12 +13,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::{
-    CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, Shutdown,
-    State, Stats, Thread, VcpuStats,
+    CapSet, DeviceState, DiskStats, EventKind, Limits, Process, Reply, Request, SerialStats,
+    Shutdown, State, Stats, Thread, VcpuStats,
 };
 use cellblock::control::server::{
     ControlServer, HISTORY, Handler, MAX_CLIENTS, MAX_LINE, Response, Token,
 };
+use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
@@ -55,6 +56,12 @@ impl Handler for Vm {
                 self.later.push(token);
                 return Response::Later;
             }
+            Request::Throttle { id, bw, bw_burst, iops, iops_burst } if id == "disk0" => {
+                Reply::Throttle { id, limits: Limits { bw, bw_burst, iops, iops_burst } }
+            }
+            Request::Throttle { id, .. } => {
+                Reply::error(format!("there is no disk {id}"), Some("see 'cellblock stats'"))
+            }
             Request::Events => unreachable!("the server's own"),
         })
     }
@@ -79,9 +86,15 @@ fn stats(paused: bool) -> Stats {
             reads: 1,
             writes: 2,
             flushes: 3,
-            bytes_read: 4,
-            bytes_written: 5,
             errors: 0,
+            throttle: Default::default(),
+            counters: VirtioBlkCountersSnapshot {
+                bytes_read: 4,
+                bytes_written: 5,
+                throttled_count: 6,
+                ..Default::default()
+            },
+            queues: vec![Default::default(), Default::default()],
         }],
         serials: vec![SerialStats {
             id: "com1".into(),
@@ -381,12 +394,28 @@ fn the_program_pauses_resumes_shows_and_stops() {
     let resumed = vm.cli(&["resume", "--json"]);
     assert_eq!(text(&resumed.stdout), "{\"reply\":\"resume\",\"epoch\":1,\"took_us\":5}\n");
 
+    let throttle = vm.cli(&["throttle", "disk0", "bw=100M", "bw-burst=1G"]);
+    assert_eq!(
+        text(&throttle.stdout),
+        "disk0\nbytes     100.0 MiB a second, 1.0 GiB at once\nrequests  no limit\n"
+    );
+    for (limits, line) in [
+        ("iops", "'iops' is not a limit: it is a number of requests"),
+        ("ops=1", "'ops=1' is not a limit: the keys are bw, bw-burst, iops, iops-burst"),
+    ] {
+        let wrong = vm.cli(&["throttle", "disk0", limits]);
+        assert_eq!(wrong.status.code(), Some(2));
+        assert_eq!(text(&wrong.stderr), format!("cellblock: error: {line}\n"));
+    }
+    assert_eq!(vm.cli(&["throttle", "disk9", "iops=1"]).status.code(), Some(1));
     let stats = vm.cli(&["stats"]);
     for part in ["running", "64 MiB", "disk0", "1.0 MiB", "com1", "dead"] {
         assert!(text(&stats.stdout).contains(part), "{part}: {}", text(&stats.stdout));
     }
     let stats: Value = serde_json::from_slice(&vm.cli(&["stats", "--json"]).stdout).unwrap();
     assert_eq!(stats["disks"][0]["bytes_written"], 5);
+    assert_eq!(stats["disks"][0]["throttled_count"], 6);
+    assert_eq!(stats["disks"][0]["queues"][1]["io_errors"], 0);
     assert_eq!(stats["serials"][0]["pid"], Value::Null);
 
     let ps = vm.cli(&["ps"]);

@@ -227,6 +227,11 @@ fn the_control_commands_on_a_real_vm() {
     assert_eq!(stats["vcpus"].as_array().unwrap().len(), 2);
     assert_eq!(stats["disks"][0]["id"], "disk0");
     assert!(stats["disks"][0]["bytes_written"].as_u64().unwrap() >= 1 << 20);
+    let (disk, queue) = (&stats["disks"][0], &stats["disks"][0]["queues"][0]);
+    for counter in ["reads_completed", "writes_completed", "bytes_written", "io_errors"] {
+        assert_eq!(disk[counter], queue[counter], "{counter}");
+    }
+    assert_eq!((&disk["writes"], &disk["errors"]), (&disk["writes_completed"], &disk["io_errors"]));
     assert!(stats["serials"][0]["output"].as_u64().unwrap() > 0);
 
     assert_eq!(place.json("pause")["epoch"], 1);

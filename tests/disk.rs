@@ -217,12 +217,12 @@ fn counters_are_exact() {
     let (idle, busy) = (&stats.disks[0], &stats.disks[1]);
     assert_eq!((idle.id.as_str(), busy.id.as_str()), ("disk0", "disk1"));
     assert_eq!((idle.reads, idle.writes, idle.flushes, idle.errors), (0, 0, 0, 0));
-    assert_eq!((idle.bytes_read, idle.bytes_written), (0, 0));
+    assert_eq!((idle.counters.bytes_read, idle.counters.bytes_written), (0, 0));
     // 128 requests of 8 KiB in each of three rounds, and one sector at the very end.
     let requests = 3 * 128 + 1;
     let bytes = 3 * MIB + 512;
     assert_eq!((busy.reads, busy.writes), (requests, requests), "{busy:?}");
-    assert_eq!((busy.bytes_read, busy.bytes_written), (bytes, bytes), "{busy:?}");
+    assert_eq!((busy.counters.bytes_read, busy.counters.bytes_written), (bytes, bytes), "{busy:?}");
     assert_eq!((busy.flushes, busy.errors), (3, 0), "{busy:?}");
     // The command says the same, and asking does not count.
     let text = vm.cli("stats", &["--json"]);
@@ -235,6 +235,34 @@ fn counters_are_exact() {
     ] {
         assert!(text.contains(&part), "no {part} in {text}");
     }
+    vm.cli("stop", &[]);
+    vm.ends_well();
+}
+
+/// A throttled disk in its jail: as slow as it was told, and as fast as it is told next.
+#[test]
+fn a_disk_keeps_to_its_limits_and_to_new_ones() {
+    // 256 requests of 8 KiB; 128 of them pass at once.
+    let cmdline = "mode=blk mib=1 rounds=1 qd=16 sectors=16 exit=none";
+    let mut vm = Vm::with(cmdline).disk_with(2 * MIB, ",iops=64,iops-burst=128").start();
+    let end = Instant::now() + Duration::from_secs(30);
+    while vm.stats().disks[0].counters.currently_throttled_gauge == 0 {
+        assert!(Instant::now() < end, "no request waits");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let disk = vm.stats().disks.remove(0);
+    assert!(disk.reads + disk.writes <= 128 + 64, "{disk:?}");
+    assert_eq!((disk.throttle.iops, disk.throttle.bw), (Some(64), None));
+    assert!(disk.counters.throttled_count > 0, "{disk:?}");
+    assert_eq!(disk.queues, std::slice::from_ref(&disk.counters));
+
+    let text = vm.cli("throttle", &["disk0", "iops=0", "bw=100M", "--json"]);
+    let reply = r#"{"reply":"throttle","id":"disk0","bw":104857600,"bw_burst":104857600}"#;
+    assert_eq!(text.trim(), reply);
+    vm.wait_for("blk: ok");
+    let disk = vm.stats().disks.remove(0);
+    assert_eq!(disk.counters.currently_throttled_gauge, 0);
+    assert_eq!(disk.throttle.iops, None);
     vm.cli("stop", &[]);
     vm.ends_well();
 }
@@ -254,8 +282,8 @@ fn refused_requests_are_counted_as_errors() {
     assert_eq!(disk.errors, failed, "{disk:?}");
     // After each a good read of a sector, and one after the reset.
     let good = failed + unknown + 1;
-    assert_eq!((disk.reads, disk.bytes_read), (good, good * 512), "{disk:?}");
-    assert_eq!((disk.writes, disk.bytes_written, disk.flushes), (0, 0, 0), "{disk:?}");
+    assert_eq!((disk.reads, disk.counters.bytes_read), (good, good * 512), "{disk:?}");
+    assert_eq!((disk.writes, disk.counters.bytes_written, disk.flushes), (0, 0, 0), "{disk:?}");
     vm.cli("stop", &[]);
     vm.ends_well();
 }

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use blk_driver::*;
 use cellblock_devices::blk::{BlkError, prepare};
-use cellblock_devices::protocol::{BlkStart, CellStats, FromCell, ToCell};
+use cellblock_devices::protocol::counters::{VirtioBlkCountersSnapshot, new_counters};
+use cellblock_devices::protocol::{BlkStart, FromCell, ToCell};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -75,13 +76,14 @@ fn reads_writes_flushes_and_names_itself() {
         assert_eq!(queue.request(&memory, T_IN, 2048, &[into(DATA, 512)]), (1, 0));
         assert_eq!(
             device.stats(),
-            CellStats::Blk {
-                reads: 2,
-                writes: 1,
-                flushes: 1,
+            VirtioBlkCountersSnapshot {
+                reads_completed: 2,
+                writes_completed: 1,
+                flushes_completed: 1,
                 bytes_read: 2048,
                 bytes_written: 1536,
-                errors: 1
+                io_errors: 1,
+                ..Default::default()
             }
         );
     }
@@ -98,8 +100,9 @@ fn a_read_only_disk_is_read_only() {
     assert_eq!(queue.request(&memory, T_FLUSH, 0, &[]), (0, 1));
     assert_eq!(queue.request(&memory, T_IN, 0, &[into(DATA, 512)]), (0, 513));
     assert_eq!(device.image_sectors(0, 1), pattern(0));
-    let CellStats::Blk { reads, writes, flushes, errors, .. } = device.stats() else { panic!() };
-    assert_eq!((reads, writes, flushes, errors), (1, 0, 1, 1));
+    let stats = device.stats();
+    assert_eq!((stats.reads_completed, stats.writes_completed), (1, 0));
+    assert_eq!((stats.flushes_completed, stats.io_errors), (1, 1));
 }
 
 #[test]
@@ -308,8 +311,7 @@ fn queues_are_independent() {
     }
     device.front.get_vring_base(1).expect("stop one");
     assert_eq!(queues[2].request(&memory, T_FLUSH, 0, &[]), (0, 1));
-    let CellStats::Blk { reads, .. } = device.stats() else { panic!() };
-    assert_eq!(reads, 150);
+    assert_eq!(device.stats().reads_completed, 150);
 }
 
 #[test]
@@ -322,8 +324,9 @@ fn a_reset_device_starts_over() {
     device.negotiate(BASIC);
     let mut queue = Queue::set_up(&mut device, 0, 8, BASIC);
     assert_eq!(queue.request(&memory, T_IN, 1, &[into(DATA, 512)]), (0, 513));
-    let CellStats::Blk { reads, flushes, .. } = device.stats() else { panic!() };
-    assert_eq!((reads, flushes), (1, 1), "counters outlive a reset");
+    let stats = device.stats();
+    let counted = (stats.reads_completed, stats.flushes_completed);
+    assert_eq!(counted, (1, 1), "counters outlive a reset");
 }
 
 #[test]
@@ -373,8 +376,7 @@ fn unanswerable_chains_come_back_empty() {
         queue.publish(&memory, 0);
         queue.kick(&memory, from);
         assert_eq!(queue.next_used(&memory), Some((0, 0)));
-        let CellStats::Blk { errors, .. } = device.stats() else { panic!() };
-        assert_eq!(errors, i as u64 + 1);
+        assert_eq!(device.stats().io_errors, i as u64 + 1);
     }
     assert_eq!(queue.request(&memory, T_FLUSH, 0, &[]), (0, 1));
 }
@@ -505,10 +507,16 @@ fn prepare_names_what_is_wrong() {
     let open = |read, write, append| {
         let mut options = std::fs::File::options();
         let file = options.read(read).write(write).append(append).open(image.path());
-        vec![OwnedFd::from(file.expect("open"))]
+        vec![OwnedFd::from(file.expect("open")), new_counters().expect("page")]
     };
-    let good =
-        BlkStart { read_only: false, size: 4096, serial: "x".repeat(20), queues: 1, poll_us: 0 };
+    let good = BlkStart {
+        read_only: false,
+        size: 4096,
+        serial: "x".repeat(20),
+        queues: 1,
+        poll_us: 0,
+        throttle: Default::default(),
+    };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
         prepare(start, fds, ours).map(|_| ()).map_err(|e| e.to_string())
@@ -521,8 +529,9 @@ fn prepare_names_what_is_wrong() {
         let error = prepare(start, fds).expect_err(part);
         assert!(error.contains(part), "{error:?} does not say {part:?}");
     };
-    wrong(good.clone(), vec![], "one file descriptor, not 0");
-    wrong(good.clone(), [rw(), rw()].into_iter().flatten().collect(), "not 2");
+    wrong(good.clone(), vec![], "two file descriptors, not 0");
+    wrong(good.clone(), [rw(), rw()].into_iter().flatten().collect(), "not 4");
+    wrong(good.clone(), rw().into_iter().rev().collect(), "the page of the counters");
     wrong(BlkStart { size: 0, ..good.clone() }, rw(), "size of 0 bytes");
     wrong(BlkStart { size: 513, ..good.clone() }, rw(), "size of 513 bytes");
     wrong(BlkStart { size: 4608, ..good.clone() }, rw(), "has 4096 bytes where the disk has 4608");

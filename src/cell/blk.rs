@@ -10,6 +10,7 @@ use cellblock_seccomp::spawner::Spawner;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
+use super::counters::BlkCounters;
 use super::launch::{Common, launch};
 use super::{Cell, CellError};
 use crate::event::event;
@@ -75,14 +76,19 @@ pub fn start(
     let queues = spec.queues(cpus);
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
+    let shm = |source| CellError::Shm { role: "blk", id: id.to_string(), source };
+    let counters = BlkCounters::new(queues).map_err(shm)?;
     let start = Start::Blk(BlkStart {
         read_only: disk.read_only,
         size: disk.size,
         serial: disk.serial.clone(),
         queues,
         poll_us: spec.poll_us,
+        throttle: spec.throttle,
     });
-    let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
+    let fds = [disk.fd.as_fd(), counters.fd()];
+    let mut cell = launch(spawner, common, id, start, &fds, Some(far))?;
+    cell.counters = Some(counters);
     Ok(StartingDisk { cell, queues, socket: Some(near), front_end: None })
 }
 

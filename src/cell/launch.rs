@@ -81,6 +81,7 @@ pub fn launch(
         stats: CellStats::None,
         owes_stats: false,
         lines: Throttle::default(),
+        counters: None,
     })
 }
 

@@ -5,12 +5,14 @@
 //! | [`launch`] | asking the spawner for a jailed process and waiting until it serves |
 //! | [`serial`] | COM1: the VMM's end of a serial cell |
 //! | [`blk`] | a virtio disk: the VMM's end of a block cell |
+//! | [`counters`] | the page a block cell counts in |
 //!
 //! Nothing a cell says is trusted: its messages are decoded within bounds, its
 //! shared pages are read as hostile memory, and its death or its silence is an
 //! event, never a hang.
 
 pub mod blk;
+pub mod counters;
 pub mod launch;
 pub mod serial;
 
@@ -22,6 +24,7 @@ use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
 use cellblock_wire::{Channel, ChannelError, Mapping, ShmError};
+use counters::BlkCounters;
 
 use crate::throttle::Throttle;
 
@@ -102,6 +105,7 @@ pub struct Cell {
     stats: CellStats,
     owes_stats: bool,
     lines: Throttle,
+    counters: Option<BlkCounters>,
 }
 
 impl Cell {
@@ -181,6 +185,11 @@ impl Cell {
     /// The counters it last reported.
     pub fn stats(&self) -> &CellStats {
         &self.stats
+    }
+
+    /// The page a block cell counts in.
+    pub fn counters(&self) -> Option<&BlkCounters> {
+        self.counters.as_ref()
     }
 
     /// Keeps counters it reported.

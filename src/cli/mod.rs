@@ -14,6 +14,7 @@ mod resume;
 mod run;
 mod stats;
 mod stop;
+mod throttle;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -59,6 +60,7 @@ enum Command {
     Resume(resume::Resume),
     Stop(stop::Stop),
     Stats(stats::Stats),
+    Throttle(throttle::Throttle),
     Ps(ps::Ps),
     Events(events::Events),
 }
@@ -112,6 +114,7 @@ impl Cli {
             Command::Resume(resume) => resume.execute(),
             Command::Stop(stop) => stop.execute(),
             Command::Stats(stats) => stats.execute(),
+            Command::Throttle(throttle) => throttle.execute(),
             Command::Ps(ps) => ps.execute(),
             Command::Events(events) => events.execute(),
         }

@@ -63,8 +63,8 @@ fn text(stats: &protocol::Stats) -> String {
                 disk.reads.to_string(),
                 disk.writes.to_string(),
                 disk.flushes.to_string(),
-                bytes(disk.bytes_read),
-                bytes(disk.bytes_written),
+                bytes(disk.counters.bytes_read),
+                bytes(disk.counters.bytes_written),
                 disk.errors.to_string(),
             ]);
         }
@@ -110,7 +110,7 @@ fn device(state: DeviceState) -> &'static str {
 }
 
 /// Bytes for people, in the largest unit that leaves a number.
-fn bytes(n: u64) -> String {
+pub(super) fn bytes(n: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     match units.iter().find(|(shift, _)| n >> shift > 0) {
         Some((shift, unit)) => format!("{:.1} {unit}", n as f64 / (1u64 << shift) as f64),

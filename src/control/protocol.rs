@@ -14,10 +14,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use cellblock_devices::protocol::ThrottleLimits;
+use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use serde::{Deserialize, Serialize};
 
 /// What a client asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Park every vCPU. Refused while the VM is not running.
@@ -30,6 +32,23 @@ pub enum Request {
     Stats,
     /// Every process of the VM.
     Ps,
+    /// Change what a disk may do. Limits that are not given stay; zero is no limit.
+    Throttle {
+        /// Id of the disk.
+        id: String,
+        /// Bytes a second.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bw: Option<u64>,
+        /// Bytes that may go at once; those of one second where `bw` is given without.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bw_burst: Option<u64>,
+        /// Requests a second.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        iops: Option<u64>,
+        /// Requests that may go at once, as above.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        iops_burst: Option<u64>,
+    },
     /// Turn this connection into a stream of events.
     Events,
 }
@@ -60,6 +79,14 @@ pub enum Reply {
     Ps {
         /// The VMM first, then the spawner, then the devices.
         processes: Vec<Process>,
+    },
+    /// What the disk may do from now on.
+    Throttle {
+        /// Id of the disk.
+        id: String,
+        /// All its limits.
+        #[serde(flatten)]
+        limits: Limits,
     },
     /// Events follow on this connection.
     Events,
@@ -143,7 +170,35 @@ pub struct VcpuStats {
     pub exits: Option<BTreeMap<String, u64>>,
 }
 
-/// One disk. Counters are those the device process reports, cumulative.
+/// What a disk may do; what is absent has no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw: Option<u64>,
+    /// Bytes that may go at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_burst: Option<u64>,
+    /// Requests a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Requests that may go at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops_burst: Option<u64>,
+}
+
+impl From<ThrottleLimits> for Limits {
+    fn from(limits: ThrottleLimits) -> Limits {
+        Limits {
+            bw: limits.bytes.map(|rate| rate.per_second),
+            bw_burst: limits.bytes.map(|rate| rate.burst),
+            iops: limits.requests.map(|rate| rate.per_second),
+            iops_burst: limits.requests.map(|rate| rate.burst),
+        }
+    }
+}
+
+/// One disk. Counters are those the device process shows, cumulative.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskStats {
     /// Its id in the VM.
@@ -156,18 +211,23 @@ pub struct DiskStats {
     pub read_only: bool,
     /// Bytes.
     pub size: u64,
-    /// Read requests done.
+    /// The same as `reads_completed`.
     pub reads: u64,
-    /// Write requests done.
+    /// The same as `writes_completed`.
     pub writes: u64,
-    /// Flush requests done.
+    /// The same as `flushes_completed`.
     pub flushes: u64,
-    /// Bytes read.
-    pub bytes_read: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
-    /// Requests answered with an I/O error.
+    /// The same as `io_errors`.
     pub errors: u64,
+    /// What it may do.
+    #[serde(default)]
+    pub throttle: Limits,
+    /// The sum over the queues.
+    #[serde(flatten)]
+    pub counters: VirtioBlkCountersSnapshot,
+    /// Each queue, from 0.
+    #[serde(default)]
+    pub queues: Vec<VirtioBlkCountersSnapshot>,
 }
 
 /// One serial line. Counters as for a disk.
@@ -365,10 +425,21 @@ mod tests {
             (r#"{"request":"stats"}"#, Request::Stats),
             (r#"{"request":"ps"}"#, Request::Ps),
             (r#"{"request":"events"}"#, Request::Events),
+            (
+                r#"{"request":"throttle","id":"disk0","iops":500}"#,
+                Request::Throttle {
+                    id: "disk0".into(),
+                    bw: None,
+                    bw_burst: None,
+                    iops: Some(500),
+                    iops_burst: None,
+                },
+            ),
         ] {
             assert_eq!(json(&request), text);
             assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
         }
+        assert!(serde_json::from_str::<Request>(r#"{"request":"throttle","bw":1}"#).is_err());
         for text in ["", "{}", "[]", "pause", r#"{"request":"explode"}"#, r#"{"request":1}"#] {
             assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
         }
@@ -379,6 +450,11 @@ mod tests {
         assert_eq!(
             json(&Reply::Pause { epoch: 3, took_us: 41 }),
             r#"{"reply":"pause","epoch":3,"took_us":41}"#
+        );
+        let limits = Limits { iops: Some(5), iops_burst: Some(6), ..Limits::default() };
+        assert_eq!(
+            json(&Reply::Throttle { id: "disk0".into(), limits }),
+            r#"{"reply":"throttle","id":"disk0","iops":5,"iops_burst":6}"#
         );
         assert_eq!(json(&Reply::Stop), r#"{"reply":"stop"}"#);
         assert_eq!(

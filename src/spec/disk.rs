@@ -7,10 +7,12 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use cellblock_devices::blk::MAX_QUEUES;
+use cellblock_devices::protocol::counters::MAX_QUEUES;
+use cellblock_devices::protocol::ThrottleLimits;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::throttle::Throttle;
 use super::{SpecError, fields};
 use crate::remedy::Remedy;
 
@@ -31,8 +33,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] =
-    &["direct", "cow", "engine", "bw", "bw-burst", "iops", "iops-burst", "vhost-user"];
+const LATER: &[&str] = &["direct", "cow", "engine", "vhost-user"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -63,6 +64,8 @@ pub struct DiskSpec {
     pub poll_us: u32,
     /// Request queues, each with a worker of its own; one per vCPU where not given.
     pub queues: Option<u16>,
+    /// What the disk may do.
+    pub throttle: ThrottleLimits,
 }
 
 impl FromStr for DiskSpec {
@@ -81,7 +84,9 @@ impl FromStr for DiskSpec {
             serial: None,
             poll_us: POLL_US,
             queues: None,
+            throttle: ThrottleLimits::default(),
         };
+        let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
@@ -116,12 +121,18 @@ impl FromStr for DiskSpec {
                     disk.queues =
                         Some(queues.ok_or_else(|| field.bad(format!("it is 1 to {MAX_QUEUES}")))?);
                 }
+                key @ ("bw" | "bw-burst" | "iops" | "iops-burst") => {
+                    let value = field.value("NUMBER")?;
+                    throttle.set(key, value).map_err(|why| field.bad(why))?;
+                }
                 later => {
                     debug_assert!(LATER.contains(&later), "{later} is known but not read");
                     return Err(SpecError::NotYet(later.to_owned()));
                 }
             }
         }
+        disk.throttle =
+            throttle.applied_to(&ThrottleLimits::default()).map_err(SpecError::Throttle)?;
         Ok(disk)
     }
 }
@@ -343,6 +354,7 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), Errno> {
 mod tests {
     use super::*;
     use crate::remedy::one_line;
+    use cellblock_devices::protocol::Rate;
 
     fn parse(spec: &str) -> Result<DiskSpec, SpecError> {
         spec.parse()
@@ -360,6 +372,7 @@ mod tests {
                 serial: Some("S/N=7".into()),
                 poll_us: 50,
                 queues: Some(32),
+                throttle: ThrottleLimits::default(),
             }
         );
         assert_eq!(disk.queues(4), 32);
@@ -368,6 +381,17 @@ mod tests {
         assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == POLL_US);
         // A queue for each vCPU, as far as queues go.
         assert_eq!([1, 4, 255].map(|cpus| plain.queues(cpus)), [1, 4, MAX_QUEUES]);
+    }
+
+    #[test]
+    fn limits_have_bursts() {
+        let limits = |spec| parse(spec).unwrap().throttle;
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(
+            limits("d,bw=100M,bw-burst=1G,iops=5000,iops-burst=6000"),
+            ThrottleLimits { bytes: rate(100 << 20, 1 << 30), requests: rate(5000, 6000) }
+        );
+        assert_eq!(limits("d,iops=7"), ThrottleLimits { bytes: None, requests: rate(7, 7) });
     }
 
     #[test]
@@ -392,6 +416,10 @@ mod tests {
             ("d,poll-us=100001", "up to 100000"),
             ("d,queues=0", "'queues' cannot be '0': it is 1 to 32"),
             ("d,queues=33", "it is 1 to 32"),
+            ("d,bw=fast", "'bw' cannot be 'fast': 'fast' is not a size"),
+            ("d,iops=5K", "it is a number of requests"),
+            ("d,bw-burst=5", "bw-burst needs a rate"),
+            ("d,iops=5,iops-burst=4", "has to be at least iops"),
             ("d,direct", "'direct' is not supported yet by this version"),
             ("d,vhost-user=/s", "'vhost-user' is not supported yet by this version"),
         ] {
@@ -405,7 +433,9 @@ mod tests {
         for key in KEYS {
             match parse(&format!("d,{key}=7")) {
                 Err(SpecError::NotYet(_)) => assert!(LATER.contains(key), "{key}"),
-                Ok(_) | Err(SpecError::BadValue { .. }) => assert!(!LATER.contains(key), "{key}"),
+                Ok(_) | Err(SpecError::BadValue { .. } | SpecError::Throttle(_)) => {
+                    assert!(!LATER.contains(key), "{key}")
+                }
                 Err(other) => panic!("{key}: {other}"),
             }
         }

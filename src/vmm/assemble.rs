@@ -250,6 +250,7 @@ fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts>
             id: spec.id().to_string(),
             size: disk.size,
             read_only: disk.read_only,
+            throttle: spec.throttle,
         })
         .collect()
 }

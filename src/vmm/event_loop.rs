@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{FromCell, ToCell};
+use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -62,6 +62,7 @@ pub(super) struct DiskFacts {
     pub(super) id: String,
     pub(super) size: u64,
     pub(super) read_only: bool,
+    pub(super) throttle: ThrottleLimits,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.

@@ -2,15 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::{CellStats, FromCell, Marker};
+use cellblock_devices::protocol::{CellStats, FromCell, Marker, ToCell};
 use cellblock_seccomp::spawner::ProcessInfo;
 
 use super::event_loop::Vm;
 use crate::cell::Cell;
+use crate::cell::counters::{self, BlkCounters};
 use crate::control::protocol::{
     CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, State, Stats,
     Thread, VcpuStats,
 };
+use crate::spec::Throttle;
 use crate::vcpu::{PauseError, VcpuState};
 
 /// How long the vCPUs may take to park.
@@ -32,6 +34,9 @@ impl Vm {
             Request::Stats => Some(Reply::Stats(Box::new(self.stats()))),
             // The spawner looks, and answers in its own time.
             Request::Ps => None,
+            Request::Throttle { id, bw, bw_burst, iops, iops_burst } => {
+                Some(self.throttle(id, &Throttle { bw, bw_burst, iops, iops_burst }))
+            }
             Request::Events => Some(Reply::Events),
         }
     }
@@ -69,6 +74,35 @@ impl Vm {
         }
     }
 
+    fn throttle(&mut self, id: String, change: &Throttle) -> Reply {
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.id == id) else {
+            let ids: Vec<&str> = self.disks.iter().map(|disk| disk.id.as_str()).collect();
+            let remedy = match ids.as_slice() {
+                [] => "this VM has none".to_string(),
+                ids => format!("its disks are {}", ids.join(", ")),
+            };
+            return Reply::error("the VM has no disk of that id", Some(&remedy));
+        };
+        let limits = match change.applied_to(&disk.throttle) {
+            Ok(limits) => limits,
+            Err(why) => return Reply::error(why, None),
+        };
+        let cell = self.cells.iter().find(|cell| cell.role() == "blk" && cell.id() == id);
+        let told = cell
+            .filter(|cell| cell.is_open())
+            .map(|cell| cell.channel().try_send(&ToCell::Throttle(limits), &[]));
+        match told {
+            Some(Ok(true)) => {
+                disk.throttle = limits;
+                Reply::Throttle { id, limits: limits.into() }
+            }
+            Some(Ok(false)) => {
+                Reply::error("the disk's process does not listen", Some("try again"))
+            }
+            Some(Err(_)) | None => Reply::error("the disk's process is dead", None),
+        }
+    }
+
     fn stats(&mut self) -> Stats {
         self.refresh_counters();
         let states = self.vcpus.states();
@@ -79,24 +113,21 @@ impl Vm {
         });
         let disks = self.disks.iter().filter_map(|disk| {
             let cell = self.cells.iter().find(|cell| cell.id() == disk.id)?;
-            let (reads, writes, flushes, bytes_read, bytes_written, errors) = match cell.stats() {
-                CellStats::Blk { reads, writes, flushes, bytes_read, bytes_written, errors } => {
-                    (*reads, *writes, *flushes, *bytes_read, *bytes_written, *errors)
-                }
-                _ => Default::default(),
-            };
+            let queues = cell.counters().map(BlkCounters::queues).unwrap_or_default();
+            let counters = counters::total(&queues);
             Some(DiskStats {
                 id: disk.id.clone(),
                 pid: cell.pid(),
                 state: cell_state(cell),
                 read_only: disk.read_only,
                 size: disk.size,
-                reads,
-                writes,
-                flushes,
-                bytes_read,
-                bytes_written,
-                errors,
+                reads: counters.reads_completed,
+                writes: counters.writes_completed,
+                flushes: counters.flushes_completed,
+                errors: counters.io_errors,
+                throttle: disk.throttle.into(),
+                counters,
+                queues,
             })
         });
         let serials = self.cells.iter().filter(|cell| cell.role() == "serial").map(|cell| {
@@ -126,11 +157,15 @@ impl Vm {
         }
     }
 
-    /// Asks every device process for its counters. One that does not answer keeps
-    /// those it last gave.
+    /// Asks every serial process for its counters. One that does not answer keeps those
+    /// it last gave. Block processes count in shared memory.
     fn refresh_counters(&mut self) {
         let end = Instant::now() + STATS_LIMIT;
-        let asked: Vec<bool> = self.cells.iter_mut().map(Cell::ask_stats).collect();
+        let asked: Vec<bool> = self
+            .cells
+            .iter_mut()
+            .map(|cell| cell.role() == "serial" && cell.ask_stats())
+            .collect();
         for n in (0..asked.len()).filter(|n| asked[*n]) {
             // One that used all of the time up leaves the others a last look.
             let end = end.max(Instant::now() + LAST_LOOK);

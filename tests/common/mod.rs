@@ -310,7 +310,7 @@ impl Vm {
     /// As [`Vm::try_ask`]; anything but an answer fails the test.
     #[track_caller]
     pub fn ask(&mut self, request: Request) -> Reply {
-        match self.try_ask(request) {
+        match self.try_ask(request.clone()) {
             Ok(reply) => reply,
             Err(error) => self.fail(&format!("{request:?}: {}", cellblock::remedy::chain(&error))),
         }

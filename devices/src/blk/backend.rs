@@ -107,6 +107,11 @@ impl Backend {
         Ok(())
     }
 
+    /// Has every worker that waits for tokens look again.
+    pub fn wake(&self) {
+        self.vrings.iter().for_each(|vring| vring.worker.wake());
+    }
+
     /// Remembers a refusal of a message whose answer is an acknowledgement.
     fn acknowledge(&mut self, result: Result<()>) -> Result<()> {
         self.refused = result.is_err();

@@ -19,8 +19,8 @@
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
+//! | `throttle` | how much the disk may do |
 //! | `poll` | how long to look at a ring before sleeping |
-//! | `counters` | what a queue has done |
 //!
 //! Everything from the guest and from the front end is hostile. Parsing ends
 //! before the image is touched, a broken chain is still given back so that no
@@ -28,13 +28,13 @@
 
 mod backend;
 mod config;
-mod counters;
 mod execute;
 mod memory;
 mod poll;
 mod request;
 mod ring;
 mod server;
+mod throttle;
 mod view;
 mod worker;
 
@@ -47,30 +47,31 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cellblock_wire::{Channel, ChannelError};
+use cellblock_wire::{Access, Channel, ChannelError, ShmError};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
-use crate::protocol::{BlkStart, FromCell, ToCell};
+use crate::protocol::counters::{CountersPage, MAX_QUEUES};
+use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
-use counters::Counters;
 use execute::{Disk, ID_BYTES};
+use throttle::Throttle;
 use worker::Worker;
 pub use worker::WorkerError;
-
-/// Most queues of a device: as many as a VM has vCPUs.
-pub const MAX_QUEUES: u16 = 32;
 
 /// A block device that cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
-    #[error("a block device takes one file descriptor, not {0}")]
+    #[error("a block device takes two file descriptors, not {0}")]
     Fds(usize),
+    /// The page to count in cannot be used.
+    #[error("mapping the page of the counters")]
+    Counters(#[source] ShmError),
     /// The disk would be empty, or its last sector cut short.
     #[error("disk size of {0} bytes is not a positive multiple of 512")]
     Size(u64),
@@ -118,7 +119,7 @@ pub struct Blk {
     backend: Arc<Mutex<Backend>>,
     handler: BackendReqHandler<Mutex<Backend>>,
     socket: UnixStream,
-    counters: Vec<Arc<Counters>>,
+    throttle: Arc<Throttle>,
 }
 
 /// Checks what was handed over and makes the queues' threads. Reads nothing that
@@ -128,29 +129,28 @@ pub fn prepare(
     fds: Vec<OwnedFd>,
     vhost_user: UnixStream,
 ) -> Result<Blk, BlkError> {
-    let disk = Arc::new(open(&config, fds)?);
+    let [image, page] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| BlkError::Fds(fds.len()))?;
+    let disk = Arc::new(open(&config, image)?);
+    let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
     }
+    let throttle = Throttle::new(&config.throttle, counters.clone(), throttle::now());
+    let throttle = Arc::new(throttle);
     let poll = Duration::from_micros(config.poll_us.into());
     let mut workers = Vec::new();
-    let mut counters = Vec::new();
     for index in 0..config.queues {
-        let counter = Arc::new(Counters::default());
-        workers.push(
-            Worker::spawn(index, disk.clone(), counter.clone(), poll)
-                .map_err(|e| BlkError::Worker(index, e))?,
-        );
-        counters.push(counter);
+        let (counters, throttle) = (counters.queue(index), throttle.clone());
+        let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
+        workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
-    Ok(Blk { backend, handler, socket, counters })
+    Ok(Blk { backend, handler, socket, throttle })
 }
 
-fn open(config: &BlkStart, fds: Vec<OwnedFd>) -> Result<Disk, BlkError> {
-    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| BlkError::Fds(fds.len()))?;
+fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
     if config.size == 0 || !config.size.is_multiple_of(SECTOR) || config.size > i64::MAX as u64 {
         return Err(BlkError::Size(config.size));
     }
@@ -231,7 +231,13 @@ impl Blk {
             Err(e) => return Err(BlkError::Cell(e)),
         };
         let answer = match message {
-            ToCell::Stats => FromCell::Stats(counters::sum(self.counters.iter().map(|c| &**c))),
+            ToCell::Throttle(limits) => {
+                self.throttle.set(&limits, throttle::now());
+                self.backend().wake();
+                return Ok(true);
+            }
+            // It counts in shared memory.
+            ToCell::Stats => FromCell::Stats(CellStats::None),
             // A block device holds no output back.
             ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0, unread: 0 },
         };
@@ -272,7 +278,7 @@ impl Blk {
 
 impl fmt::Debug for Blk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Blk").field("queues", &self.counters.len()).finish_non_exhaustive()
+        f.debug_struct("Blk").finish_non_exhaustive()
     }
 }
 

@@ -49,9 +49,19 @@ pub(super) enum RingError {
     /// descriptor number beyond its table.
     #[error("driver broke the ring")]
     Poisoned(#[source] virtio_queue::Error),
+    /// The timer of a request that has to wait was refused.
+    #[error("arming the throttle's timer")]
+    Timer(#[source] nix::errno::Errno),
     /// Guest memory refused an access.
     #[error("accessing the ring")]
     Access(#[source] GuestMemoryError),
+}
+
+impl RingError {
+    /// The driver made more chains available than the ring has entries.
+    pub fn is_invalid_avail_idx(&self) -> bool {
+        matches!(self, RingError::Poisoned(virtio_queue::Error::InvalidAvailRingIndex))
+    }
 }
 
 /// A ring in use. All of it was checked to be in guest memory.
@@ -109,6 +119,11 @@ impl<'m> Ring<'m> {
             }
             chain => Ok(chain),
         }
+    }
+
+    /// Puts the chain that was taken last back: it is taken again next.
+    pub fn put_back(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
     /// Gives the chain that starts at `head` back; the driver sees it at once.
@@ -208,6 +223,24 @@ mod tests {
         queue.avail().ring().ref_at(0).expect("entry").store(16);
         queue.avail().idx().store(1);
         assert!(matches!(ring.pop(), Err(RingError::Poisoned(_))));
+    }
+
+    #[test]
+    fn a_chain_put_back_is_taken_again() {
+        let memory = memory();
+        let view = View::new(&memory).expect("view");
+        let queue = MockSplitQueue::new(&memory, 16);
+        let start = Layout { next_avail: u16::MAX, ..layout(&queue, true) };
+        let mut ring = Ring::new(&view, &start).expect("ring");
+        queue.avail().ring().ref_at(15).expect("entry").store(7);
+        queue.avail().idx().store(0);
+        for _ in 0..2 {
+            let chain = ring.pop().expect("pop").expect("chain");
+            assert_eq!((chain.head_index(), ring.next_avail()), (7, 0));
+            ring.put_back();
+            assert_eq!(ring.next_avail(), u16::MAX);
+            assert!(ring.has_work().expect("look"));
+        }
     }
 
     #[test]

@@ -7,27 +7,39 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
 
-use super::counters::Counters;
 use super::execute::{Disk, Engine};
+use super::memory::Slice;
 use super::poll::PollWindow;
 use super::request::{Operation, Parser, Refusal, Request};
 use super::ring::{Ring, RingError};
+use super::throttle::{Stall, Throttle, now};
 use super::view::View;
 use super::worker::{Control, Start, signal};
+use crate::protocol::counters::VirtioBlkCounters;
 
 /// What a queue's thread has for as long as it lives.
 #[derive(Debug)]
 pub(super) struct Server {
     control: Arc<Control>,
     disk: Arc<Disk>,
-    counters: Arc<Counters>,
+    counters: VirtioBlkCounters,
+    throttle: Arc<Throttle>,
     poll: Duration,
     /// An unusable image is reported once, not once a request.
     reported: AtomicBool,
+}
+
+/// What became of the chains that were available.
+struct Batch {
+    served: bool,
+    /// The first of the rest has to wait.
+    stall: Option<Stall>,
 }
 
 /// Why the service of a ring ended.
@@ -46,10 +58,11 @@ impl Server {
     pub fn new(
         control: Arc<Control>,
         disk: Arc<Disk>,
-        counters: Arc<Counters>,
+        counters: VirtioBlkCounters,
+        throttle: Arc<Throttle>,
         poll: Duration,
     ) -> Server {
-        Server { control, disk, counters, poll, reported: AtomicBool::new(false) }
+        Server { control, disk, counters, throttle, poll, reported: AtomicBool::new(false) }
     }
 
     pub fn control(&self) -> &Control {
@@ -64,6 +77,7 @@ impl Server {
             Err(End::Stopped) => {}
             Err(End::Broken(error)) => self.give_up(start, &error),
         }
+        self.counters.flows();
         next_avail
     }
 
@@ -81,7 +95,11 @@ impl Server {
 
     /// Leaves a broken ring alone until the front end takes it back.
     fn give_up(&self, start: &Start, error: &RingError) {
-        self.counters.poisoned();
+        if error.is_invalid_avail_idx() {
+            self.counters.invalid_avail_idx();
+        } else {
+            self.counters.failed();
+        }
         tracing::warn!(error = %super::chain(error), "ring is stopped until the device is reset");
         // The driver may be waiting for what was answered before.
         signal(start.call.as_ref());
@@ -101,9 +119,15 @@ impl Server {
         let mut window = PollWindow::new(self.poll);
         ring.suppress_kicks()?;
         loop {
-            while self.batch(ring, &mut parser, &mut engine)? {
-                if ring.wants_interrupt()? {
+            loop {
+                let batch = self.batch(ring, &mut parser, &mut engine)?;
+                if batch.served && ring.wants_interrupt()? {
                     signal(start.call.as_ref());
+                }
+                match batch.stall {
+                    Some(stall) => self.wait_for_tokens(&stall)?,
+                    None if batch.served => {}
+                    None => break,
                 }
             }
             let idle = (!self.poll.is_zero()).then(Instant::now);
@@ -120,51 +144,93 @@ impl Server {
         }
     }
 
-    /// Serves what is available, up to a ring full. False if that was nothing.
+    /// Serves what is available, up to a ring full.
     fn batch<'m>(
         &self,
         ring: &mut Ring<'m>,
         parser: &mut Parser<'m>,
         engine: &mut Engine,
-    ) -> Result<bool, End> {
+    ) -> Result<Batch, End> {
         for served in 0..ring.size() {
+            let so_far = |stall| Batch { served: served > 0, stall };
             if self.stopping() {
                 // What was served still has its interrupt to come.
-                return if served > 0 { Ok(true) } else { Err(End::Stopped) };
+                return if served > 0 { Ok(so_far(None)) } else { Err(End::Stopped) };
             }
-            let Some(chain) = ring.pop()? else { return Ok(served > 0) };
+            let Some(chain) = ring.pop()? else { return Ok(so_far(None)) };
             let head = chain.head_index();
-            let len = self.answer(chain, parser, engine);
-            ring.push_used(head, len)?;
+            match self.answer(chain, parser, engine) {
+                Ok(len) => ring.push_used(head, len)?,
+                Err(stall) => {
+                    ring.put_back();
+                    self.counters.stalled();
+                    return Ok(so_far(Some(stall)));
+                }
+            }
         }
-        Ok(true)
+        Ok(Batch { served: true, stall: None })
+    }
+
+    /// Sleeps until the request that was put back has a reason to be tried again.
+    fn wait_for_tokens(&self, stall: &Stall) -> Result<(), End> {
+        let wait = Expiration::OneShot(TimeSpec::from_duration(stall.wait));
+        let timer = &self.control.timer;
+        timer.set(wait, TimerSetTimeFlags::empty()).map_err(RingError::Timer)?;
+        loop {
+            self.wait();
+            if self.stopping() {
+                return Err(End::Stopped);
+            }
+            if self.throttle.is_over(stall, now()) {
+                return Ok(());
+            }
+        }
     }
 
     /// Executes one chain and writes its status; returns the length for its used entry.
+    /// Nothing was done for one that has to wait.
     fn answer<'m>(
         &self,
         chain: DescriptorChain<&'m View<'m>>,
         parser: &mut Parser<'m>,
         engine: &mut Engine,
-    ) -> u32 {
+    ) -> Result<u32, Stall> {
         let request = match parser.parse(chain) {
             Ok(request) => request,
             Err(broken) => {
                 tracing::debug!(%broken, "unanswerable request");
                 self.counters.failed();
-                return 0;
+                return Ok(0);
             }
         };
+        if let Ok((operation, data)) = request.body {
+            self.take_tokens(operation, data)?;
+        }
         let mut filled = 0;
         let status = self.execute(&request, engine, &mut filled);
         if request.status.write_obj(status, 0).is_err() {
-            return 0;
+            return Ok(0);
         }
         // The length covers a prefix of the writable bytes that was really written.
         if filled == request.writable {
             filled += 1;
         }
-        u32::try_from(filled).unwrap_or(u32::MAX)
+        Ok(u32::try_from(filled).unwrap_or(u32::MAX))
+    }
+
+    /// Takes what a request that passed every check costs.
+    fn take_tokens(&self, operation: Operation, data: &[Slice<'_>]) -> Result<(), Stall> {
+        if self.throttle.is_limited() {
+            let bytes = match operation {
+                Operation::Read(_) | Operation::Write(_) => {
+                    data.iter().map(|slice| slice.len() as u64).sum()
+                }
+                _ => 0,
+            };
+            self.throttle.take(bytes, now())?;
+        }
+        self.counters.flows();
+        Ok(())
     }
 
     fn execute(&self, request: &Request<'_, '_>, engine: &mut Engine, filled: &mut u64) -> u8 {

@@ -16,13 +16,15 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
-use super::counters::Counters;
 use super::execute::Disk;
 use super::memory::Memory;
 use super::request::Limits;
 use super::ring::Layout;
 use super::server::Server;
+use super::throttle::Throttle;
+use crate::protocol::counters::VirtioBlkCounters;
 
 /// A worker that could not be made, or no longer answers.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +65,10 @@ pub(super) struct Start {
 pub(super) struct Control {
     /// The thread is to give its ring back.
     pub stop: AtomicBool,
-    /// What the thread sleeps on: `wake` and the kicks of its ring.
+    /// What the thread sleeps on: `wake`, `timer` and the kicks of its ring.
     pub epoll: Epoll,
+    /// Ends the wait for tokens.
+    pub timer: TimerFd,
     wake: EventFd,
 }
 
@@ -83,17 +87,24 @@ impl Worker {
     pub fn spawn(
         index: u16,
         disk: Arc<Disk>,
-        counters: Arc<Counters>,
+        counters: VirtioBlkCounters,
+        throttle: Arc<Throttle>,
         poll: Duration,
     ) -> Result<Worker, WorkerError> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(WorkerError::Events)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(WorkerError::Events)?;
         watch(&epoll, &wake).map_err(WorkerError::Events)?;
-        let control = Arc::new(Control { stop: AtomicBool::new(false), epoll, wake });
+        let timer = TimerFd::new(
+            ClockId::CLOCK_MONOTONIC,
+            TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
+        )
+        .map_err(WorkerError::Events)?;
+        watch(&epoll, &timer).map_err(WorkerError::Events)?;
+        let control = Arc::new(Control { stop: AtomicBool::new(false), epoll, timer, wake });
         let (starts, start) = channel();
         let (end, ends) = channel();
-        let server = Server::new(control.clone(), disk, counters, poll);
+        let server = Server::new(control.clone(), disk, counters, throttle, poll);
         let thread = thread::Builder::new()
             .name(format!("blk-q{index}"))
             .spawn(move || {
@@ -126,6 +137,12 @@ impl Worker {
         Ok(())
     }
 
+    /// Has it look whether what it waits for is there.
+    pub fn wake(&self) {
+        // Fails only when the counter is full, and then the thread is awake already.
+        let _ = self.control.wake.write(1);
+    }
+
     /// Whether it has a ring.
     pub fn is_running(&self) -> bool {
         self.running.is_some()
@@ -136,8 +153,7 @@ impl Worker {
     pub fn stop(&mut self) -> Result<Option<u16>, WorkerError> {
         let Some(kick) = self.running.take() else { return Ok(None) };
         self.control.stop.store(true, Ordering::Release);
-        // Fails only when the counter is full, and then the thread is awake already.
-        let _ = self.control.wake.write(1);
+        self.wake();
         let next_avail = self.ends.recv().map_err(|_| WorkerError::Gone)?;
         // The thread waits for a ring now, not for kicks. A closed fd would have
         // left the set by itself only with its last duplicate, which others hold.

@@ -5,6 +5,7 @@
 //! messages in both directions. A message that does not decode ends the channel,
 //! and with it the process; never the VM.
 
+pub mod counters;
 pub mod ring;
 
 use serde::{Deserialize, Serialize};
@@ -47,7 +48,8 @@ pub enum SeccompMode {
 /// Role and configuration of a device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
-    /// fds: the disk image, opened as [`BlkStart::read_only`] says.
+    /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
+    /// [`counters`].
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -67,6 +69,26 @@ pub struct BlkStart {
     pub queues: u16,
     /// How long, in microseconds, a worker polls the avail ring before it sleeps.
     pub poll_us: u32,
+    /// What the disk may do.
+    pub throttle: ThrottleLimits,
+}
+
+/// What a disk may do at most, over all its queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ThrottleLimits {
+    /// Bytes read and written; `None` for as many as can be.
+    pub bytes: Option<Rate>,
+    /// Valid requests of any kind; `None` for as many as can be.
+    pub requests: Option<Rate>,
+}
+
+/// A steady rate and what may go beyond it for a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Rate {
+    /// Tokens a second, at least one.
+    pub per_second: u64,
+    /// Most tokens saved up while nothing is asked for, at least `per_second`.
+    pub burst: u64,
 }
 
 /// Configuration of a serial device process.
@@ -106,7 +128,10 @@ pub enum ToCell {
         /// Longest time to wait for a slow reader, in milliseconds.
         limit_ms: u32,
     },
-    /// Answer [`FromCell::Stats`].
+    /// A block process only, and not answered: from now on the disk may do this much.
+    Throttle(ThrottleLimits),
+    /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
+    /// instead.
     Stats,
 }
 
@@ -165,7 +190,7 @@ pub enum Marker {
 /// Counters of a device process, cumulative.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CellStats {
-    /// Nothing counted yet.
+    /// Nothing counted yet, or not here.
     #[default]
     None,
     /// A serial process.
@@ -176,21 +201,6 @@ pub enum CellStats {
         input: u64,
         /// Bytes of output dropped because the reader did not keep up.
         dropped: u64,
-    },
-    /// A block process.
-    Blk {
-        /// Requests answered OK.
-        reads: u64,
-        /// Requests answered OK.
-        writes: u64,
-        /// Requests answered OK.
-        flushes: u64,
-        /// Bytes read.
-        bytes_read: u64,
-        /// Bytes written.
-        bytes_written: u64,
-        /// Requests answered with an I/O error.
-        errors: u64,
     },
 }
 

@@ -197,6 +197,7 @@ impl Serial {
                 self.drains.push(Drain { epoch, until });
                 Ok(())
             }
+            ToCell::Throttle(_) => Ok(()), // not for a serial line
             ToCell::Stats => {
                 let stats = CellStats::Serial {
                     output: self.uart.total(),

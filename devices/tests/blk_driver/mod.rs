@@ -9,8 +9,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::blk::{self, BlkError};
-use cellblock_devices::protocol::{BlkStart, CellStats, FromCell, ToCell};
-use cellblock_wire::{Channel, sealed_memfd};
+use cellblock_devices::protocol::counters::{
+    CountersPage, VirtioBlkCountersSnapshot, new_counters,
+};
+use cellblock_devices::protocol::{BlkStart, ThrottleLimits};
+use cellblock_wire::{Access, Channel, sealed_memfd};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -44,11 +47,18 @@ pub struct Options {
     pub queues: u16,
     pub read_only: bool,
     pub poll_us: u32,
+    pub throttle: ThrottleLimits,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { bytes: 1 << 20, queues: 1, read_only: false, poll_us: 0 }
+        Options {
+            bytes: 1 << 20,
+            queues: 1,
+            read_only: false,
+            poll_us: 0,
+            throttle: Default::default(),
+        }
     }
 }
 
@@ -59,6 +69,8 @@ pub struct Device {
     pub ram: File,
     pub image: tempfile::NamedTempFile,
     pub cell: Channel,
+    pub counters: CountersPage,
+    pub queues: u16,
     pub offered: u64,
     pub thread: Option<JoinHandle<Result<(), BlkError>>>,
 }
@@ -89,8 +101,12 @@ impl Device {
             serial: "test-disk".into(),
             queues: options.queues,
             poll_us: options.poll_us,
+            throttle: options.throttle,
         };
-        let device = blk::prepare(start, vec![OwnedFd::from(opened)], theirs).expect("prepare");
+        let page = new_counters().expect("page");
+        let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");
+        let fds = vec![OwnedFd::from(opened), page];
+        let device = blk::prepare(start, fds, theirs).expect("prepare");
         let thread = std::thread::spawn(move || device.serve(&cell_end));
         let ram = File::from(sealed_memfd("guest", 2 * REGION).expect("memfd"));
         let dup = || ram.try_clone().expect("dup");
@@ -101,7 +117,9 @@ impl Device {
         .expect("map");
         let socket = ours.try_clone().expect("dup");
         let front = Frontend::from_stream(ours, options.queues.into());
-        let device = Device { front, memory, ram, image, cell, offered: 0, thread: Some(thread) };
+        let (queues, thread) = (options.queues, Some(thread));
+        let device =
+            Device { front, memory, ram, image, cell, counters, queues, offered: 0, thread };
         (device, socket)
     }
 
@@ -141,12 +159,10 @@ impl Device {
             .to_vec()
     }
 
-    pub fn stats(&self) -> CellStats {
-        self.cell.send(&ToCell::Stats, &[]).expect("ask");
-        match self.cell.recv_timeout(PATIENCE).expect("answer").0 {
-            FromCell::Stats(stats) => stats,
-            other => panic!("{other:?}"),
-        }
+    /// The counters of all queues.
+    pub fn stats(&self) -> VirtioBlkCountersSnapshot {
+        let queues = (0..self.queues).map(|queue| self.counters.queue(queue).snapshot());
+        queues.fold(VirtioBlkCountersSnapshot::default(), |sum, queue| sum.saturating_add(&queue))
     }
 
     /// Waits for the device to end by itself.

@@ -1,0 +1,230 @@
+//! How much a disk may do: two token buckets, of bytes and of requests.
+//!
+//! A request takes what it costs from both, or from neither and is tried again when it
+//! can be had. Nobody sleeps here: who is refused is told how long to wait. The buckets
+//! are the disk's, shared by its queues, and their balance is in the page shared with the
+//! VMM: neither a reset by the guest nor a restart of the process refills them.
+
+mod bucket;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::protocol::counters::CountersPage;
+use crate::protocol::{Rate, ThrottleLimits};
+use bucket::{Bucket, Cost};
+
+/// Words of the page: when the balances were struck (nanoseconds of the monotonic clock;
+/// zero for never), then the balances.
+const STAMP: usize = 0;
+const BYTES: usize = 1;
+const REQUESTS: usize = 2;
+
+/// What a disk may do. Shared by its workers.
+#[derive(Debug)]
+pub(super) struct Throttle {
+    limited: AtomicBool,
+    /// How often the limits were changed.
+    changes: AtomicU64,
+    buckets: Mutex<Buckets>,
+}
+
+#[derive(Debug)]
+struct Buckets {
+    page: CountersPage,
+    bytes: Option<Bucket>,
+    requests: Option<Bucket>,
+}
+
+/// A request that has to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stall {
+    /// How long, if nobody else takes tokens.
+    pub wait: Duration,
+    /// When that is over, in nanoseconds of [`now`].
+    pub until: u64,
+    changes: u64,
+}
+
+/// Nanoseconds of the monotonic clock, which all processes of the VM share.
+pub(super) fn now() -> u64 {
+    // It cannot fail for this clock; a clock that stands still would only refill nothing.
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Throttle {
+    /// A throttle whose buckets go on from the balance in `page`, or start full.
+    pub fn new(limits: &ThrottleLimits, page: CountersPage, now: u64) -> Throttle {
+        let stamp = page.throttle(STAMP).load(Ordering::Relaxed);
+        let kept = |word| page.throttle(word).load(Ordering::Relaxed) as i64;
+        // A stamp of the future is none of this host's, since it last started.
+        let known = (1..=now).contains(&stamp);
+        let restore = |rate: Option<Rate>, word| {
+            rate.map(|rate| match known {
+                true => Bucket::restore(rate, kept(word), stamp),
+                false => Bucket::full(rate, now),
+            })
+        };
+        let bytes = restore(limits.bytes, BYTES);
+        let requests = restore(limits.requests, REQUESTS);
+        let limited = AtomicBool::new(bytes.is_some() || requests.is_some());
+        let buckets = Mutex::new(Buckets { page, bytes, requests });
+        Throttle { limited, changes: AtomicU64::new(0), buckets }
+    }
+
+    /// Changes the limits. What was taken stays taken; a bucket that is new starts full.
+    pub fn set(&self, limits: &ThrottleLimits, now: u64) {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let change = |bucket: Option<Bucket>, rate: Option<Rate>| {
+            rate.map(|rate| match bucket {
+                Some(bucket) => bucket.changed(rate, now),
+                None => Bucket::full(rate, now),
+            })
+        };
+        buckets.bytes = change(buckets.bytes.take(), limits.bytes);
+        buckets.requests = change(buckets.requests.take(), limits.requests);
+        buckets.keep(now);
+        let limited = buckets.bytes.is_some() || buckets.requests.is_some();
+        self.limited.store(limited, Ordering::Relaxed);
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether there is a limit at all. One load.
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// Takes the tokens of one request that moves so many bytes.
+    pub fn take(&self, bytes: u64, now: u64) -> Result<(), Stall> {
+        let changes = self.changes.load(Ordering::Acquire);
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait = buckets.take(bytes, now);
+        if wait.is_zero() {
+            buckets.keep(now);
+            return Ok(());
+        }
+        let until = now.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+        Err(Stall { wait, until, changes })
+    }
+
+    /// Whether a request that was refused has a reason to be tried again.
+    pub fn is_over(&self, stall: &Stall, now: u64) -> bool {
+        now >= stall.until || self.changes.load(Ordering::Acquire) != stall.changes
+    }
+}
+
+impl Buckets {
+    /// Takes from both or, where the answer is not zero, from neither.
+    fn take(&mut self, bytes: u64, now: u64) -> Duration {
+        let mut wait = Duration::ZERO;
+        let costs = [(&mut self.bytes, Cost(bytes)), (&mut self.requests, Cost(1))];
+        for (bucket, cost) in costs {
+            if let Some(bucket) = bucket {
+                bucket.refill(now);
+                wait = wait.max(bucket.wait(cost));
+            }
+        }
+        if wait.is_zero() {
+            let costs = [(&mut self.bytes, Cost(bytes)), (&mut self.requests, Cost(1))];
+            for (bucket, cost) in costs {
+                if let Some(bucket) = bucket {
+                    bucket.take(cost);
+                }
+            }
+        }
+        wait
+    }
+
+    /// Writes the balances down for a process that comes after this one.
+    fn keep(&self, now: u64) {
+        let store = |word, value| self.page.throttle(word).store(value, Ordering::Relaxed);
+        let balance =
+            |bucket: &Option<Bucket>| bucket.as_ref().map_or(i64::MAX, Bucket::balance) as u64;
+        store(BYTES, balance(&self.bytes));
+        store(REQUESTS, balance(&self.requests));
+        store(STAMP, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::counters::new_counters;
+    use cellblock_wire::Access;
+
+    const SECOND: u64 = 1_000_000_000;
+    const START: u64 = 77 * SECOND;
+
+    fn page() -> CountersPage {
+        CountersPage::map(new_counters().expect("page"), Access::ReadWrite).expect("map")
+    }
+
+    fn limits(bytes: Option<u64>, requests: Option<u64>) -> ThrottleLimits {
+        let rate = |n: Option<u64>| n.map(|n| Rate { per_second: n, burst: n });
+        ThrottleLimits { bytes: rate(bytes), requests: rate(requests) }
+    }
+
+    /// How many requests of `bytes` pass at once.
+    fn passes(throttle: &Throttle, bytes: u64, now: u64) -> usize {
+        (0..10_000).take_while(|_| throttle.take(bytes, now).is_ok()).count()
+    }
+
+    #[test]
+    fn a_request_takes_from_both_buckets_or_from_none() {
+        let throttle = Throttle::new(&limits(Some(10_000), Some(4)), page(), START);
+        assert_eq!(passes(&throttle, 4000, START), 2);
+        // The requests' bucket has its two: the refusals by bytes took none of them.
+        assert_eq!(passes(&throttle, 0, START), 2);
+        assert_eq!(throttle.take(0, START).unwrap_err().wait, Duration::from_millis(250));
+        assert_eq!(throttle.take(4000, START).unwrap_err().wait, Duration::from_millis(250));
+        assert_eq!(throttle.take(6000, START).unwrap_err().wait, Duration::from_millis(400));
+        // Refused for want of a request token, it leaves the bytes alone.
+        assert_eq!(throttle.take(2000, START).unwrap_err().wait, Duration::from_millis(250));
+        assert_eq!(throttle.take(2000, START + SECOND / 4), Ok(()));
+    }
+
+    #[test]
+    fn without_limits_everything_passes() {
+        let throttle = Throttle::new(&limits(None, None), page(), START);
+        assert!(!throttle.is_limited());
+        assert_eq!(throttle.take(u64::MAX, START), Ok(()));
+    }
+
+    #[test]
+    fn a_change_is_news_to_who_waits_and_no_gift() {
+        let throttle = Throttle::new(&limits(None, Some(10)), page(), START);
+        assert_eq!(passes(&throttle, 0, START), 10);
+        let stall = throttle.take(0, START).unwrap_err();
+        assert!(!throttle.is_over(&stall, START) && throttle.is_over(&stall, stall.until));
+        throttle.set(&limits(None, Some(100)), START);
+        assert!(throttle.is_over(&stall, START));
+        assert_eq!(throttle.take(0, START).unwrap_err().wait, Duration::from_millis(10));
+        throttle.set(&limits(Some(100), Some(100)), START);
+        assert_eq!(throttle.take(100, START + SECOND / 100), Ok(()), "new, so full");
+        throttle.set(&limits(None, None), START);
+        assert!(!throttle.is_limited());
+        assert_eq!(throttle.take(1 << 40, START), Ok(()));
+    }
+
+    #[test]
+    fn a_process_that_comes_after_goes_on_with_the_balance() {
+        let page = page();
+        let limits = limits(Some(1000), Some(10));
+        let first = Throttle::new(&limits, page.clone(), START);
+        assert_eq!(first.take(5000, START), Ok(()), "larger than the bucket: a debt");
+        assert_eq!(passes(&first, 0, START), 9);
+        let second = Throttle::new(&limits, page.clone(), START + SECOND / 10);
+        assert_eq!(passes(&second, 0, START + SECOND / 10), 1);
+        let wait = second.take(1, START + SECOND / 10).unwrap_err().wait;
+        assert_eq!(wait, Duration::from_millis(3901));
+        // What is written there may be anything.
+        for word in [STAMP, BYTES, REQUESTS] {
+            page.throttle(word).store(u64::MAX, Ordering::Relaxed);
+        }
+        assert_eq!(passes(&Throttle::new(&limits, page, START), 0, START), 10);
+    }
+}

@@ -31,7 +31,10 @@ impl Vm {
             }
             Request::Stats => Some(Reply::Stats(Box::new(self.stats()))),
             // The spawner looks, and answers in its own time.
-            Request::Ps => None,
+            Request::Ps => match self.spawner.inspect() {
+                Ok(()) => None,
+                Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
+            },
             Request::Events => Some(Reply::Events),
         }
     }

@@ -145,7 +145,6 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
-        looking: Vec::new(),
     })
 }
 

@@ -51,10 +51,7 @@ pub(super) struct Vm {
     pub(super) events: Vec<EventKind>,
     pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
-    /// Who waits for the spawner's next look at the processes, and for the one that
-    /// is under way.
     pub(super) asked_for_processes: Vec<Token>,
-    pub(super) looking: Vec<Token>,
 }
 
 /// What does not change about a disk.
@@ -269,23 +266,10 @@ impl Vm {
             control.broadcast(kind);
         }
         self.control = Some(control);
-        self.look_at_processes();
-    }
-
-    /// Has the spawner look at all processes, for everyone who asked before it began.
-    /// One look at a time, so that clients cannot bury it in work.
-    fn look_at_processes(&mut self) {
-        if !self.looking.is_empty() || self.asked_for_processes.is_empty() {
-            return;
-        }
-        self.looking = std::mem::take(&mut self.asked_for_processes);
-        if let Err(error) = self.spawner.inspect() {
-            self.answer_processes(&Reply::error(crate::remedy::chain(&error), None));
-        }
     }
 
     fn answer_processes(&mut self, reply: &Reply) {
-        for token in std::mem::take(&mut self.looking) {
+        for token in std::mem::take(&mut self.asked_for_processes) {
             if let Some(control) = &mut self.control {
                 control.complete(token, reply);
             }
@@ -298,7 +282,6 @@ impl Vm {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
-                    self.look_at_processes();
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => return ON,

@@ -33,10 +33,13 @@ impl Vm {
             }
             Request::Stats => Some(Reply::Stats(Box::new(self.stats()))),
             // The spawner looks, and answers in its own time.
-            Request::Ps => None,
             Request::Throttle { id, bw, bw_burst, iops, iops_burst } => {
                 Some(self.throttle(id, &Throttle { bw, bw_burst, iops, iops_burst }))
             }
+            Request::Ps => match self.spawner.inspect() {
+                Ok(()) => None,
+                Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
+            },
             Request::Events => Some(Reply::Events),
         }
     }

@@ -15,5 +15,6 @@ pub mod spec;
 pub mod terminal;
 pub mod transport;
 pub mod vcpu;
+pub mod vhost_user_blk;
 pub mod vm;
 pub mod vmm;

@@ -62,7 +62,25 @@ pub struct StartingDisk {
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
 
-/// Asks for the process of `disk`.
+/// Asks for a process that serves `disk` to the front end at the other end of `socket`.
+pub fn process(
+    spawner: &mut Spawner,
+    common: Common,
+    spec: &DiskSpec,
+    disk: &OpenedDisk,
+    socket: UnixStream,
+) -> Result<Cell, CellError> {
+    let start = Start::Blk(BlkStart {
+        read_only: disk.read_only,
+        size: disk.size,
+        serial: disk.serial.clone(),
+        queues: 1,
+        poll_us: spec.poll_us,
+    });
+    launch(spawner, common, spec.id(), start, &[disk.fd.as_fd()], Some(socket))
+}
+
+/// Asks for the process of `disk`, for a device of our own.
 pub fn start(
     spawner: &mut Spawner,
     common: Common,
@@ -72,14 +90,7 @@ pub fn start(
     let id = spec.id();
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
-    let start = Start::Blk(BlkStart {
-        read_only: disk.read_only,
-        size: disk.size,
-        serial: disk.serial.clone(),
-        queues: 1,
-        poll_us: spec.poll_us,
-    });
-    let cell = launch(spawner, common, id, start, &[disk.fd.as_fd()], Some(far))?;
+    let cell = process(spawner, common, spec, disk, far)?;
     Ok(StartingDisk { cell, socket: Some(near), front_end: None })
 }
 

@@ -14,6 +14,7 @@ mod resume;
 mod run;
 mod stats;
 mod stop;
+mod vhost_user_blk;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -61,6 +62,7 @@ enum Command {
     Stats(stats::Stats),
     Ps(ps::Ps),
     Events(events::Events),
+    VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
 /// A command that did not succeed.
@@ -104,7 +106,8 @@ impl Cli {
         if let Command::Run(run) = self.command {
             return run.execute(self.log);
         }
-        logging::init(logging::choose(self.log).map_err(Failure::Usage)?);
+        let level = logging::choose(self.log).map_err(Failure::Usage)?;
+        logging::init(level);
         match self.command {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
@@ -114,6 +117,7 @@ impl Cli {
             Command::Stats(stats) => stats.execute(),
             Command::Ps(ps) => ps.execute(),
             Command::Events(events) => events.execute(),
+            Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }
 }

@@ -128,7 +128,7 @@ impl Run {
 }
 
 /// For programs that start a VM and must not leave it behind, as the demo does.
-fn die_with_parent() -> Result<(), Failure> {
+pub(super) fn die_with_parent() -> Result<(), Failure> {
     prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|errno| Failure::Error(format!("tying the VM to its parent's life: {errno}")))
 }

@@ -173,7 +173,7 @@ fn start_console(
 }
 
 /// Gives up capabilities, and has refused system calls reported by name.
-fn drop_privileges() -> Result<(), VmmError> {
+pub(crate) fn drop_privileges() -> Result<(), VmmError> {
     jail::drop_vmm_privileges()?;
     let page = violation::new_page()?;
     let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
@@ -257,6 +257,9 @@ fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
 }
 
 /// Puts the calling thread under `policy`, unless jails are off.
-fn confine(policy: Policy, mode: Option<filter::Mode>) -> Result<(), filter::FilterError> {
+pub(crate) fn confine(
+    policy: Policy,
+    mode: Option<filter::Mode>,
+) -> Result<(), filter::FilterError> {
     mode.map_or(Ok(()), |mode| filter::apply(policy, mode))
 }

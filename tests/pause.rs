@@ -71,7 +71,7 @@ fn stands_still(vm: &mut Vm) {
 /// Lets the guest run a little, each time for another while, so that pauses meet it at
 /// every point of what it does.
 fn linger(cycle: u64) {
-    if cycle % 50 == 0 {
+    if cycle.is_multiple_of(50) {
         // Rather long sometimes, to get on.
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -101,7 +101,7 @@ fn cycles(cpus: usize, words: &str) {
         let (epoch, time) = vm.pause();
         assert_eq!(epoch, cycle, "a pause was lost");
         took.push(time);
-        if cycle % 500 == 0 {
+        if cycle.is_multiple_of(500) {
             stands_still(&mut vm);
         }
         assert_eq!(vm.resume(), cycle, "a resume was lost");
@@ -136,8 +136,7 @@ fn cycles(cpus: usize, words: &str) {
     assert!(epochs.windows(2).all(|pair| pair[0] < pair[1]), "events out of order");
     vm.say(b"q");
     vm.wait_for("pause: ok");
-    let rounds =
-        round(&vm.console.text().lines().rfind(|l| l.contains("pause: n=")).unwrap().to_string());
+    let rounds = round(vm.console.text().lines().rfind(|l| l.contains("pause: n=")).unwrap());
     vm.ends_well();
 
     took.sort_unstable();

@@ -5,7 +5,6 @@
 mod common;
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::time::Duration;
 
 use cellblock::control::protocol::Request;
@@ -99,16 +98,13 @@ fn the_terminal_is_itself_again_when_the_spawner_is_killed() {
 
 #[test]
 fn the_terminal_is_itself_again_when_the_start_fails() {
-    let mut vm = Vm::with("").kernel(Path::new("none")).terminal().start();
+    let mut vm = Vm::with("").arg("--initrd=none").terminal().start();
     let line = vm.wait_for_error("cellblock: error: ");
-    assert_ne!(vm.wait_exit().code(), Some(0), "{line}");
+    assert_eq!(vm.wait_exit().code(), Some(1), "{line}");
     assert!(is_cooked(vm.terminal()));
 
     // After the terminal was made raw: this kernel is none.
-    let dir = tempfile::tempdir().unwrap();
-    let kernel = dir.path().join("kernel");
-    std::fs::write(&kernel, vec![0; 4096]).unwrap();
-    let mut vm = Vm::with("").kernel(&kernel).terminal().start();
+    let mut vm = Vm::with("").image(&[0; 4096]).terminal().start();
     assert_eq!(vm.wait_exit().code(), Some(1));
     assert!(is_cooked(vm.terminal()));
     let said = vm.stderr.finished(LIMIT);

@@ -21,7 +21,7 @@ const PAUSES: usize = 200;
 /// How long a paused guest is watched to see that it stands still.
 const STILL: Duration = Duration::from_millis(300);
 /// How long any single answer may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A step of the demo that did not hold.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,8 @@ pub fn run() -> Result<(), DemoError> {
     };
     show::processes(&processes);
     check_jails(&processes)?;
-    say("each device: seccomp on, no capabilities, and seven namespaces it shares with nobody");
+    say("each device: seccomp on, no capabilities, and seven namespaces it shares with nobody;");
+    say("the VMM: seccomp on every vCPU thread, no capabilities");
     let beyond: u64 = processes.iter().map(|p| p.pss_kib).sum();
     let guest = vm.resident_ram_kib(&processes)?;
     rows.push(Row::new(
@@ -107,7 +108,7 @@ pub fn run() -> Result<(), DemoError> {
     step("The guest ends, and Cellblock with it");
     vm.say(b"q")?;
     vm.wait_for("guest: goodbye")?;
-    vm.finish()?;
+    vm.finish(&processes)?;
     say("status 0, and no process is left behind");
 
     println!();
@@ -148,34 +149,45 @@ fn resume(vm: &mut DemoVm) -> Result<(), DemoError> {
     }
 }
 
+/// What `ps` has to say of a VM with one disk and one console.
 fn check_jails(processes: &[Process]) -> Result<(), DemoError> {
+    let wrong = |p: &Process, what: &str| Err(bad(format!("{} {}: {what}", p.role, p.id)));
     let devices: Vec<_> =
         processes.iter().filter(|p| p.role == "blk" || p.role == "serial").collect();
     if devices.len() != 2 {
         return Err(bad(format!("{} device processes where two were asked for", devices.len())));
     }
     for device in devices {
-        let wrong = |what: &str| Err(bad(format!("{} {}: {what}", device.role, device.id)));
         if device.seccomp != 2 || device.threads.iter().any(|t| t.seccomp != 2) {
-            return wrong("a thread without a seccomp filter");
+            return wrong(device, "a thread without a seccomp filter");
         }
         if !device.no_new_privs {
-            return wrong("an exec could give it privileges");
+            return wrong(device, "an exec could give it privileges");
         }
         if device.cap_eff.0 | device.cap_prm.0 | device.cap_bnd.0 != 0 {
-            return wrong("it has capabilities");
+            return wrong(device, "it has capabilities");
         }
         for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
             let Some(inode) = device.namespaces.get(kind) else {
-                return wrong("its namespaces cannot be seen");
+                return wrong(device, "its namespaces cannot be seen");
             };
             let shared = processes
                 .iter()
                 .any(|p| p.pid != device.pid && p.namespaces.get(kind) == Some(inode));
             if shared {
-                return wrong(&format!("it shares its {kind} namespace"));
+                return wrong(device, &format!("it shares its {kind} namespace"));
             }
         }
+    }
+    let Some(vmm) = processes.iter().find(|p| p.role == "vmm") else {
+        return Err(bad("the VMM is not among its processes".to_string()));
+    };
+    let mut vcpus = vmm.threads.iter().filter(|t| t.name.starts_with("vcpu")).peekable();
+    if vmm.seccomp != 2 || vcpus.peek().is_none() || vcpus.any(|t| t.seccomp != 2) {
+        return wrong(vmm, "a vCPU thread without a seccomp filter");
+    }
+    if vmm.cap_eff.0 | vmm.cap_prm.0 != 0 {
+        return wrong(vmm, "it has capabilities");
     }
     Ok(())
 }
@@ -203,6 +215,7 @@ fn number_after(line: &str, text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::protocol::{CapSet, Thread};
 
     #[test]
     fn figures_are_found_in_the_guests_lines() {
@@ -211,5 +224,52 @@ mod tests {
         assert_eq!(number_after("guest: ready, ticks=17", "ticks="), Some(17));
         assert_eq!(number_after("guest: ticks=9 cycles=8", "ticks="), Some(9));
         assert_eq!(number_after("guest", "ticks="), None);
+    }
+
+    fn process(role: &str, pid: i32, thread: &str) -> Process {
+        let kinds = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
+        Process {
+            role: role.into(),
+            id: String::new(),
+            pid,
+            uid: 1000,
+            seccomp: 2,
+            no_new_privs: true,
+            cap_eff: CapSet(0),
+            cap_prm: CapSet(0),
+            cap_bnd: CapSet(0),
+            namespaces: kinds.map(|kind| (kind.to_string(), pid as u64)).into(),
+            rss_kib: 1,
+            pss_kib: 1,
+            threads: vec![Thread { name: thread.into(), tid: pid, seccomp: 2 }],
+        }
+    }
+
+    fn vm() -> [Process; 3] {
+        [process("vmm", 1, "vcpu0"), process("serial", 2, "serial"), process("blk", 3, "blk")]
+    }
+
+    #[test]
+    fn every_hole_in_a_jail_fails_the_demo() {
+        check_jails(&vm()).expect("a VM as it should be");
+        let holes: [(&str, fn(&mut [Process; 3])); 12] = [
+            ("no block process", |vm| vm[2].role = "other".into()),
+            ("a device without seccomp", |vm| vm[1].seccomp = 0),
+            ("one thread of it", |vm| vm[2].threads[0].seccomp = 0),
+            ("no no_new_privs", |vm| vm[1].no_new_privs = false),
+            ("an effective capability", |vm| vm[1].cap_eff = CapSet(1)),
+            ("a permitted one", |vm| vm[1].cap_prm = CapSet(1)),
+            ("one in the bounding set", |vm| vm[2].cap_bnd = CapSet(1 << 40)),
+            ("a namespace that is the VMM's", |vm| vm[2].namespaces = vm[0].namespaces.clone()),
+            ("one nobody can see", |vm| drop(vm[2].namespaces.remove("net"))),
+            ("a vCPU thread without seccomp", |vm| vm[0].threads[0].seccomp = 0),
+            ("no vCPU thread at all", |vm| vm[0].threads.clear()),
+            ("a VMM with capabilities", |vm| vm[0].cap_prm = CapSet(1)),
+        ];
+        for (what, make) in holes {
+            let mut vm = vm();
+            make(&mut vm);
+            assert!(check_jails(&vm).is_err(), "{what}");
+        }
     }
 }

@@ -153,19 +153,29 @@ impl DemoVm {
         Ok(())
     }
 
-    /// Waits for the end.
-    pub(super) fn finish(mut self) -> Result<(), DemoError> {
+    /// Waits for the end, and until none of `processes` is left.
+    pub(super) fn finish(mut self, processes: &[Process]) -> Result<(), DemoError> {
         let end = Instant::now() + PATIENCE;
+        let wait = |late: &str| match Instant::now() > end {
+            true => Err(bad(format!("{late} after {PATIENCE:?}"))),
+            false => {
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(())
+            }
+        };
         loop {
             match self.child.try_wait().map_err(system("waiting for the VM"))? {
-                Some(status) if status.success() => return Ok(()),
+                Some(status) if status.success() => break,
                 Some(status) => return Err(bad(format!("the VM ended with {status}"))),
-                None if Instant::now() > end => {
-                    return Err(bad(format!("the VM did not end in {PATIENCE:?}")));
-                }
-                None => std::thread::sleep(Duration::from_millis(2)),
+                None => wait("the VM had not ended")?,
             }
         }
+        for process in processes {
+            while Path::new("/proc").join(process.pid.to_string()).exists() {
+                wait(&format!("the {} process {} was still there", process.role, process.pid))?;
+            }
+        }
+        Ok(())
     }
 }
 

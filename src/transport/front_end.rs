@@ -218,6 +218,13 @@ impl FrontEnd {
     }
 }
 
+impl Drop for FrontEnd {
+    /// Ends an exchange under way too, and with it the thread.
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
 struct Worker {
     id: String,
     frontend: Frontend,
@@ -356,3 +363,7 @@ impl Worker {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "front_end_tests.rs"]
+mod tests;

@@ -8,19 +8,22 @@
 //! configuration bit is ours, set before the line is raised. InterruptACK of the
 //! used-buffer bit alone is swallowed by an ioeventfd.
 
+mod registers;
+#[cfg(test)]
+mod tests;
+
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
-};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::front_end::{Activation, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup};
-use super::queue::{QUEUE_SIZE_MAX, QueueConfig, QueueError};
-use super::wait::{Completion, Waited};
+use self::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers};
+use super::front_end::{
+    Activation, Answer, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup,
+};
+use super::queue::QueueError;
+use super::wait::Waited;
 use crate::bus::{BusDevice, Outcome};
 use crate::event;
 use crate::vcpu::Kicks;
@@ -32,13 +35,6 @@ pub const QUEUE_NOTIFY: u64 = 0x50;
 pub const INTERRUPT_ACK: u64 = 0x64;
 /// Bytes of a device's register window.
 pub const WINDOW: u64 = 0x1000;
-
-const MAGIC: u32 = 0x7472_6976; // "virt"
-const VERSION: u32 = 2;
-const VENDOR: u32 = 0x4c4c_4243; // "CBLL"
-const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
-const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
-const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 
 /// An activation that never reached the device process.
 #[derive(Debug, thiserror::Error)]
@@ -84,19 +80,11 @@ pub struct VirtioMmio {
     front_end: FrontEnd,
     wiring: Wiring,
     vcpu_kicks: Arc<Kicks>,
-    registers: Mutex<Registers>,
+    state: Mutex<State>,
 }
 
-#[derive(Default)]
-struct Registers {
-    status: u32,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    driver_features: u64,
-    queue_sel: u32,
-    queues: Vec<QueueConfig>,
-    config_changed: bool,
-    generation: u32,
+struct State {
+    registers: Registers,
     pending: Option<Pending>,
 }
 
@@ -105,7 +93,7 @@ struct Registers {
 struct Pending {
     vcpu: usize,
     change: Change,
-    answer: Arc<Completion<Result<(), FrontEndError>>>,
+    answer: Answer<()>,
 }
 
 #[derive(Clone, Copy)]
@@ -124,24 +112,31 @@ impl VirtioMmio {
         vcpu_kicks: Arc<Kicks>,
     ) -> VirtioMmio {
         let Identity { id, device_type, info } = identity;
-        let queues = vec![QueueConfig::default(); wiring.kicks.len()];
-        let registers = Mutex::new(Registers { queues, ..Registers::default() });
-        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, registers }
+        let registers = Registers::new(wiring.kicks.len());
+        let state = Mutex::new(State { registers, pending: None });
+        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, state }
     }
 
     /// The kick hook: a vCPU that waits for this device process stops waiting.
     pub fn kick(&self, vcpu: usize) {
-        let registers = self.lock();
-        if let Some(pending) = registers.pending.as_ref().filter(|p| p.vcpu == vcpu) {
+        let state = self.lock();
+        if let Some(pending) = state.pending.as_ref().filter(|p| p.vcpu == vcpu) {
             pending.answer.kick();
         }
     }
 
     /// Tells the driver that the device gave up: DEVICE_NEEDS_RESET and a
-    /// configuration interrupt (virtio 1.2 section 2.1.2).
-    pub fn fail(&self) {
-        let mut registers = self.lock();
-        self.needs_reset(&mut registers);
+    /// configuration interrupt (virtio 1.2 section 2.1.2). False where that is known
+    /// already, or no driver runs the device: a reset may have come first.
+    fn fail(&self) -> bool {
+        let mut state = self.lock();
+        let status = state.registers.status;
+        let starting = matches!(state.pending, Some(Pending { change: Change::DriverOk(_), .. }));
+        let news = (starting || status & DRIVER_OK != 0) && status & NEEDS_RESET == 0;
+        if news {
+            self.needs_reset(&mut state);
+        }
+        news
     }
 
     /// The device process is gone: nothing waits for it any longer.
@@ -150,64 +145,52 @@ impl VirtioMmio {
         self.fail();
     }
 
-    /// Rung when the device process gives a queue up.
+    /// Rung when the device process gives a queue up. To be watched edge-triggered and
+    /// never read: the process shares it, and can make any read of it block.
     pub fn err_event(&self) -> BorrowedFd<'_> {
         event::fd(&self.wiring.err)
     }
 
-    /// The device process gave a queue up: the driver has to reset the device.
-    pub fn gave_up(&self) {
-        let _ = self.wiring.err.read(); // it is level-triggered; an empty one is fine
-        self.fail();
+    /// The device process gave a queue up: the driver has to reset the device. False
+    /// where that is nothing new.
+    pub fn gave_up(&self) -> bool {
+        let news = self.fail();
+        if news {
+            tracing::warn!(
+                device = self.id,
+                "driver broke the rules of its queue; it has to reset the device"
+            );
+        }
+        news
     }
 
-    /// Lets the device process finish what it holds and stop, at the end of the VM.
-    pub fn drain(&self) -> Result<(), FrontEndError> {
-        self.front_end.wait(&self.front_end.reset())
+    /// Has the device process finish what it holds and stop, at the end of the VM.
+    pub fn begin_drain(&self) -> Answer<()> {
+        self.front_end.reset()
+    }
+
+    /// Waits until it has, up to the [`DEADLINE`] that began with `begun`.
+    pub fn finish_drain(&self, begun: &Answer<()>) -> Result<(), FrontEndError> {
+        self.front_end.wait(begun)
     }
 
     // Nothing that can panic runs under this lock but slice indexing that was
     // checked, so that a poisoned one is whole.
-    fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn needs_reset(&self, registers: &mut Registers) {
-        registers.status |= NEEDS_RESET;
-        if registers.status & DRIVER_OK != 0 {
-            registers.config_changed = true;
-            registers.generation = registers.generation.wrapping_add(1);
+    /// Sets DEVICE_NEEDS_RESET, with a configuration interrupt for a driver that runs.
+    fn needs_reset(&self, state: &mut State) {
+        if state.registers.needs_reset() {
             let _ = self.wiring.call.write(1); // a full eventfd is an interrupt all the same
         }
     }
 
     fn read_register(&self, offset: u64) -> u32 {
-        let registers = self.lock();
-        let queue = registers.queues.get(registers.queue_sel as usize);
         match offset as u32 {
-            reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            reg::VIRTIO_MMIO_VERSION => VERSION,
             reg::VIRTIO_MMIO_DEVICE_ID => self.device_type,
-            reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            reg::VIRTIO_MMIO_DEVICE_FEATURES => match registers.device_features_sel {
-                0 => self.info.features as u32,
-                1 => (self.info.features >> 32) as u32,
-                _ => 0,
-            },
-            reg::VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |_| u32::from(QUEUE_SIZE_MAX)),
-            reg::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |q| u32::from(q.ready)),
-            reg::VIRTIO_MMIO_INTERRUPT_STATUS => {
-                reg::VIRTIO_MMIO_INT_VRING
-                    | if registers.config_changed { reg::VIRTIO_MMIO_INT_CONFIG } else { 0 }
-            }
-            reg::VIRTIO_MMIO_STATUS => registers.status,
-            reg::VIRTIO_MMIO_CONFIG_GENERATION => registers.generation,
-            // No shared memory regions: length and base read as all ones.
-            reg::VIRTIO_MMIO_SHM_LEN_LOW
-            | reg::VIRTIO_MMIO_SHM_LEN_HIGH
-            | reg::VIRTIO_MMIO_SHM_BASE_LOW
-            | reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            _ => 0,
+            offset => self.lock().registers.read(offset, self.info.features),
         }
     }
 
@@ -224,43 +207,25 @@ impl VirtioMmio {
         if offset == reg::VIRTIO_MMIO_STATUS {
             return self.write_status(vcpu, value);
         }
-        let mut registers = self.lock();
-        match offset {
-            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_features_sel = value,
-            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
-            reg::VIRTIO_MMIO_DRIVER_FEATURES => {
-                // Fixed once the driver said it was done (virtio 1.2 section 3.1.1).
-                if registers.status & FEATURES_OK == 0 {
-                    let features = registers.driver_features;
-                    registers.driver_features = match registers.driver_features_sel {
-                        0 => features & !0xffff_ffff | u64::from(value),
-                        1 => features & 0xffff_ffff | u64::from(value) << 32,
-                        _ => features,
-                    };
-                }
-            }
-            reg::VIRTIO_MMIO_QUEUE_SEL => registers.queue_sel = value,
-            reg::VIRTIO_MMIO_INTERRUPT_ACK if value & reg::VIRTIO_MMIO_INT_CONFIG != 0 => {
-                registers.config_changed = false;
-            }
-            _ => registers.write_queue(offset, value),
-        }
+        let mut state = self.lock();
+        let changing = state.pending.is_some();
+        state.registers.write(offset, value, changing);
         Outcome::Done
     }
 
     fn write_status(&self, vcpu: usize, value: u32) -> Outcome {
         let pending = {
-            let mut registers = self.lock();
-            match registers.pending.clone() {
+            let mut state = self.lock();
+            match state.pending.clone() {
                 Some(pending) if pending.vcpu == vcpu => pending,
                 // Two vCPUs write the status of one device at once: only a broken
                 // driver does, and the later write loses.
                 Some(_) => return Outcome::Done,
                 None => {
-                    let Some(pending) = self.begin(&mut registers, vcpu, value) else {
+                    let Some(pending) = self.begin(&mut state, vcpu, value) else {
                         return Outcome::Done;
                     };
-                    registers.pending = Some(pending.clone());
+                    state.pending = Some(pending.clone());
                     pending
                 }
             }
@@ -282,43 +247,44 @@ impl VirtioMmio {
     }
 
     /// Starts what a status write asks for; `None` where nothing has to be waited for.
-    fn begin(&self, registers: &mut Registers, vcpu: usize, value: u32) -> Option<Pending> {
+    fn begin(&self, state: &mut State, vcpu: usize, value: u32) -> Option<Pending> {
         if value == 0 {
             let answer = self.front_end.reset();
             return Some(Pending { vcpu, change: Change::Reset, answer });
         }
-        let added = value & !registers.status;
-        let mut status = value | registers.status & NEEDS_RESET;
-        if added & FEATURES_OK != 0 && !self.acceptable(registers) {
-            status &= !FEATURES_OK;
-        }
+        let status = state.registers.asked_status(value, self.info.features);
+        let added = status & !state.registers.status;
         if added & DRIVER_OK == 0 || status & FEATURES_OK == 0 || status & NEEDS_RESET != 0 {
-            registers.status = status & !(added & DRIVER_OK);
+            state.registers.status = status & !(added & DRIVER_OK);
             return None;
         }
-        match self.activation(registers) {
+        match self.activation(&state.registers) {
             Ok(activation) => {
                 let answer = self.front_end.activate(activation);
                 Some(Pending { vcpu, change: Change::DriverOk(status), answer })
             }
             Err(error) => {
-                self.activation_failed(registers, status, &error);
+                self.activation_failed(state, status, &error);
                 None
             }
         }
     }
 
     fn finish(&self, change: Change, result: Result<(), FrontEndError>) {
-        let mut registers = self.lock();
-        registers.pending = None;
+        let mut state = self.lock();
+        state.pending = None;
         match (change, result) {
             (Change::DriverOk(status), Ok(())) => {
-                // A reset-needing failure while the device was being started stays.
-                registers.status = status | registers.status & NEEDS_RESET;
+                // The device may have been lost while it was being started.
+                let needs_reset = state.registers.status & NEEDS_RESET != 0;
+                state.registers.status = status;
+                if needs_reset {
+                    self.needs_reset(&mut state);
+                }
                 tracing::debug!(device = self.id, "driver is running");
             }
             (Change::DriverOk(status), Err(error)) => {
-                self.activation_failed(&mut registers, status, &error);
+                self.activation_failed(&mut state, status, &error);
             }
             (Change::Reset, result) => {
                 // The guest sees its reset done in any case; a device process that
@@ -326,27 +292,15 @@ impl VirtioMmio {
                 if let Err(error) = result {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
-                let queues = vec![QueueConfig::default(); self.wiring.kicks.len()];
-                let generation = registers.generation;
-                *registers = Registers { queues, generation, ..Registers::default() };
+                state.registers.reset();
             }
         }
     }
 
-    fn activation_failed(
-        &self,
-        registers: &mut Registers,
-        status: u32,
-        error: &dyn std::error::Error,
-    ) {
+    fn activation_failed(&self, state: &mut State, status: u32, error: &dyn std::error::Error) {
         tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
-        registers.status = status;
-        self.needs_reset(registers);
-    }
-
-    fn acceptable(&self, registers: &Registers) -> bool {
-        registers.driver_features & !self.info.features == 0
-            && registers.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+        state.registers.status = status;
+        self.needs_reset(state);
     }
 
     fn activation(&self, registers: &Registers) -> Result<Activation, ActivateError> {
@@ -365,41 +319,6 @@ impl VirtioMmio {
             return Err(ActivateError::NoQueue);
         }
         Ok(Activation { features: registers.driver_features, queues })
-    }
-}
-
-impl Registers {
-    /// Queue registers count only between FEATURES_OK and DRIVER_OK: rings are
-    /// neither moved nor resized while they are live.
-    fn write_queue(&mut self, offset: u32, value: u32) {
-        let setting_up = self.status & FEATURES_OK != 0
-            && self.status & VIRTIO_CONFIG_S_DRIVER != 0
-            && self.status & (DRIVER_OK | NEEDS_RESET) == 0
-            && self.pending.is_none();
-        let Some(queue) = self.queues.get_mut(self.queue_sel as usize).filter(|_| setting_up)
-        else {
-            return;
-        };
-        if offset == reg::VIRTIO_MMIO_QUEUE_READY {
-            queue.ready = value == 1;
-            return;
-        }
-        if queue.ready {
-            return;
-        }
-        let low = |address: &mut u64| *address = *address & !0xffff_ffff | u64::from(value);
-        let high = |address: &mut u64| *address = *address & 0xffff_ffff | u64::from(value) << 32;
-        match offset {
-            // An absurd size is kept as 0, which no activation accepts.
-            reg::VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
-            reg::VIRTIO_MMIO_QUEUE_DESC_LOW => low(&mut queue.desc),
-            reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => high(&mut queue.desc),
-            reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => low(&mut queue.avail),
-            reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => high(&mut queue.avail),
-            reg::VIRTIO_MMIO_QUEUE_USED_LOW => low(&mut queue.used),
-            reg::VIRTIO_MMIO_QUEUE_USED_HIGH => high(&mut queue.used),
-            _ => {}
-        }
     }
 }
 

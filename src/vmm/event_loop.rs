@@ -154,7 +154,9 @@ impl Vm {
             add(cell.channel().as_fd(), Source::Cell(n))?;
         }
         for (n, (_, device)) in self.devices.iter().enumerate() {
-            add(device.err_event(), Source::Device(n))?;
+            // Edge-triggered, because it must not be read: see there.
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(device.err_event(), EpollEvent::new(flags, Source::Device(n).token()))?;
         }
         Ok(())
     }
@@ -183,13 +185,10 @@ impl Vm {
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::Device(n) => {
                 let (id, device) = &self.devices[n];
-                let id = id.clone();
-                device.gave_up();
-                tracing::warn!(
-                    device = id,
-                    "driver broke the rules of its queue; it has to reset the device"
-                );
-                self.event(EventKind::NeedsReset { id });
+                if device.gave_up() {
+                    let id = id.clone();
+                    self.event(EventKind::NeedsReset { id });
+                }
             }
         }
         ON
@@ -314,8 +313,10 @@ impl Vm {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
         self.port_markers(); // those of the guest's last moments
-        for (id, device) in &self.devices {
-            if let Err(error) = device.drain() {
+        // All at once, so that they share one deadline.
+        let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
+        for ((id, device), drain) in self.devices.iter().zip(drains) {
+            if let Err(error) = device.finish_drain(&drain) {
                 tracing::warn!(
                     device = id,
                     error = crate::remedy::chain(&error),

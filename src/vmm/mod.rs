@@ -2,11 +2,11 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`mod@assemble`] | from a configuration to a machine that is ready to run |
-//! | [`event_loop`] | the main thread while the guest runs |
-//! | [`requests`] | what the control socket can ask for |
-//! | [`ports`] | power, reset and marker ports |
-//! | [`notice`], [`signals`] | what wakes the main thread |
+//! | `assemble` | from a configuration to a machine that is ready to run |
+//! | `event_loop` | the main thread while the guest runs |
+//! | `requests` | what the control socket can ask for |
+//! | `ports` | power, reset and marker ports |
+//! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;

@@ -102,7 +102,7 @@ impl Options {
     }
 
     /// As an ordinary user, who may open /dev/kvm. Only root can.
-    pub fn as_user(mut self) -> Options {
+    pub fn ordinary_user(mut self) -> Options {
         self.user = true;
         self
     }

@@ -4,15 +4,14 @@
 //! cut short or does not decode is an error of this channel and of nothing else,
 //! and fds that came with it are closed.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -169,20 +168,9 @@ impl Channel {
         flags: MsgFlags,
     ) -> Result<(T, Vec<OwnedFd>), ChannelError> {
         let mut bytes = vec![0u8; MAX_MESSAGE];
-        let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
         let (len, fds, cut) = loop {
-            let mut iov = [IoSliceMut::new(&mut bytes)];
-            match recvmsg::<()>(
-                self.0.as_raw_fd(),
-                &mut iov,
-                Some(&mut control),
-                flags | MsgFlags::MSG_CMSG_CLOEXEC,
-            ) {
-                Ok(message) => {
-                    let fds = collect_fds(&message)?;
-                    let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                    break (message.bytes, fds, cut);
-                }
+            match receive(self.0.as_fd(), &mut bytes, flags) {
+                Ok(received) => break received,
                 Err(Errno::EINTR) => {}
                 Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
                 Err(e) => return Err(ChannelError::Receive(e)),
@@ -199,23 +187,56 @@ impl Channel {
     }
 }
 
-#[allow(unsafe_code)] // owning fds the kernel just handed over
-fn collect_fds(
-    message: &nix::sys::socket::RecvMsg<'_, '_, ()>,
-) -> Result<Vec<OwnedFd>, ChannelError> {
+/// Room for the fds of one message, aligned as control messages have to be.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+#[allow(unsafe_code)] // a macro of the C library that only computes
+// SAFETY: computes a size.
+const CONTROL: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
+
+/// One datagram: its length, its fds, and whether any of it was cut off.
+///
+/// By hand, because nix gives out no fd at all of a message that lost some: those
+/// that did arrive, which a hostile peer can arrange, would stay open for ever.
+#[allow(unsafe_code)] // recvmsg, and owning fds the kernel just handed over
+fn receive(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    flags: MsgFlags,
+) -> Result<(usize, Vec<OwnedFd>, bool), Errno> {
+    let mut control = Control([0; CONTROL]);
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeroes is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = (&raw mut control).cast();
+    header.msg_controllen = CONTROL;
+    let flags = (flags | MsgFlags::MSG_CMSG_CLOEXEC).bits();
+    // SAFETY: the header names `bytes` and `control` with their sizes, and both
+    // outlive the call.
+    let len = Errno::result(unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) })?;
     let mut fds = Vec::new();
-    // A control buffer cut short still holds the fds that fitted; they are owned
-    // here, and so closed, before the caller sees the truncation.
-    for control in message.cmsgs().map_err(|_| ChannelError::Truncated)? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            for fd in received {
-                // SAFETY: recvmsg installed `fd` in this process just now, and
-                // nothing else knows its number.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+    // SAFETY: the kernel filled `control` up to `msg_controllen`, where the macros
+    // stay; a message's data is read unaligned and within its own length.
+    unsafe {
+        let mut next = libc::CMSG_FIRSTHDR(&raw const header);
+        while let Some(message) = next.as_ref() {
+            if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let data = libc::CMSG_DATA(next).cast::<RawFd>();
+                let space = message.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
+                for i in 0..space / size_of::<RawFd>() {
+                    // The kernel installed it in this process just now, and nothing
+                    // else knows its number.
+                    fds.push(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
+                }
             }
+            next = libc::CMSG_NXTHDR(&raw const header, next);
         }
     }
-    Ok(fds)
+    let cut = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
+    Ok((len as usize, fds, cut))
 }
 
 impl AsFd for Channel {
@@ -272,6 +293,21 @@ mod tests {
         let (a, b) = Channel::pair().expect("pair");
         a.send_bytes(&vec![0; MAX_MESSAGE + 1], &[], MsgFlags::empty()).expect("send");
         assert!(matches!(b.recv::<Vec<u8>>(), Err(ChannelError::Truncated)));
+    }
+
+    #[test]
+    fn fds_of_a_message_that_lost_some_are_closed() {
+        let (a, b) = Channel::pair().expect("pair");
+        let (mut near, far) = std::os::unix::net::UnixStream::pair().expect("pair");
+        let raw = [far.as_raw_fd(); MAX_FDS + 1];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let bytes = [IoSlice::new(&[1])];
+        sendmsg::<()>(a.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).expect("send");
+        assert!(matches!(b.recv::<u8>(), Err(ChannelError::Truncated)));
+        // The other end is seen closed once nobody in this process has it any more.
+        drop(far);
+        near.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
+        assert_eq!(near.read(&mut [0]).expect("end of file"), 0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use cellblock_seccomp::filter::{self, Mode, Policy};
 use cellblock_seccomp::{jail, violation};
@@ -36,11 +37,13 @@ pub enum Ask {
     Open(String),
     /// The names in a folder, and whether it can be written to.
     Look,
-    /// Start a named thread that allocates, and join it.
+    /// Have the thread from before the filter allocate and sleep.
     Thread,
+    /// Start a thread under the filter.
+    NewThread,
     /// Panic with a backtrace.
     Panic,
-    /// A call in a thread called `worker`.
+    /// A call in the thread from before the filter, called `worker`.
     CallInThread(i64),
     /// A 32-bit getpid by `int 0x80`.
     Call32,
@@ -58,20 +61,53 @@ pub fn main() -> ! {
     jail::close_others(if four { &[0, 1, 2, 3, 4] } else { &[0, 1, 2, 3] }).expect("close");
     jail::die_with_parent().expect("pdeathsig");
     let Ok((hello, fds)) = channel.recv::<Hello>() else { std::process::exit(0) };
-    if let Err(e) = start(&hello, fds) {
-        channel.send(&Answer::Failed(e), &[]).expect("send");
-        std::process::exit(1);
-    }
+    let worker = match start(&hello, fds) {
+        Ok(worker) => worker,
+        Err(e) => {
+            channel.send(&Answer::Failed(e), &[]).expect("send");
+            std::process::exit(1);
+        }
+    };
     channel.send(&Answer::Ready, &[]).expect("send");
     while let Ok((ask, fds)) = channel.recv::<Ask>() {
         assert!(fds.is_empty());
-        let answer = obey(ask);
+        let answer = obey(ask, worker.as_ref());
         channel.send(&answer, &[]).expect("send");
     }
     std::process::exit(0);
 }
 
-fn start(hello: &Hello, fds: Vec<OwnedFd>) -> Result<(), String> {
+/// A thread that does what it is sent.
+struct Worker {
+    jobs: Sender<Box<dyn FnOnce() -> i64 + Send>>,
+    results: Receiver<i64>,
+}
+
+impl Worker {
+    fn start() -> Result<Worker, String> {
+        let (jobs, inbox) = channel::<Box<dyn FnOnce() -> i64 + Send>>();
+        let (outbox, results) = channel();
+        let running = outbox.clone();
+        let work = move || {
+            running.send(0).expect("waited for");
+            while let Ok(job) = inbox.recv() {
+                outbox.send(job()).expect("waited for");
+            }
+        };
+        let builder = std::thread::Builder::new().name("worker".into());
+        builder.spawn(work).map_err(|e| e.to_string())?;
+        let worker = Worker { jobs, results };
+        worker.results.recv().map_err(|e| e.to_string())?;
+        Ok(worker)
+    }
+
+    fn run(&self, job: impl FnOnce() -> i64 + Send + 'static) -> Answer {
+        self.jobs.send(Box::new(job)).expect("worker lives");
+        Answer::Value(self.results.recv().expect("worker lives"))
+    }
+}
+
+fn start(hello: &Hello, fds: Vec<OwnedFd>) -> Result<Option<Worker>, String> {
     let page = fds.first().ok_or("no page")?;
     let page = Mapping::new(page.as_fd(), violation::PAGE, Access::ReadWrite)
         .map_err(|e| e.to_string())?;
@@ -85,22 +121,13 @@ fn start(hello: &Hello, fds: Vec<OwnedFd>) -> Result<(), String> {
     let policy = match hello.policy.as_deref() {
         Some("blk") => Policy::Blk,
         Some("serial") => Policy::Serial,
-        _ => return Ok(()),
+        _ => return Ok(None),
     };
     // A thread from before the filter is under it as well.
-    let (running, wait) = std::sync::mpsc::channel::<()>();
-    std::thread::Builder::new()
-        .name("early".into())
-        .spawn(move || {
-            running.send(()).expect("waited for");
-            loop {
-                std::thread::park();
-            }
-        })
-        .map_err(|e| e.to_string())?;
-    wait.recv().map_err(|e| e.to_string())?;
+    let worker = Worker::start()?;
     let mode = if hello.log { Mode::Log } else { Mode::Kill };
-    filter::seal(policy, mode).map_err(|e| format!("{e}: {:?}", std::error::Error::source(&e)))
+    filter::seal(policy, mode).map_err(|e| format!("{e}: {:?}", std::error::Error::source(&e)))?;
+    Ok(Some(worker))
 }
 
 fn call(number: i64, a: [u64; 6]) -> i64 {
@@ -110,7 +137,7 @@ fn call(number: i64, a: [u64; 6]) -> i64 {
     if result < 0 { -i64::from(nix::errno::Errno::last_raw()) } else { result }
 }
 
-fn obey(ask: Ask) -> Answer {
+fn obey(ask: Ask, worker: Option<&Worker>) -> Answer {
     match ask {
         Ask::Call(number, arguments) => Answer::Value(call(number, arguments)),
         Ask::Open(path) => match fs::File::open(path) {
@@ -126,15 +153,16 @@ fn obey(ask: Ask) -> Answer {
             let up = fs::read_dir("/..").map(|d| d.count()).unwrap_or(99);
             Answer::Text(format!("{names:?} {up} {write}"))
         }
-        Ask::Thread => {
-            let thread = std::thread::Builder::new().name("late".into()).spawn(|| {
-                let mut blocks: Vec<Vec<u8>> = (0..64).map(|i| vec![1; i * 10_000]).collect();
-                blocks.retain(|b| b.len() % 20_000 == 0);
-                let map: std::collections::HashMap<_, _> = blocks.iter().enumerate().collect();
-                std::thread::sleep(std::time::Duration::from_millis(1));
-                map.len() as i64
-            });
-            Answer::Value(thread.expect("thread").join().expect("join"))
+        Ask::Thread => worker.expect("under a filter").run(|| {
+            let mut blocks: Vec<Vec<u8>> = (0..64).map(|i| vec![1; i * 10_000]).collect();
+            blocks.retain(|b| b.len() % 20_000 == 0);
+            let map: std::collections::HashMap<_, _> = blocks.iter().enumerate().collect();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            map.len() as i64
+        }),
+        Ask::NewThread => {
+            let thread = std::thread::spawn(|| 1).join();
+            Answer::Value(thread.expect("join"))
         }
         Ask::Panic => {
             std::panic::set_hook(Box::new(|info| {
@@ -146,10 +174,7 @@ fn obey(ask: Ask) -> Answer {
             panic!("as asked");
         }
         Ask::CallInThread(number) => {
-            let thread = std::thread::Builder::new()
-                .name("worker".into())
-                .spawn(move || call(number, [0; 6]));
-            Answer::Value(thread.expect("thread").join().expect("join"))
+            worker.expect("under a filter").run(move || call(number, [0; 6]))
         }
         Ask::Call32 => {
             let result: i64;

@@ -164,7 +164,7 @@ fn inspect() {
         assert_ne!(own.namespaces.get(name), Some(inode), "{name}");
     }
     assert!(serial.rss_kib > 0 && serial.pss_kib > 0 && serial.pss_kib <= serial.rss_kib);
-    assert!(serial.threads.iter().any(|t| t.name == "early" && t.seccomp == 2), "{serial:?}");
+    assert!(serial.threads.iter().any(|t| t.name == "worker" && t.seccomp == 2), "{serial:?}");
 }
 
 fn no_sandbox() {

@@ -200,7 +200,7 @@ fn clients_that_ask_and_leave_do_not_bury_the_spawner() {
     let start = Instant::now();
     assert!(!vm.ps().is_empty());
     assert!(start.elapsed() < Duration::from_secs(2), "{:?} after {asked:?}", start.elapsed());
-    assert!(matches!(vm.try_ask(Request::Stats), Ok(_)));
+    assert!(vm.try_ask(Request::Stats).is_ok());
     vm.say(b"q");
     vm.ends_well();
 }

@@ -527,7 +527,7 @@ fn no_order_of_registers_leaves_an_access_without_an_end() {
                     6..8 => (0x44, pick as u32 & 1),
                     8 => (0x38, 16 << (pick % 6)),
                     9 => (0x24, pick as u32 & 1),
-                    10 => (0x20, if pick % 4 == 0 { pick as u32 } else { 1 }),
+                    10 => (0x20, if pick.is_multiple_of(4) { pick as u32 } else { 1 }),
                     11 => ([0x80, 0x90, 0xa0][pick % 3], (pick as u32) << 4 & 0xffff),
                     _ => (random >> 8 & 0xfc, pick as u32),
                 };

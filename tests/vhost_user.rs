@@ -1,5 +1,5 @@
 //! vhost-user with programs that are not ours to start: `cellblock vhost-user-blk` for
-//! other front ends.
+//! other front ends, and other back ends for `cellblock run`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 mod common;
@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use cellblock::control::protocol::{DeviceState, EventKind};
 use common::output::Output;
-use common::{LIMIT, poll, proc, send};
+use common::{LIMIT, Vm, poll, proc, send};
 use nix::sys::signal::Signal;
 use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
@@ -193,6 +194,7 @@ fn what_cannot_be_served_is_said() {
         (&["--socket", "s", "--disk", "none"], 1, "opening disk none"),
         (&["--socket", "no/s", "--disk", "image"], 1, "make the directory first"),
         (&["--socket", "s", "--disk", "image,rw"], 2, "unknown key 'rw'"),
+        (&["--socket", "s", "--disk", "vhost-user=x"], 2, "cannot be served again"),
         (&["--disk", "image"], 2, "--socket <PATH>"),
         (&["--socket", "s"], 2, "--disk <SPEC>"),
     ] {
@@ -200,4 +202,129 @@ fn what_cannot_be_served_is_said() {
         assert_eq!((code, text.lines().count()), (Some(status), 1), "{text}");
         assert!(text.contains(part), "{text}");
     }
+}
+
+/// A vhost-user-blk back end of somebody else's: QEMU's.
+struct StorageDaemon(Child);
+
+impl StorageDaemon {
+    /// Serves `image` at `socket`, both in `dir`.
+    #[track_caller]
+    fn start(dir: &Path) -> StorageDaemon {
+        let child = Command::new("qemu-storage-daemon")
+            .args(["--blockdev", "driver=file,node-name=disk,filename=image"])
+            .arg("--export")
+            .arg("type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path=socket")
+            .current_dir(dir)
+            .spawn();
+        let daemon = StorageDaemon(child.unwrap_or_else(|error| {
+            panic!(
+                "qemu-storage-daemon: {error}; install the Debian package qemu-system-common, \
+                 or qemu-utils on newer releases"
+            )
+        }));
+        poll(LIMIT, || dir.join("socket").exists().then_some(())).expect("it listens");
+        daemon
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn image_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("image")).unwrap().set_len(3 * MIB).unwrap();
+    dir
+}
+
+/// Our VM with the disk at `socket`.
+fn vm_on(socket: &Path, cmdline: &str) -> common::Options {
+    Vm::with(cmdline).arg("--disk").arg(format!("vhost-user={},id=far", socket.display()))
+}
+
+#[test]
+fn a_guest_of_ours_on_qemu_storage_daemon() {
+    let dir = image_dir();
+    let _daemon = StorageDaemon::start(dir.path());
+    for (round, how) in
+        ["qd=1", "qd=32 irq", "qd=32 irq event-idx indirect segments=4"].iter().enumerate()
+    {
+        let seed = 20 + round;
+        let cmdline = format!("mode=blk mib=2 seed={seed} {how}");
+        let mut vm = vm_on(&dir.path().join("socket"), &cmdline).start();
+        let line = vm.wait_for_line("blk: capacity=");
+        assert!(line.starts_with("blk: capacity=6144 ro=0 flush=1"), "{line}");
+        vm.wait_for(&format!("blk: verified=2097152 bytes generation={seed}"));
+        vm.wait_for("blk: ok");
+        vm.ends_well();
+        let image = fs::read(dir.path().join("image")).unwrap();
+        // Of each sector the guest writes its number and the seed: see its `pattern.rs`.
+        for (sector, bytes) in image.chunks(512).enumerate().take(4096) {
+            assert_eq!(bytes[8..16], (sector as u64).to_le_bytes(), "{how}");
+            assert_eq!(bytes[16..24], (seed as u64).to_le_bytes(), "{how}");
+        }
+    }
+}
+
+#[test]
+fn a_guest_of_ours_on_a_block_process_of_ours() {
+    let mut server = Server::start("");
+    let mut vm = vm_on(&server.path("socket"), "mode=blk mib=2 rounds=1000000 qd=8 irq").start();
+    vm.wait_for_line("blk: capacity=6144 ro=0");
+    vm.wait_for("generation=3");
+    let stats = vm.stats();
+    assert_eq!((stats.disks[0].id.as_str(), stats.disks[0].size), ("far", 3 * MIB));
+    assert!(!stats.disks[0].read_only && stats.disks[0].pid.is_none());
+    assert_eq!(stats.disks[0].state, DeviceState::Running);
+    server.says("a front end connected");
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+    server.says("the front end disconnected");
+    server.ends_well(Signal::SIGTERM);
+}
+
+#[test]
+fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
+    let dir = image_dir();
+    let daemon = StorageDaemon::start(dir.path());
+    let mut vm = vm_on(&dir.path().join("socket"), "mode=blk mib=2 rounds=1000000 qd=4").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    drop(daemon);
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndGone { id } if id == "far"));
+    vm.wait_for_error("the vhost-user back end is gone");
+    assert_eq!(vm.stats().disks[0].state, DeviceState::Dead);
+    // The machine is as alive as before.
+    vm.pause();
+    vm.resume();
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+}
+
+#[test]
+fn a_silent_back_end_is_given_up() {
+    let dir = image_dir();
+    let socket = dir.path().join("socket");
+    let start = |what: &str| {
+        let begun = std::time::Instant::now();
+        let mut vm = vm_on(&socket, "mode=blk").start();
+        let status = vm.wait_exit();
+        let line = vm.stderr.finished(LIMIT);
+        assert_eq!((status.code(), line.lines().count()), (Some(1), 1), "{line}");
+        assert!(line.contains(what), "{line}");
+        assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+    };
+    start("No such file or directory (os error 2); start the back end first");
+    // It accepts nobody's messages; the connection waits in its queue.
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    start("far did not answer within 5s");
+    // Nor anybody any more: with that one still in it, the queue is full.
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    start("it serves another front end, or hangs");
+    drop(listener);
+    start("Connection refused (os error 111); start the back end first");
 }

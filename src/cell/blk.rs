@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
@@ -56,8 +57,9 @@ pub enum DiskError {
 /// A disk whose process has been asked for.
 #[derive(Debug)]
 pub struct StartingDisk {
-    /// The process.
-    pub cell: Cell,
+    /// The process, where it is ours.
+    pub cell: Option<Cell>,
+    id: String,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
@@ -80,6 +82,11 @@ pub fn process(
     launch(spawner, common, spec.id(), start, &[disk.fd.as_fd()], Some(socket))
 }
 
+/// A disk of ours that some other program's back end serves.
+pub fn back_end(spec: &DiskSpec, socket: UnixStream) -> StartingDisk {
+    StartingDisk { cell: None, id: spec.id().to_string(), socket: Some(socket), front_end: None }
+}
+
 /// Asks for the process of `disk`, for a device of our own.
 pub fn start(
     spawner: &mut Spawner,
@@ -91,7 +98,13 @@ pub fn start(
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
     let cell = process(spawner, common, spec, disk, far)?;
-    Ok(StartingDisk { cell, socket: Some(near), front_end: None })
+    Ok(StartingDisk { cell: Some(cell), id: id.to_string(), socket: Some(near), front_end: None })
+}
+
+/// Bytes of a disk as its back end gives them, and whether it is read-only.
+pub fn facts(info: &DeviceInfo) -> (u64, bool) {
+    let sectors = info.config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    (sectors.saturating_mul(512), info.features & 1 << VIRTIO_BLK_F_RO != 0)
 }
 
 impl StartingDisk {
@@ -103,8 +116,7 @@ impl StartingDisk {
         confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<(), DiskError> {
         if let Some(socket) = self.socket.take() {
-            let front_end =
-                FrontEnd::start(self.cell.id(), socket, CONFIG_LEN, ram.clone(), confine)?;
+            let front_end = FrontEnd::start(&self.id, socket, CONFIG_LEN, ram.clone(), confine)?;
             let answer = front_end.open();
             self.front_end = Some((front_end, answer));
         }
@@ -118,8 +130,8 @@ impl StartingDisk {
         ram: &GuestRam,
         slot: VirtioSlot,
         kicks: Arc<Kicks>,
-    ) -> Result<(Cell, VirtioMmio), DiskError> {
-        let id = self.cell.id().to_string();
+    ) -> Result<(Option<Cell>, VirtioMmio), DiskError> {
+        let id = self.id;
         let (front_end, answer) =
             self.front_end.ok_or_else(|| FrontEndError::Gone { id: id.clone() })?;
         let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
@@ -132,7 +144,12 @@ impl StartingDisk {
         machine
             .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
             .map_err(kvm)?;
-        let info = front_end.wait(&answer)?;
+        let mut info = front_end.wait(&answer)?;
+        if self.cell.is_none() {
+            // Writes to the configuration end here, and a driver that switched the cache
+            // off in vain would take for durable what is not.
+            info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+        }
         let wiring =
             Wiring { kicks: vec![Arc::new(kick)], call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(

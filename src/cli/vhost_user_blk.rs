@@ -50,6 +50,11 @@ impl VhostUserBlk {
         if self.die_with_parent {
             run::die_with_parent()?;
         }
+        if self.disk.vhost_user.is_some() {
+            return Err(Failure::Usage(
+                "a disk that another back end serves cannot be served again; give an image".into(),
+            ));
+        }
         let mut disk = [self.disk];
         name_disks(&mut disk).map_err(|error| Failure::Usage(error.to_string()))?;
         let [disk] = disk;

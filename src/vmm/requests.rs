@@ -77,18 +77,30 @@ impl Vm {
             state: state_of(*state),
             exits: None,
         });
-        let disks = self.disks.iter().filter_map(|disk| {
-            let cell = self.cells.iter().find(|cell| cell.id() == disk.id)?;
-            let (reads, writes, flushes, bytes_read, bytes_written, errors) = match cell.stats() {
-                CellStats::Blk { reads, writes, flushes, bytes_read, bytes_written, errors } => {
-                    (*reads, *writes, *flushes, *bytes_read, *bytes_written, *errors)
-                }
-                _ => Default::default(),
-            };
-            Some(DiskStats {
+        let disks = self.disks.iter().map(|disk| {
+            // None with a back end of another program, which reports nothing.
+            let cell = self.cells.iter().find(|cell| cell.id() == disk.id);
+            let (reads, writes, flushes, bytes_read, bytes_written, errors) =
+                match cell.map(Cell::stats) {
+                    Some(CellStats::Blk {
+                        reads,
+                        writes,
+                        flushes,
+                        bytes_read,
+                        bytes_written,
+                        errors,
+                    }) => (*reads, *writes, *flushes, *bytes_read, *bytes_written, *errors),
+                    _ => Default::default(),
+                };
+            let gone = self.back_ends.iter().any(|end| end.id == disk.id && end.gone);
+            DiskStats {
                 id: disk.id.clone(),
-                pid: cell.pid(),
-                state: cell_state(cell),
+                pid: cell.and_then(Cell::pid),
+                state: match cell {
+                    Some(cell) => cell_state(cell),
+                    None if gone => DeviceState::Dead,
+                    None => DeviceState::Running,
+                },
                 read_only: disk.read_only,
                 size: disk.size,
                 reads,
@@ -97,7 +109,7 @@ impl Vm {
                 bytes_read,
                 bytes_written,
                 errors,
-            })
+            }
         });
         let serials = self.cells.iter().filter(|cell| cell.role() == "serial").map(|cell| {
             let (output, input, dropped) = match cell.stats() {

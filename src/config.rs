@@ -18,7 +18,7 @@ pub use self::file::{ConfigFile, ConfigFileError};
 use crate::console::{self, ConsoleError, OpenedConsole};
 use crate::control::server::{ControlServer, ServerError};
 use crate::remedy::Remedy;
-use crate::spec::{DiskError, DiskSpec, OpenedDisk, SerialSpec};
+use crate::spec::{Backing, DiskError, DiskSpec, SerialSpec};
 
 /// Most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 32;
@@ -91,7 +91,7 @@ pub struct Opened {
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// The disks, in the order of [`VmConfig::disks`].
-    pub disks: Vec<OpenedDisk>,
+    pub disks: Vec<Backing>,
     /// The control socket, listening.
     pub control: Option<ControlServer>,
     /// The console; the user's terminal is raw from here on.
@@ -172,7 +172,7 @@ impl VmConfig {
         {
             return Err(OpenError::Memory { wanted: self.memory, present });
         }
-        let disks = self.disks.iter().map(DiskSpec::open).collect::<Result<_, _>>();
+        let disks = self.disks.iter().map(DiskSpec::open_backing).collect::<Result<_, _>>();
         let disks = disks.map_err(OpenError::Disk)?;
         let control = self.control.as_deref().map(ControlServer::bind).transpose();
         let control = control.map_err(OpenError::Control)?;

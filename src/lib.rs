@@ -16,5 +16,6 @@ pub mod terminal;
 mod throttle;
 pub mod transport;
 pub mod vcpu;
+pub mod vhost_user_blk;
 pub mod vm;
 pub mod vmm;

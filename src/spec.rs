@@ -3,6 +3,7 @@
 //! A bare key means true. A comma inside a value is written twice. Everything
 //! that is wrong with a SPEC is found here, before anything is opened.
 
+mod back_end;
 mod disk;
 mod fields;
 mod serial;
@@ -10,7 +11,7 @@ mod size;
 mod throttle;
 
 pub(crate) use disk::lock;
-pub use disk::{DiskError, DiskSpec, OpenedDisk, name_disks};
+pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;
@@ -32,6 +33,12 @@ pub enum SpecError {
     /// A key of the documented command line that this version does not implement.
     #[error("key '{0}' is not supported yet by this version")]
     NotYet(String),
+    /// An image and a back end at once.
+    #[error("the back end has the image: write vhost-user=SOCKET[,id=NAME] without a path")]
+    BackEndHasImage,
+    /// A key that says something about an image which another program has.
+    #[error("key '{0}' is the back end's affair: beside vhost-user=SOCKET there is only id=NAME")]
+    BackEnds(String),
     /// The same key twice.
     #[error("key '{0}' is given twice")]
     Twice(String),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
@@ -57,14 +58,49 @@ pub enum DiskError {
 /// A disk whose process has been asked for.
 #[derive(Debug)]
 pub struct StartingDisk {
-    /// The process.
-    pub cell: Cell,
+    /// The process, where it is ours.
+    pub cell: Option<Cell>,
+    id: String,
     queues: u16,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
 
-/// Asks for the process of `disk` of a VM with `cpus` vCPUs.
+/// Asks for a process that serves `disk` to the front end at the other end of `socket`.
+pub fn process(
+    spawner: &mut Spawner,
+    common: Common,
+    spec: &DiskSpec,
+    disk: &OpenedDisk,
+    queues: u16,
+    socket: UnixStream,
+) -> Result<Cell, CellError> {
+    let counters = BlkCounters::new(queues).map_err(|source| CellError::Shm {
+        role: "blk",
+        id: spec.id().to_string(),
+        source,
+    })?;
+    let start = Start::Blk(BlkStart {
+        read_only: disk.read_only,
+        size: disk.size,
+        serial: disk.serial.clone(),
+        queues,
+        poll_us: spec.poll_us,
+        throttle: spec.throttle,
+    });
+    let fds = [disk.fd.as_fd(), counters.fd()];
+    let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;
+    cell.counters = Some(counters);
+    Ok(cell)
+}
+
+/// A disk of ours that some other program's back end serves.
+pub fn back_end(spec: &DiskSpec, socket: UnixStream) -> StartingDisk {
+    let id = spec.id().to_string();
+    StartingDisk { cell: None, id, queues: 1, socket: Some(socket), front_end: None }
+}
+
+/// Asks for the process of `disk`, for a device of our own in a VM with `cpus` vCPUs.
 pub fn start(
     spawner: &mut Spawner,
     common: Common,
@@ -76,20 +112,15 @@ pub fn start(
     let queues = spec.queues(cpus);
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
-    let shm = |source| CellError::Shm { role: "blk", id: id.to_string(), source };
-    let counters = BlkCounters::new(queues).map_err(shm)?;
-    let start = Start::Blk(BlkStart {
-        read_only: disk.read_only,
-        size: disk.size,
-        serial: disk.serial.clone(),
-        queues,
-        poll_us: spec.poll_us,
-        throttle: spec.throttle,
-    });
-    let fds = [disk.fd.as_fd(), counters.fd()];
-    let mut cell = launch(spawner, common, id, start, &fds, Some(far))?;
-    cell.counters = Some(counters);
-    Ok(StartingDisk { cell, queues, socket: Some(near), front_end: None })
+    let cell = process(spawner, common, spec, disk, queues, far)?;
+    let id = id.to_string();
+    Ok(StartingDisk { cell: Some(cell), id, queues, socket: Some(near), front_end: None })
+}
+
+/// Bytes of a disk as its back end gives them, and whether it is read-only.
+pub fn facts(info: &DeviceInfo) -> (u64, bool) {
+    let sectors = info.config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    (sectors.saturating_mul(512), info.features & 1 << VIRTIO_BLK_F_RO != 0)
 }
 
 impl StartingDisk {
@@ -101,10 +132,8 @@ impl StartingDisk {
         confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<(), DiskError> {
         if let Some(socket) = self.socket.take() {
-            let front_end = {
-                let needs = Needs { config_len: CONFIG_LEN, queues: self.queues };
-                FrontEnd::start(self.cell.id(), socket, needs, ram.clone(), confine)?
-            };
+            let needs = Needs { config_len: CONFIG_LEN, queues: self.queues };
+            let front_end = FrontEnd::start(&self.id, socket, needs, ram.clone(), confine)?;
             let answer = front_end.open();
             self.front_end = Some((front_end, answer));
         }
@@ -118,8 +147,8 @@ impl StartingDisk {
         ram: &GuestRam,
         slot: VirtioSlot,
         kicks: Arc<Kicks>,
-    ) -> Result<(Cell, VirtioMmio), DiskError> {
-        let id = self.cell.id().to_string();
+    ) -> Result<(Option<Cell>, VirtioMmio), DiskError> {
+        let id = self.id;
         let (front_end, answer) =
             self.front_end.ok_or_else(|| FrontEndError::Gone { id: id.clone() })?;
         let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
@@ -137,7 +166,12 @@ impl StartingDisk {
         machine
             .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
             .map_err(kvm)?;
-        let info = front_end.wait(&answer)?;
+        let mut info = front_end.wait(&answer)?;
+        if self.cell.is_none() {
+            // Writes to the configuration end here, and a driver that switched the cache
+            // off in vain would take for durable what is not.
+            info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+        }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(
             Identity { id, device_type: VIRTIO_ID_BLOCK, info },

@@ -48,6 +48,7 @@ fn text(event: &Event) -> String {
         EventKind::DeviceStalled { role, id } => {
             format!("device process {role} {id} does not answer the guest")
         }
+        EventKind::BackEndGone { id } => format!("the vhost-user back end of {id} is gone"),
         EventKind::NeedsReset { id } => {
             format!("the driver of {id} broke the rules of its queue and has to reset the device")
         }

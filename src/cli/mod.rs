@@ -15,6 +15,7 @@ mod run;
 mod stats;
 mod stop;
 mod throttle;
+mod vhost_user_blk;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -63,6 +64,7 @@ enum Command {
     Throttle(throttle::Throttle),
     Ps(ps::Ps),
     Events(events::Events),
+    VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
 /// A command that did not succeed.
@@ -106,7 +108,8 @@ impl Cli {
         if let Command::Run(run) = self.command {
             return run.execute(self.log);
         }
-        logging::init(logging::choose(self.log).map_err(Failure::Usage)?);
+        let level = logging::choose(self.log).map_err(Failure::Usage)?;
+        logging::init(level);
         match self.command {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
@@ -117,6 +120,7 @@ impl Cli {
             Command::Throttle(throttle) => throttle.execute(),
             Command::Ps(ps) => ps.execute(),
             Command::Events(events) => events.execute(),
+            Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }
 }

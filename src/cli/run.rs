@@ -21,6 +21,8 @@ A disk SPEC is PATH[,key=value]...:
   queues=N       1 to 32 request queues, each with a thread [default: one per vCPU]
   poll-us=N      poll for up to N microseconds before sleeping: faster, at the cost of CPU
                  time while the guest uses the disk [default: 50]
+Without PATH, vhost-user=SOCKET[,id=NAME] is a disk that another program's vhost-user-blk
+back end serves: 'cellblock vhost-user-blk', qemu-storage-daemon, SPDK.
 A serial SPEC is one of:
   stdout         this terminal (ctrl-a x stops the VM), or standard input and output
   file=F         output only, to a file that is created or emptied
@@ -129,7 +131,7 @@ impl Run {
 }
 
 /// For programs that start a VM and must not leave it behind, as the demo does.
-fn die_with_parent() -> Result<(), Failure> {
+pub(super) fn die_with_parent() -> Result<(), Failure> {
     prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|errno| Failure::Error(format!("tying the VM to its parent's life: {errno}")))
 }

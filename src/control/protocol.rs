@@ -370,6 +370,11 @@ pub enum EventKind {
         /// Id of the device.
         id: String,
     },
+    /// The back end of a `vhost-user=` disk closed its connection or did not answer.
+    BackEndGone {
+        /// Id of the disk.
+        id: String,
+    },
     /// The driver of a device broke the rules of its queue and has to reset it.
     NeedsReset {
         /// Id of the device.

@@ -4,16 +4,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use cellblock_devices::protocol::counters::MAX_QUEUES;
 use cellblock_devices::protocol::ThrottleLimits;
+use cellblock_devices::protocol::counters::MAX_QUEUES;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::throttle::Throttle;
-use super::{SpecError, fields};
+use super::{SpecError, back_end, fields};
 use crate::remedy::Remedy;
 
 /// Keys of the documented command line, in its order.
@@ -33,7 +34,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] = &["direct", "cow", "engine", "vhost-user"];
+const LATER: &[&str] = &["direct", "cow", "engine"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -46,10 +47,10 @@ const SECTOR: u64 = 512;
 /// Ids that other devices of a VM carry.
 const RESERVED: &[&str] = &["com1"];
 
-/// A disk SPEC: `PATH[,key=value]...`.
+/// A disk SPEC: `PATH[,key=value]...`, or `vhost-user=SOCKET[,id=NAME]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// The image: a regular file or a block device.
+    /// The image: a regular file or a block device. Empty with `vhost_user`.
     pub path: PathBuf,
     /// Name of the disk in this VM, `[a-z0-9_-]{1,32}`; [`name_disks`] fills it in
     /// where the user gave none.
@@ -66,17 +67,31 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// The socket of another program's vhost-user-blk back end, which has the image.
+    pub vhost_user: Option<PathBuf>,
 }
+
+/// What a SPEC without an image starts with.
+const BACK_END: &str = "vhost-user=";
 
 impl FromStr for DiskSpec {
     type Err = SpecError;
 
     fn from_str(spec: &str) -> Result<Self, SpecError> {
         let parts = fields::split(spec);
-        let (path, rest) = parts.split_first().ok_or(SpecError::NoPath)?;
-        if path.is_empty() {
-            return Err(SpecError::NoPath);
-        }
+        let (path, rest) = match parts.split_first() {
+            // Everything else is the back end's affair.
+            Some((first, rest)) if first.starts_with(BACK_END) => {
+                if let Some(field) =
+                    fields::fields(rest, KEYS)?.iter().find(|field| field.key != "id")
+                {
+                    return Err(SpecError::BackEnds(field.key.clone()));
+                }
+                ("", &parts[..])
+            }
+            Some((first, rest)) if !first.is_empty() => (first.as_str(), rest),
+            _ => return Err(SpecError::NoPath),
+        };
         let mut disk = DiskSpec {
             path: path.into(),
             id: None,
@@ -85,6 +100,7 @@ impl FromStr for DiskSpec {
             poll_us: POLL_US,
             queues: None,
             throttle: ThrottleLimits::default(),
+            vhost_user: None,
         };
         let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
@@ -125,6 +141,10 @@ impl FromStr for DiskSpec {
                     let value = field.value("NUMBER")?;
                     throttle.set(key, value).map_err(|why| field.bad(why))?;
                 }
+                "vhost-user" if path.is_empty() => {
+                    disk.vhost_user = Some(field.value("SOCKET")?.into());
+                }
+                "vhost-user" => return Err(SpecError::BackEndHasImage),
                 later => {
                     debug_assert!(LATER.contains(&later), "{later} is known but not read");
                     return Err(SpecError::NotYet(later.to_owned()));
@@ -162,6 +182,15 @@ pub fn name_disks(disks: &mut [DiskSpec]) -> Result<(), SpecError> {
         }
     }
     Ok(())
+}
+
+/// What a disk of a VM is made of.
+#[derive(Debug)]
+pub enum Backing {
+    /// An image, for a block process of ours.
+    Image(OpenedDisk),
+    /// A connection to another program's back end.
+    BackEnd(UnixStream),
 }
 
 /// A disk image that was checked and locked.
@@ -218,6 +247,15 @@ pub enum DiskError {
         /// As asked for.
         read_only: bool,
     },
+    /// The socket of a back end could not be connected to.
+    #[error("connecting to the vhost-user back end at {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
     /// Its size could not be found or its lock not taken, for a reason of the kernel's.
     #[error("{doing} disk {}", path.display())]
     Examine {
@@ -257,6 +295,14 @@ impl Remedy for DiskError {
                 "stop the other one, or use the image read-only in both with ',ro'".into()
             }
             DiskError::InUse { read_only: true, .. } => "stop the one that writes it".into(),
+            DiskError::Connect { source, .. } => match source.kind() {
+                Kind::NotFound | Kind::ConnectionRefused => "start the back end first".into(),
+                Kind::PermissionDenied => "run both as the same user".into(),
+                Kind::WouldBlock | Kind::TimedOut => {
+                    "it serves another front end, or hangs: stop the other, or restart it".into()
+                }
+                _ => return None,
+            },
             DiskError::Examine { .. } => return None,
         })
     }
@@ -271,6 +317,14 @@ impl DiskSpec {
     /// Request queues of the disk in a VM of `cpus` vCPUs.
     pub fn queues(&self, cpus: u8) -> u16 {
         self.queues.unwrap_or(cpus.into()).clamp(1, MAX_QUEUES)
+    }
+
+    /// Opens the image, or connects to the back end that has it.
+    pub fn open_backing(&self) -> Result<Backing, DiskError> {
+        match &self.vhost_user {
+            Some(socket) => Ok(Backing::BackEnd(back_end::connect(socket)?)),
+            None => self.open().map(Backing::Image),
+        }
     }
 
     /// Opens, checks and locks the image: one writer or any number of readers.
@@ -373,9 +427,13 @@ mod tests {
                 poll_us: 50,
                 queues: Some(32),
                 throttle: ThrottleLimits::default(),
+                vhost_user: None,
             }
         );
         assert_eq!(disk.queues(4), 32);
+        let other = parse("vhost-user=a,,b/s,id=far").unwrap();
+        assert_eq!((other.vhost_user, other.id), (Some("a,b/s".into()), Some("far".into())));
+        assert_eq!(parse("./vhost-user=x").unwrap().path, Path::new("./vhost-user=x"));
         let plain = parse("x,,y").unwrap();
         assert_eq!(plain.path, Path::new("x,y"));
         assert!(!plain.read_only && plain.id.is_none() && plain.poll_us == POLL_US);
@@ -421,7 +479,10 @@ mod tests {
             ("d,bw-burst=5", "bw-burst needs a rate"),
             ("d,iops=5,iops-burst=4", "has to be at least iops"),
             ("d,direct", "'direct' is not supported yet by this version"),
-            ("d,vhost-user=/s", "'vhost-user' is not supported yet by this version"),
+            ("d,vhost-user=/s", "the back end has the image: write vhost-user=SOCKET[,id=NAME]"),
+            ("vhost-user=", "'vhost-user' needs a value: vhost-user=SOCKET"),
+            ("vhost-user=/s,ro", "key 'ro' is the back end's affair"),
+            ("vhost-user=/s,rw", "unknown key 'rw'"),
         ] {
             let line = parse(spec).unwrap_err().to_string();
             assert!(line.contains(part), "{spec}: {line}");
@@ -433,7 +494,12 @@ mod tests {
         for key in KEYS {
             match parse(&format!("d,{key}=7")) {
                 Err(SpecError::NotYet(_)) => assert!(LATER.contains(key), "{key}"),
-                Ok(_) | Err(SpecError::BadValue { .. } | SpecError::Throttle(_)) => {
+                Ok(_)
+                | Err(
+                    SpecError::BadValue { .. }
+                    | SpecError::Throttle(_)
+                    | SpecError::BackEndHasImage,
+                ) => {
                     assert!(!LATER.contains(key), "{key}")
                 }
                 Err(other) => panic!("{key}: {other}"),

@@ -120,6 +120,16 @@ impl VirtioMmio {
         VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, state, lines }
     }
 
+    /// Unique in the VM.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What its back end said of it.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
     /// The kick hook: a vCPU that waits for this device process stops waiting.
     pub fn kick(&self, vcpu: usize) {
         let state = self.lock();

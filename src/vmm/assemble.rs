@@ -19,7 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
-use super::event_loop::{DiskFacts, Vm};
+use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
@@ -31,7 +31,7 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
-use crate::spec;
+use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks, Vcpus};
 use crate::vm::boot::Entry;
@@ -67,13 +67,19 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
-    let starting: Result<Vec<_>, _> = config
-        .disks
-        .iter()
-        .zip(&disks)
-        .map(|(spec, disk)| blk::start(&mut spawner, common, spec, disk, config.cpus))
-        .collect();
-    let mut starting = starting?;
+    let mut starting = Vec::new();
+    let mut back_ends = Vec::new();
+    for (spec, disk) in config.disks.iter().zip(&disks) {
+        starting.push(match disk {
+            Backing::Image(image) => blk::start(&mut spawner, common, spec, image, config.cpus)?,
+            Backing::BackEnd(socket) => {
+                let copy = |source| VmmError::System { what: "copying a connection", source };
+                let own = socket.try_clone().map_err(copy)?;
+                back_ends.push(BackEnd { id: spec.id().to_string(), socket: own, gone: false });
+                blk::back_end(spec, socket.try_clone().map_err(copy)?)
+            }
+        });
+    }
     let OpenedConsole { terminal, note, keep, .. } = console;
     if let Some(note) = note {
         logging::tell(&note);
@@ -97,7 +103,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
-    waiting.extend(starting.iter_mut().map(|disk| &mut disk.cell));
+    waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
     let kicks = Kicks::new(usize::from(config.cpus));
     let ring = Arc::new(com1.producer(kicks.len())?);
@@ -105,9 +111,11 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut devices = Vec::new();
     for (starting, slot) in starting.into_iter().zip(&slots) {
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
-        devices.push((cell.id().to_string(), Arc::new(device)));
-        cells.push(cell);
+        devices.push((device.id().to_string(), Arc::new(device)));
+        cells.extend(cell);
     }
+    let facts = facts(&config.disks, &disks, &devices);
+    drop(disks);
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
     let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
@@ -134,7 +142,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         ring,
         cells,
         devices,
-        disks: facts(&config.disks, &disks),
+        disks: facts,
+        back_ends,
         spawner,
         control,
         notifier,
@@ -174,7 +183,7 @@ fn start_console(
 }
 
 /// Gives up capabilities, and has refused system calls reported by name.
-fn drop_privileges() -> Result<(), VmmError> {
+pub(crate) fn drop_privileges() -> Result<(), VmmError> {
     jail::drop_vmm_privileges()?;
     let page = violation::new_page()?;
     let page = Mapping::new(&page, violation::PAGE, Access::ReadWrite)?;
@@ -241,17 +250,23 @@ fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd
         .collect()
 }
 
-fn facts(specs: &[spec::DiskSpec], disks: &[spec::OpenedDisk]) -> Vec<DiskFacts> {
-    specs
-        .iter()
-        .zip(disks)
-        .map(|(spec, disk)| DiskFacts {
-            id: spec.id().to_string(),
-            size: disk.size,
-            read_only: disk.read_only,
-            throttle: spec.throttle,
-        })
-        .collect()
+/// What does not change about the disks. A back end of somebody else's says it itself.
+fn facts(
+    specs: &[spec::DiskSpec],
+    disks: &[Backing],
+    devices: &[(String, Arc<VirtioMmio>)],
+) -> Vec<DiskFacts> {
+    let of = |((spec, disk), (id, device)): (
+        (&spec::DiskSpec, &Backing),
+        &(String, Arc<VirtioMmio>),
+    )| {
+        let (size, read_only) = match disk {
+            Backing::Image(image) => (image.size, image.read_only),
+            Backing::BackEnd(_) => blk::facts(device.info()),
+        };
+        DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle }
+    };
+    specs.iter().zip(disks).zip(devices).map(of).collect()
 }
 
 fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
@@ -259,6 +274,9 @@ fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
 }
 
 /// Puts the calling thread under `policy`, unless jails are off.
-fn confine(policy: Policy, mode: Option<filter::Mode>) -> Result<(), filter::FilterError> {
+pub(crate) fn confine(
+    policy: Policy,
+    mode: Option<filter::Mode>,
+) -> Result<(), filter::FilterError> {
     mode.map_or(Ok(()), |mode| filter::apply(policy, mode))
 }

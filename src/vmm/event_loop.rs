@@ -4,6 +4,7 @@
 //! control requests, messages and deaths of device processes, signals.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ pub(super) struct Vm {
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
+    pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
@@ -52,6 +54,15 @@ pub(super) struct Vm {
     pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
     pub(super) asked_for_processes: Vec<Token>,
+}
+
+/// A back end that is another program.
+pub(super) struct BackEnd {
+    /// Id of its disk.
+    pub(super) id: String,
+    /// The connection, to see its end.
+    pub(super) socket: UnixStream,
+    pub(super) gone: bool,
 }
 
 /// What does not change about a disk.
@@ -73,6 +84,7 @@ enum Source {
     Ring,
     Cell(usize),
     Device(usize),
+    BackEnd(usize),
 }
 
 impl Source {
@@ -86,6 +98,7 @@ impl Source {
             Source::Ring => 5,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
+            Source::BackEnd(n) => 3 << 32 | n as u64,
         }
     }
 
@@ -100,6 +113,7 @@ impl Source {
             (0, 5) => Some(Source::Ring),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
+            (3, n) => Some(Source::BackEnd(n)),
             _ => None,
         }
     }
@@ -156,6 +170,11 @@ impl Vm {
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
         }
+        for (n, back_end) in self.back_ends.iter().enumerate() {
+            // Not what it says, which is for the front end's thread, but that it is gone.
+            let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
+            epoll.add(&back_end.socket, EpollEvent::new(flags, Source::BackEnd(n).token()))?;
+        }
         for (n, (_, device)) in self.devices.iter().enumerate() {
             // Edge-triggered, because it must not be read: see there.
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
@@ -186,6 +205,7 @@ impl Vm {
             Source::Notices => self.port_markers(),
             Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
+            Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
                 let (id, device) = &self.devices[n];
                 if device.gave_up() {
@@ -311,6 +331,17 @@ impl Vm {
             });
         }
         self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
+    }
+
+    /// A back end of another program closed its connection, or was given up for silence.
+    fn back_end_gone(&mut self, n: usize) {
+        self.back_ends[n].gone = true;
+        let id = self.back_ends[n].id.clone();
+        tracing::error!(device = id, "the vhost-user back end is gone; its disk has failed");
+        if let Some((_, device)) = self.devices.iter().find(|(device, _)| *device == id) {
+            device.lost();
+        }
+        self.event(EventKind::BackEndGone { id });
     }
 
     /// Tells whoever listens on the control socket.

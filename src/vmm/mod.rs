@@ -14,9 +14,11 @@ mod notice;
 mod ports;
 mod remedy;
 mod requests;
-mod signals;
+pub(crate) mod signals;
 
 use std::time::Duration;
+
+pub(crate) use assemble::{confine, drop_privileges};
 
 use crate::cell::CellError;
 use crate::cell::blk::DiskError;

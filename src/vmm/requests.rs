@@ -114,14 +114,20 @@ impl Vm {
             state: state_of(*state),
             exits: None,
         });
-        let disks = self.disks.iter().filter_map(|disk| {
-            let cell = self.cells.iter().find(|cell| cell.id() == disk.id)?;
-            let queues = cell.counters().map(BlkCounters::queues).unwrap_or_default();
+        let disks = self.disks.iter().map(|disk| {
+            // None with a back end of another program, which reports nothing.
+            let cell = self.cells.iter().find(|cell| cell.id() == disk.id);
+            let queues = cell.and_then(Cell::counters).map(BlkCounters::queues).unwrap_or_default();
             let counters = counters::total(&queues);
-            Some(DiskStats {
+            let gone = self.back_ends.iter().any(|end| end.id == disk.id && end.gone);
+            DiskStats {
                 id: disk.id.clone(),
-                pid: cell.pid(),
-                state: cell_state(cell),
+                pid: cell.and_then(Cell::pid),
+                state: match cell {
+                    Some(cell) => cell_state(cell),
+                    None if gone => DeviceState::Dead,
+                    None => DeviceState::Running,
+                },
                 read_only: disk.read_only,
                 size: disk.size,
                 reads: counters.reads_completed,
@@ -131,7 +137,7 @@ impl Vm {
                 throttle: disk.throttle.into(),
                 counters,
                 queues,
-            })
+            }
         });
         let serials = self.cells.iter().filter(|cell| cell.role() == "serial").map(|cell| {
             let (output, input, dropped) = match cell.stats() {
@@ -164,11 +170,8 @@ impl Vm {
     /// it last gave. Block processes count in shared memory.
     fn refresh_counters(&mut self) {
         let end = Instant::now() + STATS_LIMIT;
-        let asked: Vec<bool> = self
-            .cells
-            .iter_mut()
-            .map(|cell| cell.role() == "serial" && cell.ask_stats())
-            .collect();
+        let asked: Vec<bool> =
+            self.cells.iter_mut().map(|cell| cell.role() == "serial" && cell.ask_stats()).collect();
         for n in (0..asked.len()).filter(|n| asked[*n]) {
             // One that used all of the time up leaves the others a last look.
             let end = end.max(Instant::now() + LAST_LOOK);

@@ -1,0 +1,330 @@
+//! vhost-user with programs that are not ours to start: `cellblock vhost-user-blk` for
+//! other front ends, and other back ends for `cellblock run`.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use cellblock::control::protocol::{DeviceState, EventKind};
+use common::output::Output;
+use common::{LIMIT, Vm, poll, proc, send};
+use nix::sys::signal::Signal;
+use vhost::VhostBackend;
+use vhost::vhost_user::Frontend;
+
+const MIB: u64 = 1 << 20;
+
+/// A running `cellblock vhost-user-blk`, with an image of its own.
+struct Server {
+    child: Child,
+    stderr: Output,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    #[track_caller]
+    fn start(options: &str) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("image")).unwrap().set_len(3 * MIB).unwrap();
+        let mut server = Server::start_in(dir, options);
+        server.says("serving disk0 on socket");
+        server
+    }
+
+    fn start_in(dir: tempfile::TempDir, options: &str) -> Server {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+            .args(["--log", "info", "vhost-user-blk", "--die-with-parent"])
+            .args(["--socket", "socket", "--disk", &format!("image{options}")])
+            .current_dir(dir.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = Output::collect(File::from(OwnedFd::from(child.stderr.take().unwrap())));
+        Server { child, stderr, dir }
+    }
+
+    fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    #[track_caller]
+    fn says(&mut self, text: &str) -> String {
+        match self.stderr.wait_for(text, LIMIT) {
+            Some(line) => line,
+            None => panic!("the server does not say {text:?}:\n{}", self.stderr.text()),
+        }
+    }
+
+    /// Waits for the next front end; returns the block process that serves it.
+    #[track_caller]
+    fn serves(&mut self) -> i32 {
+        let text = match self.stderr.wait_for_line("a front end connected", LIMIT) {
+            Some(line) => line,
+            None => panic!("nobody connected:\n{}", self.stderr.text()),
+        };
+        text.rsplit_once("pid=").unwrap().1.parse().unwrap()
+    }
+
+    /// Ends it by a signal; everything of it goes, and it was satisfied.
+    #[track_caller]
+    fn ends_well(mut self, signal: Signal) {
+        let family = proc::family(self.pid());
+        send(self.pid(), signal);
+        let status = poll(LIMIT, || self.child.try_wait().unwrap()).expect("it ends");
+        assert_eq!(status.code(), Some(0), "{}", self.stderr.text());
+        assert!(!self.path("socket").exists(), "the socket is left");
+        proc::wait_gone(&family, Duration::from_secs(1)).expect("no process is left");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Connects and asks what any front end asks first.
+fn connect(socket: &Path) -> (UnixStream, u64) {
+    let stream = UnixStream::connect(socket).unwrap();
+    let front_end = Frontend::from_stream(stream.try_clone().unwrap(), 1);
+    front_end.set_owner().unwrap();
+    let features = front_end.get_features().unwrap();
+    (stream, features)
+}
+
+/// VIRTIO_F_VERSION_1.
+const VERSION_1: u64 = 1 << 32;
+
+#[test]
+fn front_ends_come_and_go() {
+    let mut server = Server::start(",id=disk0");
+    let socket = fs::metadata(server.path("socket")).unwrap();
+    assert!(socket.file_type().is_socket());
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600, "others may connect");
+    for _ in 0..3 {
+        let (stream, features) = connect(&server.path("socket"));
+        assert_ne!(features & VERSION_1, 0);
+        server.says("a front end connected");
+        drop(stream);
+        server.says("the front end disconnected");
+    }
+    assert!(!server.stderr.text().contains("error"), "{}", server.stderr.text());
+    server.ends_well(Signal::SIGTERM);
+}
+
+#[test]
+fn each_front_end_has_a_jailed_process_of_its_own() {
+    let mut server = Server::start("");
+    let (first, _) = connect(&server.path("socket"));
+    let pid = server.serves();
+    let facts = proc::status(pid, pid);
+    assert_eq!(facts["Seccomp"], "2");
+    assert_eq!(facts["NoNewPrivs"], "1");
+    assert_eq!(facts["CapEff"].trim_start_matches('0'), "");
+    for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+        let own = proc::namespace(std::process::id() as i32, kind);
+        assert_ne!(proc::namespace(pid, kind), own, "{kind}");
+    }
+    let facts = proc::status(server.pid(), server.pid());
+    assert_eq!((facts["Seccomp"].as_str(), facts["NoNewPrivs"].as_str()), ("2", "1"));
+
+    // The next one waits for its turn, and gets another process.
+    let second = UnixStream::connect(server.path("socket")).unwrap();
+    let front_end = Frontend::from_stream(second, 1);
+    std::thread::sleep(Duration::from_millis(50)); // what must not happen gives no notice
+    assert_eq!(server.stderr.text().matches("connected").count(), 1);
+    drop(first);
+    assert_ne!(front_end.get_features().unwrap() & VERSION_1, 0);
+    assert_ne!(server.serves(), pid);
+    server.ends_well(Signal::SIGINT);
+}
+
+#[test]
+fn a_dead_block_process_is_named_and_the_next_front_end_served() {
+    let mut server = Server::start("");
+    let (stream, _) = connect(&server.path("socket"));
+    let pid = server.serves();
+    send(pid, Signal::SIGKILL);
+    let line = server.says("device process died");
+    assert!(line.contains("error: "), "{line}");
+    let text = server.stderr.text();
+    assert!(text.contains(&format!("pid={pid}")) && text.contains("signal 9"), "{text}");
+    drop(stream);
+
+    // What a front end gets wrong ends its own process only.
+    let stream = UnixStream::connect(server.path("socket")).unwrap();
+    std::io::Write::write_all(&mut &stream, &[0xff; 64]).unwrap();
+    server.says("device process died");
+    drop(stream);
+
+    let (_stream, features) = connect(&server.path("socket"));
+    assert_ne!(features & VERSION_1, 0);
+    server.ends_well(Signal::SIGTERM);
+}
+
+#[test]
+fn what_cannot_be_served_is_said() {
+    let run = |args: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("taken"), "").unwrap();
+        File::create(dir.path().join("image")).unwrap().set_len(MIB).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+            .arg("vhost-user-blk")
+            .args(args)
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        assert!(dir.path().join("taken").exists());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    for (args, status, part) in [
+        (&["--socket", "taken", "--disk", "image"][..], 1, "exists and is no socket; choose"),
+        (&["--socket", "s", "--disk", "none"], 1, "opening disk none"),
+        (&["--socket", "no/s", "--disk", "image"], 1, "make the directory first"),
+        (&["--socket", "s", "--disk", "image,rw"], 2, "unknown key 'rw'"),
+        (&["--socket", "s", "--disk", "vhost-user=x"], 2, "cannot be served again"),
+        (&["--disk", "image"], 2, "--socket <PATH>"),
+        (&["--socket", "s"], 2, "--disk <SPEC>"),
+    ] {
+        let (code, text) = run(args);
+        assert_eq!((code, text.lines().count()), (Some(status), 1), "{text}");
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+/// A vhost-user-blk back end of somebody else's: QEMU's.
+struct StorageDaemon(Child);
+
+impl StorageDaemon {
+    /// Serves `image` at `socket`, both in `dir`.
+    #[track_caller]
+    fn start(dir: &Path) -> StorageDaemon {
+        let child = Command::new("qemu-storage-daemon")
+            .args(["--blockdev", "driver=file,node-name=disk,filename=image"])
+            .arg("--export")
+            .arg("type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path=socket")
+            .current_dir(dir)
+            .spawn();
+        let daemon = StorageDaemon(child.unwrap_or_else(|error| {
+            panic!(
+                "qemu-storage-daemon: {error}; install the Debian package qemu-system-common, \
+                 or qemu-utils on newer releases"
+            )
+        }));
+        poll(LIMIT, || dir.join("socket").exists().then_some(())).expect("it listens");
+        daemon
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn image_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("image")).unwrap().set_len(3 * MIB).unwrap();
+    dir
+}
+
+/// Our VM with the disk at `socket`.
+fn vm_on(socket: &Path, cmdline: &str) -> common::Options {
+    Vm::with(cmdline).arg("--disk").arg(format!("vhost-user={},id=far", socket.display()))
+}
+
+#[test]
+fn a_guest_of_ours_on_qemu_storage_daemon() {
+    let dir = image_dir();
+    let _daemon = StorageDaemon::start(dir.path());
+    for (round, how) in
+        ["qd=1", "qd=32 irq", "qd=32 irq event-idx indirect segments=4"].iter().enumerate()
+    {
+        let seed = 20 + round;
+        let cmdline = format!("mode=blk mib=2 seed={seed} {how}");
+        let mut vm = vm_on(&dir.path().join("socket"), &cmdline).start();
+        let line = vm.wait_for_line("blk: capacity=");
+        assert!(line.starts_with("blk: capacity=6144 ro=0 flush=1"), "{line}");
+        vm.wait_for(&format!("blk: verified=2097152 bytes generation={seed}"));
+        vm.wait_for("blk: ok");
+        vm.ends_well();
+        let image = fs::read(dir.path().join("image")).unwrap();
+        // Of each sector the guest writes its number and the seed: see its `pattern.rs`.
+        for (sector, bytes) in image.chunks(512).enumerate().take(4096) {
+            assert_eq!(bytes[8..16], (sector as u64).to_le_bytes(), "{how}");
+            assert_eq!(bytes[16..24], (seed as u64).to_le_bytes(), "{how}");
+        }
+    }
+}
+
+#[test]
+fn a_guest_of_ours_on_a_block_process_of_ours() {
+    let mut server = Server::start("");
+    let mut vm = vm_on(&server.path("socket"), "mode=blk mib=2 rounds=1000000 qd=8 irq").start();
+    vm.wait_for_line("blk: capacity=6144 ro=0");
+    vm.wait_for("generation=3");
+    let stats = vm.stats();
+    assert_eq!((stats.disks[0].id.as_str(), stats.disks[0].size), ("far", 3 * MIB));
+    assert!(!stats.disks[0].read_only && stats.disks[0].pid.is_none());
+    assert_eq!(stats.disks[0].state, DeviceState::Running);
+    server.says("a front end connected");
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+    server.says("the front end disconnected");
+    server.ends_well(Signal::SIGTERM);
+}
+
+#[test]
+fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
+    let dir = image_dir();
+    let daemon = StorageDaemon::start(dir.path());
+    let mut vm = vm_on(&dir.path().join("socket"), "mode=blk mib=2 rounds=1000000 qd=4").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    drop(daemon);
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndGone { id } if id == "far"));
+    vm.wait_for_error("the vhost-user back end is gone");
+    assert_eq!(vm.stats().disks[0].state, DeviceState::Dead);
+    // The machine is as alive as before.
+    vm.pause();
+    vm.resume();
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+}
+
+#[test]
+fn a_silent_back_end_is_given_up() {
+    let dir = image_dir();
+    let socket = dir.path().join("socket");
+    let start = |what: &str| {
+        let begun = std::time::Instant::now();
+        let mut vm = vm_on(&socket, "mode=blk").start();
+        let status = vm.wait_exit();
+        let line = vm.stderr.finished(LIMIT);
+        assert_eq!((status.code(), line.lines().count()), (Some(1), 1), "{line}");
+        assert!(line.contains(what), "{line}");
+        assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+    };
+    start("No such file or directory (os error 2); start the back end first");
+    // It accepts nobody's messages; the connection waits in its queue.
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    start("far did not answer within 5s");
+    // Nor anybody any more: with that one still in it, the queue is full.
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    start("it serves another front end, or hangs");
+    drop(listener);
+    start("Connection refused (os error 111); start the back end first");
+}

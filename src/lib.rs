@@ -13,6 +13,7 @@ pub mod logging;
 pub mod remedy;
 pub mod spec;
 pub mod terminal;
+mod throttle;
 pub mod transport;
 pub mod vcpu;
 pub mod vm;

@@ -2,10 +2,13 @@
 //! drive the terminal, since part of the text comes from device processes.
 
 use std::fmt;
-use std::io::Write as _;
-use std::time::Instant;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::LogLevel;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -52,11 +55,70 @@ pub fn init(level: LogLevel) {
     };
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Patient(std::io::stderr()))
         .event_format(OneLine { start: Instant::now(), raw: terminal::is_raw })
         .finish();
     // Fails only where a subscriber is installed, as in a test of a whole program.
     let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// How long a line may wait for whoever reads the log.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// What a pipe that is ready for writing takes without waiting (PIPE_BUF).
+const PIECE: usize = 4096;
+
+/// What happened to the lines before this one.
+static READER: Mutex<Reader> = Mutex::new(Reader { is_away: false, lost: 0 });
+
+struct Reader {
+    /// It did not make room in time, and is not waited for again until it does.
+    is_away: bool,
+    lost: u64,
+}
+
+/// Writes lines to a reader that may not read, as one that holds a pipe's other end or
+/// has stopped a terminal: lines are lost then, because a log must not stop a VM.
+struct Patient<W>(W);
+
+impl<W: Write + AsFd> Patient<W> {
+    fn has_room(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::ZERO);
+        // Asking fails for nothing that could be waited for.
+        !matches!(poll(&mut fds, timeout), Ok(0))
+    }
+
+    fn write_line(&mut self, reader: &mut Reader, line: &[u8]) -> io::Result<()> {
+        for piece in line.chunks(PIECE) {
+            let limit = if reader.is_away { Duration::ZERO } else { PATIENCE };
+            reader.is_away = !self.has_room(limit);
+            if reader.is_away {
+                reader.lost += 1;
+                return Ok(());
+            }
+            self.0.write_all(piece)?;
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write + AsFd> Write for Patient<W> {
+    /// Takes a whole line at a time, which is what the formatter gives.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut reader = READER.lock().unwrap_or_else(PoisonError::into_inner);
+        if reader.lost > 0 && self.has_room(Duration::ZERO) {
+            let lost = std::mem::take(&mut reader.lost);
+            let end = if terminal::is_raw() { "\r\n" } else { "\n" };
+            let note = format!("cellblock: {lost} log lines were lost: nobody read them{end}");
+            self.write_line(&mut reader, note.as_bytes())?;
+        }
+        self.write_line(&mut reader, line)?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(()) // standard error keeps nothing back
+    }
 }
 
 /// Tells the user something that is no event: one line, whatever the level.
@@ -102,8 +164,8 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-    use std::sync::{Arc, Mutex};
+    use std::io::Read;
+    use std::sync::Arc;
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
@@ -142,6 +204,25 @@ mod tests {
     #[test]
     fn a_raw_terminal_gets_its_carriage_return() {
         assert!(line(|| true, || tracing::error!("x")).ends_with("error: x\r\n"));
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_loses_lines_and_delays_nobody() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut log = Patient(writer);
+        let line = [b'x'; 999];
+        let start = Instant::now();
+        for _ in 0..10_000 {
+            log.write_all(&line).unwrap();
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        let mut seen = vec![0; 1 << 20];
+        let kept = reader.read(&mut seen).unwrap() / line.len();
+        log.write_all(b"and on").unwrap();
+        let count = reader.read(&mut seen).unwrap();
+        let text = String::from_utf8(seen[..count].to_vec()).unwrap();
+        assert!(text.contains(&format!("{} log lines were lost", 10_000 - kept)), "{text:?}");
+        assert!(text.ends_with("and on"), "{text:?}");
     }
 
     #[test]

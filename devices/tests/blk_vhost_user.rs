@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -481,6 +481,18 @@ fn bad_messages_are_refused_in_their_acknowledgement() {
     device.front.set_vring_addr(0, &queue.config()).expect("good addresses");
     device.front.set_vring_kick(0, &queue.kick).expect("starts");
     assert_eq!(queue.request(&memory, T_FLUSH, 0, &[]), (0, 1));
+}
+
+#[test]
+fn a_refusal_that_nobody_is_told_of_ends_the_device() {
+    let (mut device, _queue) = rig(ALL);
+    device.front.get_vring_base(0).expect("stop");
+    device.front.set_hdr_flags(VhostUserHeaderFlag::empty());
+    device.front.set_vring_num(0, 3).expect("sent, no more is known");
+    // Whoever asks for less must not take the next success for this one's too.
+    device.front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    device.front.set_vring_base(0, 0).expect_err("the connection has ended");
+    assert!(matches!(device.join(), Err(BlkError::FrontEnd(_))));
 }
 
 #[test]

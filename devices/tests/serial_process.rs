@@ -278,8 +278,23 @@ fn a_whole_life(spawner: &mut Spawner) {
 fn every_thread_is_sealed(spawner: &mut Spawner) {
     let (input, _user) = pipe();
     let vm = Vm::new(spawner, config(SerialEndpoint::Stdio), &[input.as_fd(), null().as_fd()]);
+    // A thread names itself when it first runs, which may be after the process is ready.
+    let end = Instant::now() + Duration::from_secs(10);
+    let names = loop {
+        let names = sealed_threads(vm.pid);
+        if names == ["serial", "serial-in", "serial-out"] || Instant::now() > end {
+            break names;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!(names, ["serial", "serial-in", "serial-out"]);
+    vm.close(spawner);
+}
+
+/// Names of a process's threads, in order; each has to be sealed.
+fn sealed_threads(pid: i32) -> Vec<String> {
     let mut names = Vec::new();
-    for task in fs::read_dir(format!("/proc/{}/task", vm.pid)).unwrap() {
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         let field = |name: &str| {
             let line = status.lines().find(|line| line.starts_with(name)).unwrap();
@@ -293,8 +308,7 @@ fn every_thread_is_sealed(spawner: &mut Spawner) {
         names.push(field("Name:"));
     }
     names.sort();
-    assert_eq!(names, ["serial", "serial-in", "serial-out"]);
-    vm.close(spawner);
+    names
 }
 
 fn socket_clients(spawner: &mut Spawner) {

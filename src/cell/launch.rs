@@ -8,11 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::{CellStats, FromCell, Hello, LogLevel, SeccompMode, Start};
-use cellblock_seccomp::spawner::{Event, Request, Spawner};
+use cellblock_seccomp::spawner::{Event, ExitStatus, Request, Spawner};
 use cellblock_seccomp::violation;
 use cellblock_wire::{Access, Channel, ChannelError, Mapping};
 
 use super::{Cell, CellError};
+use crate::throttle::Throttle;
 
 /// The longest a cell may take from being asked for to serving.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -78,6 +79,8 @@ pub fn launch(
         process: None,
         open: true,
         stats: CellStats::None,
+        owes_stats: false,
+        lines: Throttle::default(),
     })
 }
 
@@ -93,13 +96,26 @@ pub fn wait_ready(cells: &mut [&mut Cell], spawner: &mut Spawner) -> Result<(), 
         let event = spawner.next_event(end.saturating_duration_since(Instant::now())).map_err(
             |source| CellError::Spawner { role: cells[0].role, id: cells[0].id.clone(), source },
         )?;
-        if let Event::Started { ticket, pid, pidfd } = event
-            && let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket)
-        {
-            cell.process = Some((pid, pidfd));
+        match event {
+            Event::Started { ticket, pid, pidfd } => {
+                if let Some(cell) = cells.iter_mut().find(|cell| cell.ticket == ticket) {
+                    cell.process = Some((pid, pidfd));
+                }
+            }
+            // Nobody would hear of it again.
+            Event::Exited { pid, status } => {
+                if let Some(cell) = cells.iter().find(|cell| cell.pid() == Some(pid)) {
+                    return Err(died(cell, status));
+                }
+            }
+            Event::Failed { .. } | Event::Processes(_) => {}
         }
     }
     Ok(())
+}
+
+fn died(cell: &Cell, status: ExitStatus) -> CellError {
+    CellError::Died { role: cell.role, id: cell.id.clone(), how: cell.obituary(status) }
 }
 
 /// Why a cell is not serving yet.
@@ -111,6 +127,9 @@ enum NotServed {
 fn wait_served(cell: &mut Cell, end: Instant) -> Result<(), NotServed> {
     loop {
         let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(NotServed::Channel(ChannelError::TimedOut(START_LIMIT)));
+        }
         match cell.channel.recv_timeout::<FromCell>(left) {
             Ok((FromCell::Ready, _)) => return Ok(()),
             Ok((FromCell::Log { level, message }, _)) => cell.log(level, &message),
@@ -143,7 +162,7 @@ fn why(cell: &mut Cell, spawner: &mut Spawner, error: NotServed) -> CellError {
                 cell.process = Some((pid, pidfd));
             }
             Event::Exited { pid, status } if Some(pid) == cell.pid() => {
-                return CellError::Died { role, id, how: cell.obituary(status) };
+                return died(cell, status);
             }
             _ => {}
         }

@@ -18,10 +18,16 @@ use std::os::fd::OwnedFd;
 
 use std::time::Instant;
 
-use cellblock_devices::protocol::{CellStats, FromCell, LogLevel};
+use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
 use cellblock_wire::{Channel, ChannelError, Mapping, ShmError};
+
+use crate::throttle::Throttle;
+
+/// The most log lines, and the most messages, taken from one cell before others
+/// have their turn.
+pub const ROUND: usize = 32;
 
 /// A cell that could not be started, or that broke the protocol.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +100,8 @@ pub struct Cell {
     process: Option<(i32, OwnedFd)>,
     open: bool,
     stats: CellStats,
+    owes_stats: bool,
+    lines: Throttle,
 }
 
 impl Cell {
@@ -123,9 +131,10 @@ impl Cell {
     }
 
     /// The next message other than a log line, which is logged here. `None` when
-    /// there is no more for now, or for ever: see [`Cell::is_open`].
+    /// there is no more for now, or for ever: see [`Cell::is_open`]. A process that
+    /// sends without end gets `None` after [`ROUND`] lines: others have their turn.
     pub fn next_message(&mut self) -> Option<FromCell> {
-        loop {
+        for _ in 0..ROUND {
             match self.channel.try_recv::<FromCell>() {
                 Ok(Some((FromCell::Log { level, message }, _))) => self.log(level, &message),
                 Ok(Some((message, _))) => return Some(message),
@@ -146,12 +155,17 @@ impl Cell {
                 }
             }
         }
+        None
     }
 
-    /// Like [`Cell::next_message`], but waits until `end` for one.
+    /// Like [`Cell::next_message`], but waits until `end` for one, and gives none
+    /// afterwards, however many there are.
     pub fn wait_message(&mut self, end: Instant) -> Option<FromCell> {
         loop {
             let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
             match self.channel.recv_timeout::<FromCell>(left) {
                 Ok((FromCell::Log { level, message }, _)) => self.log(level, &message),
                 Ok((message, _)) => return Some(message),
@@ -172,6 +186,17 @@ impl Cell {
     /// Keeps counters it reported.
     pub fn keep_stats(&mut self, stats: CellStats) {
         self.stats = stats;
+        self.owes_stats = false;
+    }
+
+    /// Asks for its counters. False where there is nothing to wait for: it is gone, or
+    /// has not answered the last time yet, as a process that hangs does not.
+    pub fn ask_stats(&mut self) -> bool {
+        let asks = self.open
+            && !self.owes_stats
+            && matches!(self.channel.try_send(&ToCell::Stats, &[]), Ok(true));
+        self.owes_stats |= asks;
+        asks
     }
 
     /// One line that says how the process ended: by a violation, a signal, a status.
@@ -190,7 +215,19 @@ impl Cell {
         violation::read(&self.violation)
     }
 
-    fn log(&self, level: LogLevel, message: &str) {
+    fn log(&mut self, level: LogLevel, message: &str) {
+        // What is more detailed is only shown to those who asked for all of it.
+        if level <= LogLevel::Info {
+            match self.lines.take() {
+                Some(0) => {}
+                Some(unsaid) => tracing::warn!(
+                    role = self.role,
+                    device = self.id,
+                    "{unsaid} log lines were left out: there were too many"
+                ),
+                None => return,
+            }
+        }
         // A hostile process may put anything into its text; one line stays one line.
         let text = crate::remedy::printable(&message.chars().take(512).collect::<String>());
         let (role, device) = (self.role, self.id.as_str());

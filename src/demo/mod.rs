@@ -252,7 +252,8 @@ mod tests {
     #[test]
     fn every_hole_in_a_jail_fails_the_demo() {
         check_jails(&vm()).expect("a VM as it should be");
-        let holes: [(&str, fn(&mut [Process; 3])); 12] = [
+        type Hole = fn(&mut [Process; 3]);
+        let holes: [(&str, Hole); 12] = [
             ("no block process", |vm| vm[2].role = "other".into()),
             ("a device without seccomp", |vm| vm[1].seccomp = 0),
             ("one thread of it", |vm| vm[2].threads[0].seccomp = 0),
@@ -261,7 +262,7 @@ mod tests {
             ("a permitted one", |vm| vm[1].cap_prm = CapSet(1)),
             ("one in the bounding set", |vm| vm[2].cap_bnd = CapSet(1 << 40)),
             ("a namespace that is the VMM's", |vm| vm[2].namespaces = vm[0].namespaces.clone()),
-            ("one nobody can see", |vm| drop(vm[2].namespaces.remove("net"))),
+            ("one nobody can see", |vm| vm[2].namespaces.retain(|kind, _| kind != "net")),
             ("a vCPU thread without seccomp", |vm| vm[0].threads[0].seccomp = 0),
             ("no vCPU thread at all", |vm| vm[0].threads.clear()),
             ("a VMM with capabilities", |vm| vm[0].cap_prm = CapSet(1)),

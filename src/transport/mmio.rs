@@ -27,6 +27,7 @@ use super::queue::QueueError;
 use super::wait::Waited;
 use crate::bus::{BusDevice, Outcome};
 use crate::event;
+use crate::throttle::Throttle;
 use crate::vcpu::Kicks;
 use crate::vm::memory::GuestRam;
 
@@ -85,6 +86,7 @@ pub struct VirtioMmio {
     wiring: Wiring,
     vcpu_kicks: Arc<Kicks>,
     state: Mutex<State>,
+    lines: Mutex<Throttle>,
 }
 
 struct State {
@@ -121,7 +123,19 @@ impl VirtioMmio {
         let Identity { id, device_type, info, writable } = identity;
         let registers = Registers::new(wiring.kicks.len());
         let state = Mutex::new(State { registers, config: info.config.clone(), pending: None });
-        VirtioMmio { id, device_type, info, writable, ram, front_end, wiring, vcpu_kicks, state }
+        let lines = Mutex::default();
+        VirtioMmio {
+            id,
+            device_type,
+            info,
+            writable,
+            ram,
+            front_end,
+            wiring,
+            vcpu_kicks,
+            state,
+            lines,
+        }
     }
 
     /// The kick hook: a vCPU that waits for this device process stops waiting.
@@ -162,13 +176,25 @@ impl VirtioMmio {
     /// where that is nothing new.
     pub fn gave_up(&self) -> bool {
         let news = self.fail();
-        if news {
+        if news && self.may_log() {
             tracing::warn!(
                 device = self.id,
                 "driver broke the rules of its queue; it has to reset the device"
             );
         }
         news
+    }
+
+    /// What a guest can cause as often as it likes is not logged as often.
+    fn may_log(&self) -> bool {
+        let left_out = self.lines.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(lines @ 1..) = left_out {
+            tracing::warn!(
+                device = self.id,
+                "{lines} log lines were left out: there were too many"
+            );
+        }
+        left_out.is_some()
     }
 
     /// Has the device process finish what it holds and stop, at the end of the VM.
@@ -327,7 +353,9 @@ impl VirtioMmio {
             (Change::Reset, result) => {
                 // The guest sees its reset done in any case; a device process that
                 // failed it fails the next activation too.
-                if let Err(error) = result {
+                if let Err(error) = result
+                    && self.may_log()
+                {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
                 state.registers.reset();
@@ -337,7 +365,9 @@ impl VirtioMmio {
     }
 
     fn activation_failed(&self, state: &mut State, status: u32, error: &dyn std::error::Error) {
-        tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
+        if self.may_log() {
+            tracing::warn!(device = self.id, error = crate::remedy::chain(error), "not activated");
+        }
         state.registers.status = status;
         self.needs_reset(state);
     }

@@ -139,11 +139,13 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         control,
         notifier,
         signals,
-        _terminal: terminal,
+        terminal,
         _console: keep,
         events: Vec::new(),
+        defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
+        looking: Vec::new(),
     })
 }
 

@@ -17,7 +17,7 @@ use super::notice::{Notice, Notifier};
 use super::signals::Signals;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
-use crate::cell::Cell;
+use crate::cell::{Cell, ROUND};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
@@ -44,12 +44,17 @@ pub(super) struct Vm {
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
-    // Given back when the machine is dropped.
-    pub(super) _terminal: Option<RawTerminal>,
+    // Given back when the machine is dropped. With it comes the escape sequence.
+    pub(super) terminal: Option<RawTerminal>,
     pub(super) _console: Keep,
+    /// Events of the request that is being carried out, and whether one is.
     pub(super) events: Vec<EventKind>,
+    pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
+    /// Who waits for the spawner's next look at the processes, and for the one that
+    /// is under way.
     pub(super) asked_for_processes: Vec<Token>,
+    pub(super) looking: Vec<Token>,
 }
 
 /// What does not change about a disk.
@@ -195,15 +200,23 @@ impl Vm {
     }
 
     fn cell_messages(&mut self, epoll: &Epoll, n: usize) -> Flow {
-        while let Some(message) = self.cells[n].next_message() {
+        // If there is more, the channel is still readable in the next round.
+        for _ in 0..ROUND {
+            let Some(message) = self.cells[n].next_message() else { break };
             self.cell_message(n, message);
         }
         if self.asked_to_stop {
             return Flow::Break(Ok(VmEnd::Stopped));
         }
         if !self.cells[n].is_open() {
-            // Its death follows from the spawner; there is nothing more to read.
             let _ = epoll.delete(self.cells[n].channel());
+            // As a rule it is dead, which the spawner reports. One that is not, and
+            // broke the protocol, is ended.
+            if let Some(pid) = self.cells[n].pid()
+                && let Err(error) = self.spawner.kill(pid)
+            {
+                tracing::error!(error = crate::remedy::chain(&error), "ending a device process");
+            }
         }
         ON
     }
@@ -223,12 +236,16 @@ impl Vm {
     }
 
     pub(super) fn cell_message(&mut self, n: usize, message: FromCell) {
+        // Each process speaks for its own device only.
+        let is_serial = self.cells[n].role() == "serial";
         match message {
-            FromCell::Quit => {
+            FromCell::Quit if is_serial && self.terminal.is_some() => {
                 tracing::info!("stopping on the console's escape sequence");
                 self.asked_to_stop = true;
             }
-            FromCell::Marker(marker) => self.event(requests::marker_event(marker, "console")),
+            FromCell::Marker(marker) if is_serial => {
+                self.event(requests::marker_event(marker, "console"))
+            }
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             // The rest is said only when asked for, and then waited for.
             _ => {}
@@ -244,15 +261,30 @@ impl Vm {
     fn control_requests(&mut self) {
         // Taken out, so that carrying a request out may use all of the machine.
         let Some(mut control) = self.control.take() else { return };
+        self.defers_events = true;
         control.poll(&mut Requests(self));
+        self.defers_events = false;
         for kind in std::mem::take(&mut self.events) {
             control.broadcast(kind);
         }
         self.control = Some(control);
+        self.look_at_processes();
+    }
+
+    /// Has the spawner look at all processes, for everyone who asked before it began.
+    /// One look at a time, so that clients cannot bury it in work.
+    fn look_at_processes(&mut self) {
+        if !self.looking.is_empty() || self.asked_for_processes.is_empty() {
+            return;
+        }
+        self.looking = std::mem::take(&mut self.asked_for_processes);
+        if let Err(error) = self.spawner.inspect() {
+            self.answer_processes(&Reply::error(crate::remedy::chain(&error), None));
+        }
     }
 
     fn answer_processes(&mut self, reply: &Reply) {
-        for token in std::mem::take(&mut self.asked_for_processes) {
+        for token in std::mem::take(&mut self.looking) {
             if let Some(control) = &mut self.control {
                 control.complete(token, reply);
             }
@@ -265,6 +297,7 @@ impl Vm {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
+                    self.look_at_processes();
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => return ON,
@@ -302,8 +335,9 @@ impl Vm {
             Some(control) => {
                 control.broadcast(kind);
             }
-            // None too while a request is carried out, which sends them afterwards.
-            None => self.events.push(kind),
+            // Sent when the request that is being carried out is done.
+            None if self.defers_events => self.events.push(kind),
+            None => {}
         }
     }
 
@@ -350,7 +384,10 @@ impl Vm {
             if cell.role() != "serial" || !cell.is_open() {
                 continue;
             }
-            if cell.channel().send(&ToCell::Drain { epoch: EPOCH, limit_ms }, &[]).is_err() {
+            // One that does not even read its messages is not waited for.
+            let drain = ToCell::Drain { epoch: EPOCH, limit_ms };
+            if !matches!(cell.channel().try_send(&drain, &[]), Ok(true)) {
+                tracing::warn!(device = cell.id(), "console process does not take messages");
                 continue;
             }
             let grace = end + Duration::from_millis(500);

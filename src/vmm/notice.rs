@@ -41,10 +41,12 @@ impl Notifier {
         }
     }
 
-    /// Takes all that is there.
+    /// Takes all that is there, but no more than came before: what is added meanwhile
+    /// makes the event readable again, and a guest that never stops does not keep the
+    /// caller here.
     pub fn take(&self) -> Vec<Notice> {
         let _ = self.event.read(); // empty is fine: the queue decides
-        self.receiver.try_iter().collect()
+        self.receiver.try_iter().take(PENDING_MAX).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::{CellStats, FromCell, Marker, ToCell};
+use cellblock_devices::protocol::{CellStats, FromCell, Marker};
 use cellblock_seccomp::spawner::ProcessInfo;
 
 use super::event_loop::Vm;
@@ -17,6 +17,8 @@ use crate::vcpu::{PauseError, VcpuState};
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// How long device processes may take to report their counters, all together.
 const STATS_LIMIT: Duration = Duration::from_millis(200);
+/// What each has at least.
+const LAST_LOOK: Duration = Duration::from_millis(2);
 
 impl Vm {
     pub(super) fn answer(&mut self, request: Request) -> Option<Reply> {
@@ -29,10 +31,7 @@ impl Vm {
             }
             Request::Stats => Some(Reply::Stats(Box::new(self.stats()))),
             // The spawner looks, and answers in its own time.
-            Request::Ps => match self.spawner.inspect() {
-                Ok(()) => None,
-                Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
-            },
+            Request::Ps => None,
             Request::Events => Some(Reply::Events),
         }
     }
@@ -131,14 +130,10 @@ impl Vm {
     /// those it last gave.
     fn refresh_counters(&mut self) {
         let end = Instant::now() + STATS_LIMIT;
-        let asked: Vec<bool> = self
-            .cells
-            .iter()
-            .map(|cell| {
-                cell.is_open() && matches!(cell.channel().try_send(&ToCell::Stats, &[]), Ok(true))
-            })
-            .collect();
+        let asked: Vec<bool> = self.cells.iter_mut().map(Cell::ask_stats).collect();
         for n in (0..asked.len()).filter(|n| asked[*n]) {
+            // One that used all of the time up leaves the others a last look.
+            let end = end.max(Instant::now() + LAST_LOOK);
             while let Some(message) = self.cells[n].wait_message(end) {
                 let last = matches!(message, FromCell::Stats(_));
                 self.cell_message(n, message);

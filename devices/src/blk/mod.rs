@@ -44,7 +44,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,6 +54,7 @@ use cellblock_wire::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
 use crate::protocol::{BlkStart, FromCell, ToCell};
@@ -252,12 +253,24 @@ impl Blk {
 
     /// Handles one message of the front end; false when it is gone.
     fn serve_front_end(&mut self) -> Result<bool, BlkError> {
+        let told = self.wants_reply();
         match self.handler.handle_request() {
             Ok(()) => Ok(true),
             Err(vhost::vhost_user::Error::Disconnected) => Ok(false),
-            Err(_) if self.backend().take_refusal() => Ok(true),
+            Err(_) if self.backend().take_refusal() && told => Ok(true),
             Err(e) => Err(BlkError::FrontEnd(e)),
         }
+    }
+
+    /// Whether the sender of the message that is there waits for its result. One that
+    /// does not would never learn of a refusal, but by the connection's end.
+    fn wants_reply(&self) -> bool {
+        const NEED_REPLY: u32 = 1 << 3; // vhost-user: request, flags, size; 32 bits each
+        let mut header = [0; 8];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+        let len = recv(self.socket.as_raw_fd(), &mut header, flags);
+        let [_, _, _, _, flags @ ..] = header;
+        len == Ok(header.len()) && u32::from_ne_bytes(flags) & NEED_REPLY != 0
     }
 
     fn backend(&self) -> MutexGuard<'_, Backend> {

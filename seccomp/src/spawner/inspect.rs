@@ -10,7 +10,7 @@ const MAX_THREADS: usize = 64;
 
 /// Looks at process `pid`; none when it has ended.
 pub(super) fn process(role: &str, id: &str, pid: i32) -> Option<ProcessInfo> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let status = text(&format!("/proc/{pid}/status"))?;
     // Where the fine-grained numbers may not be read, the coarse one stands in.
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let rss = kib(&rollup, "Rss:").or_else(|| kib(&status, "VmRSS:")).unwrap_or(0);
@@ -35,12 +35,18 @@ pub(super) fn process(role: &str, id: &str, pid: i32) -> Option<ProcessInfo> {
     })
 }
 
+/// A file of /proc. Names in it are what a process says, and need not be text: one
+/// with a name that is not must not get out of sight by it.
+fn text(path: &str) -> Option<String> {
+    fs::read(path).ok().map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
 fn threads(pid: i32) -> Vec<ThreadInfo> {
     let Ok(folder) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     let mut threads: Vec<ThreadInfo> = folder
         .filter_map(|entry| {
             let tid: i32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
-            let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+            let status = text(&format!("/proc/{pid}/task/{tid}/status"))?;
             let name = field(&status, "Name:")?.trim().chars().take(16).collect();
             Some(ThreadInfo { name, tid, seccomp: seccomp(&status) })
         })
@@ -85,6 +91,25 @@ mod tests {
         assert!(own.rss_kib > 0 && own.pss_kib > 0 && own.pss_kib <= own.rss_kib);
         assert!(own.threads.iter().any(|t| t.tid == own.pid));
         assert_eq!(own.uid, nix::unistd::getuid().as_raw());
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_hides_nobody() {
+        let (named, wait) = std::sync::mpsc::channel();
+        let (_end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            nix::sys::prctl::set_name(c"\xff\nSeccomp:\t2").expect("named");
+            named.send(nix::unistd::gettid().as_raw()).expect("sent");
+            let _ = ended.recv();
+        });
+        let tid = wait.recv().expect("running");
+        let found = threads(std::process::id() as i32);
+        let found = found.iter().find(|t| t.tid == tid).expect("it is listed");
+        assert!(found.name.starts_with('\u{fffd}'), "{found:?}");
+        assert_eq!(found.seccomp, 0);
+        assert!(process("blk", "x", tid).is_some());
+        drop(_end);
+        thread.join().expect("ended");
     }
 
     #[test]

@@ -44,8 +44,15 @@ fn refused_calls_are_named() {
             ("kill", libc::SYS_kill, [1, 9, 0, 0, 0, 0]),
             ("tgkill", libc::SYS_tgkill, [1, 1, 9, 0, 0, 0]),
             ("mmap", libc::SYS_mmap, [0, 4096, 7, 0x22, u64::MAX, 0]),
+            // Shared anonymous memory, and a stack: beyond the limit on private memory.
+            ("mmap", libc::SYS_mmap, [0, 4096, 3, 0x21, u64::MAX, 0]),
+            ("mmap", libc::SYS_mmap, [0, 4096, 3, 0x23, u64::MAX, 0]),
+            ("mmap", libc::SYS_mmap, [0, 4096, 3, 0x122, u64::MAX, 0]),
             ("mprotect", libc::SYS_mprotect, [0, 4096, 5, 0, 0, 0]),
             ("ioctl", libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0, 0, 0]),
+            // Taking non-blocking mode away from what the VMM shares.
+            ("fcntl", libc::SYS_fcntl, [0, libc::F_SETFL as u64, libc::O_RDWR as u64, 0, 0, 0]),
+            ("ioctl", libc::SYS_ioctl, [0, libc::FIONBIO, 0, 0, 0, 0]),
             ("fcntl", libc::SYS_fcntl, [0, libc::F_SETOWN as u64, 0, 0, 0, 0]),
             ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0]),
             ("io_uring_setup", libc::SYS_io_uring_setup, [1, 0, 0, 0, 0, 0]),

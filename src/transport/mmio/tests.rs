@@ -508,3 +508,57 @@ fn a_process_that_stays_silent_costs_one_deadline() {
     assert_eq!(rig.status(), 0xf | NEEDS_RESET);
     drop(far);
 }
+
+#[test]
+fn an_error_event_that_its_process_emptied_blocks_nobody() {
+    let rig = Rig::blk(1);
+    rig.drive();
+    // What a device process can do to an open file it shares with us.
+    let fd = rig.device.err_event();
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_RDWR)).expect("flags");
+    let device = rig.device.clone();
+    let (done, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(device.gave_up()));
+    assert_eq!(wait.recv_timeout(Duration::from_secs(5)), Ok(true));
+}
+
+/// Random registers written by two vCPUs at once, most of them those that bring a
+/// device up and reset it, while its process serves and once it is gone.
+#[test]
+fn no_order_of_registers_leaves_an_access_without_an_end() {
+    let rig = Rig::blk(2);
+    let end = Instant::now() + Duration::from_secs(2);
+    let guest = |vcpu: u64| {
+        let device = rig.device.clone();
+        std::thread::spawn(move || {
+            let mut random = 0x9e37_79b9_7f4a_7c15 ^ vcpu;
+            let mut started = 0;
+            while Instant::now() < end {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let pick = (random >> 16) as usize;
+                let (offset, value) = match random >> 60 {
+                    0..6 => (0x70, [0, 1, 3, 0xb, 0xf, 0x4f][pick % 6]),
+                    6..8 => (0x44, pick as u32 & 1),
+                    8 => (0x38, 16 << (pick % 6)),
+                    9 => (0x24, pick as u32 & 1),
+                    10 => (0x20, if pick % 4 == 0 { pick as u32 } else { 1 }),
+                    11 => ([0x80, 0x90, 0xa0][pick % 3], (pick as u32) << 4 & 0xffff),
+                    _ => (random >> 8 & 0xfc, pick as u32),
+                };
+                while device.write(vcpu as usize, offset, &value.to_le_bytes()) == Outcome::Retry {}
+                let mut data = vec![0; pick % 9];
+                let _ = device.read(vcpu as usize, random >> 40 & 0xfff, &mut data);
+                started += u32::from(device.read_register(0x70) & DRIVER_OK != 0);
+            }
+            started
+        })
+    };
+    let guests = [guest(0), guest(1)];
+    std::thread::sleep(Duration::from_millis(1500));
+    rig.device.lost();
+    let started: u32 = guests.into_iter().map(|guest| guest.join().expect("no panic")).sum();
+    assert!(rig.device.lock().pending.is_none());
+    assert!(started > 0, "the device was never started: the test proves nothing");
+}

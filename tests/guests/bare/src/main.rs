@@ -21,9 +21,11 @@
 //! | `demo` | a short tour, then commands: `t` `w` `q` | `mib=` (8) |
 //!
 //! Words for every mode: `marks=1,3` writes these bytes to the readiness port before the mode
-//! begins; `exit=reset|acpi|triple|none` chooses how the guest ends (reset). Disks are found by
-//! `virtio_mmio.device=SIZE@ADDRESS:LINE` words. The last line of a successful run is `MODE: ok`;
-//! anything that goes wrong prints `FAIL: ` and the reason, and ends the guest the same way.
+//! begins; `last=TEXT` is printed, and `last-mark=5` written to that port, as the very last thing of
+//! a mode that succeeds; `exit=reset|acpi|triple|none` chooses how the guest ends (reset). Disks
+//! are found by `virtio_mmio.device=SIZE@ADDRESS:LINE` words. The last line of a successful run is
+//! else `MODE: ok`; anything that goes wrong prints `FAIL: ` and the reason, and ends the guest the
+//! same way.
 #![no_std]
 #![no_main]
 

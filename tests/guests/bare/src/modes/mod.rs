@@ -47,6 +47,12 @@ pub fn run(boot: &Boot) {
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),
     }
     say!("{mode}: ok");
+    if let Some(text) = boot.cmdline.get("last") {
+        say!("{text}");
+    }
+    if boot.cmdline.get("last-mark").is_some() {
+        cpu::out8(READINESS_PORT, boot.cmdline.number("last-mark", 0) as u8);
+    }
 }
 
 /// Tells the monitor that the guest is alive.

@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
 use common::{LIMIT, Vm};
 
 const MIB: u64 = 1 << 20;
@@ -44,4 +47,40 @@ fn the_guest_sees_as_many_queues_as_the_disk_has() {
         assert!(refusal.is_some(), "{cpus}{options}: {}", vm.console.text());
         vm.wait_exit();
     }
+}
+
+/// Ranges given up or zeroed by the guest: they read as zeros, and give space back.
+#[test]
+fn the_guest_discards_zeroes_and_chooses_the_cache_mode() {
+    for how in ["", "irq", "indirect segments=3"] {
+        let mut vm = Vm::with(&format!("mode=blk-features {how}")).disk(4).start();
+        let limits = vm.wait_for_line("blk-features: clears=");
+        let block = fs::metadata(vm.path("disk0")).unwrap().blksize() / 512;
+        assert_eq!(
+            limits,
+            format!(
+                "blk-features: clears=1 discard=32x4194304 align={block} zeroes=4x65536 unmap=1 \
+                 physical={} min={block}",
+                block.ilog2()
+            )
+        );
+        vm.wait_for("blk-features: zero-too-many status=1");
+        vm.wait_for("blk-features: zero-unmap status=0");
+        vm.wait_for("blk-features: discard-most status=0");
+        vm.wait_for("blk-features: writeback=0");
+        vm.wait_for("blk-features: after-reset writeback=1");
+        vm.wait_for("blk-features: ok");
+        assert_eq!(fs::metadata(vm.path("disk0")).unwrap().len(), 4 * MIB);
+        vm.ends_well();
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_not_cleared() {
+    let mut vm = Vm::with("mode=blk-features").disk_with(4 * MIB, ",ro").start();
+    vm.wait_for("blk-features: clears=0 discard=0x0 align=0 zeroes=0x0 unmap=0");
+    vm.wait_for("blk-features: discard-of-read-only status=1");
+    vm.wait_for("blk-features: zero-of-read-only status=1");
+    vm.wait_for("blk-features: ok");
+    vm.ends_well();
 }

@@ -115,10 +115,62 @@ fn the_configuration_space_says_what_the_disk_is() {
     assert_eq!(config[20..24], 512u32.to_le_bytes());
     let (_, tail) = device.front.get_config(20, 4, flags, &[0; 4]).expect("config");
     assert_eq!(tail, 512u32.to_le_bytes());
-    let (_, beyond) = device.front.get_config(50, 200, flags, &[0; 200]).expect("config");
-    assert_eq!(beyond, [0; 200]);
-    device.front.set_config(0, flags, &[1]).expect_err("nothing is writable");
+    let (_, beyond) = device.front.get_config(57, 199, flags, &[0; 199]).expect("config");
+    assert_eq!(beyond, [0; 199]);
+    device.front.set_config(0, flags, &[1]).expect_err("the capacity is not writable");
+    device.front.set_config(32, flags, &[1, 0]).expect_err("nor what is behind the cache mode");
     assert_eq!(device.front.get_queue_num().expect("and it goes on"), 1);
+}
+
+/// Discard and write-zeroes belong to features, in segments of which none is obeyed
+/// unless all are good.
+#[test]
+fn ranges_are_cleared_where_the_driver_may() {
+    const T_DISCARD: u32 = 11;
+    const T_WRITE_ZEROES: u32 = 13;
+    let segment = |device: &Device, n: u64, sector: u64, count: u32| {
+        let at = DATA + 16 * n;
+        device.memory.write_obj(sector, GuestAddress(at)).expect("sector");
+        device.memory.write_obj(u64::from(count), GuestAddress(at + 8)).expect("count, flags");
+    };
+    let (device, mut queue) = rig(ALL);
+    let memory = device.memory.clone();
+    segment(&device, 0, 8, 8);
+    for kind in [T_DISCARD, T_WRITE_ZEROES] {
+        assert_eq!(queue.request(&memory, kind, 0, &[out(DATA, 16)]), (2, 1));
+    }
+    for (kind, feature) in [(T_DISCARD, 13), (T_WRITE_ZEROES, 14)] {
+        let (device, mut queue) = rig(ALL | 1 << feature);
+        let memory = device.memory.clone();
+        segment(&device, 0, 8, 8);
+        segment(&device, 1, 2047, 2);
+        let request = |queue: &mut Queue, data: &[_]| queue.request(&memory, kind, 0, data).0;
+        assert_eq!(request(&mut queue, &[out(DATA, 32)]), 1, "beyond the end");
+        assert_eq!(request(&mut queue, &[out(DATA, 15)]), 1, "not a whole segment");
+        assert_eq!(request(&mut queue, &[into(DATA, 16)]), 1, "the wrong direction");
+        assert_eq!(request(&mut queue, &[]), 1, "nothing");
+        assert_eq!(device.image_sectors(8, 1), pattern(8), "a refused request cleared");
+        segment(&device, 1, 2047, 1);
+        assert_eq!(request(&mut queue, &[out(DATA, 5), out(DATA + 5, 27)]), 0);
+        assert_eq!(device.image_sectors(8, 8), [0; 8 * 512]);
+        assert_eq!(device.image_sectors(2047, 1), [0; 512]);
+        assert_eq!(device.image_sectors(7, 1), pattern(7));
+        assert_eq!(device.image_sectors(16, 1), pattern(16));
+    }
+}
+
+#[test]
+fn the_cache_mode_changes_while_a_ring_runs() {
+    let (mut device, mut queue) = rig(ALL | 1 << 11);
+    let memory = device.memory.clone();
+    let flags = VhostUserConfigFlags::empty();
+    for mode in [0, 1, 0] {
+        device.front.set_config(32, VhostUserConfigFlags::WRITABLE, &[mode]).expect("set");
+        let (_, found) = device.front.get_config(32, 1, flags, &[0]).expect("config");
+        assert_eq!(found, [mode]);
+        assert_eq!(queue.request(&memory, T_OUT, 1, &[out(DATA, 512)]), (0, 1));
+        assert_eq!(queue.request(&memory, T_IN, 1, &[into(DATA, 512)]), (0, 513));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A virtio disk: the VMM's end of a block cell.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ use crate::vm::memory::GuestRam;
 
 /// Bytes of `struct virtio_blk_config` (virtio 1.2 section 5.2.4).
 const CONFIG_LEN: u32 = 60;
+/// Its only byte that a driver writes: the cache mode, `writeback`.
+const CONFIG_WRITEBACK: Range<u64> = 32..33;
 
 /// A disk that could not be brought up.
 #[derive(Debug, thiserror::Error)]
@@ -174,7 +177,7 @@ impl StartingDisk {
         }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(
-            Identity { id, device_type: VIRTIO_ID_BLOCK, info },
+            Identity { id, device_type: VIRTIO_ID_BLOCK, info, writable: CONFIG_WRITEBACK },
             front_end,
             wiring,
             ram.clone(),

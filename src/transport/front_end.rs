@@ -10,6 +10,7 @@
 //!
 //! Only control messages pass here. Requests and interrupts never do.
 
+use std::collections::BTreeSet;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -135,6 +136,7 @@ pub type Answer<T> = Arc<Completion<Result<T, FrontEndError>>>;
 enum Job {
     Open(Answer<DeviceInfo>),
     Activate(Activation, Answer<()>),
+    SetConfig(u32, Vec<u8>, Answer<()>),
     Reset(Answer<()>),
 }
 
@@ -165,6 +167,8 @@ impl FrontEnd {
             ram,
             needs,
             live: Vec::new(),
+            config: Vec::new(),
+            written: BTreeSet::new(),
         };
         std::thread::Builder::new()
             .name(format!("vu-{id}"))
@@ -189,7 +193,13 @@ impl FrontEnd {
         self.post(|answer| Job::Activate(activation, answer))
     }
 
-    /// Stops every ring; requests that were taken are finished first.
+    /// Writes to the device configuration space at `offset`, until the next reset.
+    pub fn set_config(&self, offset: u32, bytes: Vec<u8>) -> Answer<()> {
+        self.post(|answer| Job::SetConfig(offset, bytes, answer))
+    }
+
+    /// Stops every ring; requests that were taken are finished first. The configuration
+    /// is again what it was.
     pub fn reset(&self) -> Answer<()> {
         self.post(Job::Reset)
     }
@@ -240,6 +250,10 @@ struct Worker {
     ram: GuestRam,
     needs: Needs,
     live: Vec<usize>,
+    /// The configuration as it was found.
+    config: Vec<u8>,
+    /// Where the driver has written to it.
+    written: BTreeSet<(u32, usize)>,
 }
 
 impl Worker {
@@ -248,6 +262,9 @@ impl Worker {
             match job {
                 Job::Open(answer) => answer.complete(self.open()),
                 Job::Activate(activation, answer) => answer.complete(self.activate(&activation)),
+                Job::SetConfig(offset, bytes, answer) => {
+                    answer.complete(self.set_config(offset, &bytes));
+                }
                 Job::Reset(answer) => answer.complete(self.reset()),
             }
         }
@@ -258,7 +275,9 @@ impl Worker {
         while let Ok(job) = inbox.recv() {
             match job {
                 Job::Open(answer) => answer.complete(Err(gone())),
-                Job::Activate(_, answer) | Job::Reset(answer) => answer.complete(Err(gone())),
+                Job::Activate(_, answer) | Job::SetConfig(_, _, answer) | Job::Reset(answer) => {
+                    answer.complete(Err(gone()));
+                }
             }
         }
     }
@@ -305,6 +324,7 @@ impl Worker {
         let space = vec![0; len as usize];
         let config = self.frontend.get_config(0, len, VhostUserConfigFlags::empty(), &space);
         let (_, config) = self.exchange("reading the configuration", config)?;
+        self.config.clone_from(&config);
         Ok(DeviceInfo {
             features: features & GUEST_FEATURES,
             config,
@@ -368,11 +388,26 @@ impl Worker {
         self.exchange("connecting a doorbell", frontend.set_vring_kick(index, &queue.kick))
     }
 
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontEndError> {
+        self.written.insert((offset, bytes.len()));
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let set = self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+        self.exchange("writing the configuration", set)
+    }
+
     fn reset(&mut self) -> Result<(), FrontEndError> {
         for index in std::mem::take(&mut self.live) {
             let base = self.frontend.get_vring_base(index);
             self.exchange("stopping a queue", base)?;
         }
+        for (offset, len) in std::mem::take(&mut self.written) {
+            let at = offset as usize;
+            if let Some(bytes) = self.config.get(at..at + len).map(<[u8]>::to_vec) {
+                self.set_config(offset, &bytes)?;
+            }
+        }
+        self.written.clear();
         Ok(())
     }
 }

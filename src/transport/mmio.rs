@@ -12,6 +12,7 @@ mod registers;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -59,6 +60,8 @@ pub struct Identity {
     pub device_type: u32,
     /// From the process.
     pub info: DeviceInfo,
+    /// The bytes of its configuration space that a driver may write.
+    pub writable: Range<u64>,
 }
 
 /// The events between guest and device process.
@@ -77,6 +80,7 @@ pub struct VirtioMmio {
     id: String,
     device_type: u32,
     info: DeviceInfo,
+    writable: Range<u64>,
     ram: GuestRam,
     front_end: FrontEnd,
     wiring: Wiring,
@@ -87,10 +91,12 @@ pub struct VirtioMmio {
 
 struct State {
     registers: Registers,
+    /// The configuration space, with what the driver wrote to it.
+    config: Vec<u8>,
     pending: Option<Pending>,
 }
 
-/// A status write that waits for the device process.
+/// A status or configuration write that waits for the device process.
 #[derive(Clone)]
 struct Pending {
     vcpu: usize,
@@ -98,9 +104,10 @@ struct Pending {
     answer: Answer<()>,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 enum Change {
     DriverOk(u32),
+    Config(usize, Vec<u8>),
     Reset,
 }
 
@@ -113,11 +120,22 @@ impl VirtioMmio {
         ram: GuestRam,
         vcpu_kicks: Arc<Kicks>,
     ) -> VirtioMmio {
-        let Identity { id, device_type, info } = identity;
+        let Identity { id, device_type, info, writable } = identity;
         let registers = Registers::new(wiring.kicks.len());
-        let state = Mutex::new(State { registers, pending: None });
+        let state = Mutex::new(State { registers, config: info.config.clone(), pending: None });
         let lines = Mutex::default();
-        VirtioMmio { id, device_type, info, ram, front_end, wiring, vcpu_kicks, state, lines }
+        VirtioMmio {
+            id,
+            device_type,
+            info,
+            writable,
+            ram,
+            front_end,
+            wiring,
+            vcpu_kicks,
+            state,
+            lines,
+        }
     }
 
     /// Unique in the VM.
@@ -220,7 +238,8 @@ impl VirtioMmio {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = usize::try_from(offset).ok().and_then(|at| self.info.config.get(at..));
+        let state = self.lock();
+        let config = usize::try_from(offset).ok().and_then(|at| state.config.get(at..));
         let config = config.unwrap_or_default();
         let len = data.len().min(config.len());
         data.fill(0);
@@ -239,15 +258,36 @@ impl VirtioMmio {
     }
 
     fn write_status(&self, vcpu: usize, value: u32) -> Outcome {
+        self.change(vcpu, |state| self.begin(state, vcpu, value))
+    }
+
+    /// A write behind the end of what can be written changes nothing.
+    fn write_config(&self, vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
+        let end = offset + data.len() as u64; // both are of an access to a register window
+        if data.is_empty() || offset < self.writable.start || end > self.writable.end {
+            return Outcome::Done;
+        }
+        self.change(vcpu, |state| {
+            // The fields belong to features (virtio 1.2 section 3.1.1).
+            if state.registers.status & (FEATURES_OK | NEEDS_RESET) != FEATURES_OK {
+                return None;
+            }
+            let answer = self.front_end.set_config(offset as u32, data.to_vec());
+            Some(Pending { vcpu, change: Change::Config(offset as usize, data.to_vec()), answer })
+        })
+    }
+
+    /// Waits for the device process to do what `begin` starts, if it starts something.
+    fn change(&self, vcpu: usize, begin: impl FnOnce(&mut State) -> Option<Pending>) -> Outcome {
         let pending = {
             let mut state = self.lock();
             match state.pending.clone() {
                 Some(pending) if pending.vcpu == vcpu => pending,
-                // Two vCPUs write the status of one device at once: only a broken
+                // Two vCPUs change one device at once: only a broken
                 // driver does, and the later write loses.
                 Some(_) => return Outcome::Done,
                 None => {
-                    let Some(pending) = self.begin(&mut state, vcpu, value) else {
+                    let Some(pending) = begin(&mut state) else {
                         return Outcome::Done;
                     };
                     state.pending = Some(pending.clone());
@@ -311,6 +351,15 @@ impl VirtioMmio {
             (Change::DriverOk(status), Err(error)) => {
                 self.activation_failed(&mut state, status, &error);
             }
+            (Change::Config(offset, bytes), Ok(())) => {
+                if let Some(field) = state.config.get_mut(offset..offset + bytes.len()) {
+                    field.copy_from_slice(&bytes);
+                }
+            }
+            // The field keeps its value, which the driver can read.
+            (Change::Config(..), Err(error)) => {
+                tracing::debug!(device = self.id, error = crate::remedy::chain(&error), "config");
+            }
             (Change::Reset, result) => {
                 // The guest sees its reset done in any case; a device process that
                 // failed it fails the next activation too.
@@ -320,6 +369,7 @@ impl VirtioMmio {
                     tracing::warn!(device = self.id, error = crate::remedy::chain(&error), "reset");
                 }
                 state.registers.reset();
+                state.config.clone_from(&self.info.config);
             }
         }
     }
@@ -364,6 +414,10 @@ impl BusDevice for VirtioMmio {
     }
 
     fn write(&self, vcpu: usize, offset: u64, data: &[u8]) -> Outcome {
+        let config = u64::from(reg::VIRTIO_MMIO_CONFIG);
+        if offset >= config {
+            return self.write_config(vcpu, offset - config, data);
+        }
         match data.try_into().map(u32::from_le_bytes) {
             Ok(value)
                 if offset < u64::from(reg::VIRTIO_MMIO_CONFIG) && offset.is_multiple_of(4) =>

@@ -18,10 +18,13 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Error, Result};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SIZE_MAX};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::config::{self, CONFIG_BYTES, QUEUE_SIZE, SECTOR, has};
+use super::config::{self, CONFIG_BYTES, QUEUE_SIZE, SECTOR, WRITEBACK, has};
 use super::execute::Disk;
 use super::memory::MemTable;
 use super::request::Limits;
@@ -82,7 +85,7 @@ impl Backend {
         };
         Backend {
             offered: config::features(disk.read_only, queues) | PROTOCOL_FEATURES,
-            config: config::space(disk.size, queues),
+            config: config::space(&disk, queues),
             acked: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             memory: None,
@@ -188,7 +191,7 @@ impl Backend {
             memory: table.memory().clone(),
             layout,
             limits: limits(self.acked, &self.disk),
-            write_through: write_through(self.acked),
+            write_through: write_through(self.acked, self.writeback()),
             kick: kick.clone(),
             call: vring.call.clone(),
             err: vring.err.clone(),
@@ -213,6 +216,35 @@ impl Backend {
             return Err(Error::InvalidOperation("features cannot change while a ring runs"));
         }
         self.acked = features;
+        // Without flushes there is no cache to begin with (virtio 1.2, 5.2.5.2).
+        if has(features, VIRTIO_BLK_F_CONFIG_WCE) && !has(features, VIRTIO_BLK_F_FLUSH) {
+            self.config[WRITEBACK] = 0;
+        }
+        Ok(())
+    }
+
+    fn writeback(&self) -> bool {
+        self.config[WRITEBACK] != 0
+    }
+
+    /// Takes a new cache mode, which holds for every request taken from now on.
+    fn try_set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let [value] = bytes else {
+            return Err(Error::InvalidOperation("only a byte of the configuration can be written"));
+        };
+        if offset as usize != WRITEBACK || !has(self.offered, VIRTIO_BLK_F_CONFIG_WCE) {
+            return Err(Error::InvalidOperation("this field cannot be written"));
+        }
+        let writeback = *value != 0;
+        if writeback == self.writeback() {
+            return Ok(());
+        }
+        self.config[WRITEBACK] = writeback.into();
+        for index in 0..self.vrings.len() {
+            if self.pause(index)? {
+                self.settle(index, false)?;
+            }
+        }
         Ok(())
     }
 
@@ -271,6 +303,7 @@ impl Backend {
     fn reset(&mut self) -> Result<()> {
         self.stop()?;
         self.acked = 0;
+        self.config = config::space(&self.disk, self.vrings.len() as u16);
         for vring in &mut self.vrings {
             vring.forget();
             (vring.size, vring.addresses, vring.next_avail) = (QUEUE_SIZE, None, 0);
@@ -293,12 +326,15 @@ fn limits(acked: u64, disk: &Disk) -> Limits {
         sectors: disk.size / SECTOR,
         read_only: disk.read_only,
         size_max: has(acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX),
+        discard: has(acked, VIRTIO_BLK_F_DISCARD),
+        write_zeroes: has(acked, VIRTIO_BLK_F_WRITE_ZEROES),
     }
 }
 
-/// A driver that cannot flush relies on every write being durable (virtio 1.2, 5.2.6.2).
-fn write_through(acked: u64) -> bool {
-    !has(acked, VIRTIO_BLK_F_FLUSH)
+/// A driver that cannot flush relies on every write being durable, and one that
+/// turned the cache off too (virtio 1.2, 5.2.6.2).
+fn write_through(acked: u64, writeback: bool) -> bool {
+    if has(acked, VIRTIO_BLK_F_CONFIG_WCE) { !writeback } else { !has(acked, VIRTIO_BLK_F_FLUSH) }
 }
 
 fn internal(error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -322,11 +358,17 @@ mod tests {
     #[test]
     fn terms_follow_the_features_agreed_on() {
         let file = tempfile::tempfile().expect("file");
-        let disk = Disk { file, size: 1024, read_only: true, id: Default::default() };
+        let disk =
+            Disk { file, size: 1024, block_size: 512, read_only: true, id: Default::default() };
         let plain = limits(0, &disk);
         assert_eq!((plain.sectors, plain.read_only, plain.size_max), (2, true, None));
         let bounded = limits(1 << VIRTIO_BLK_F_SIZE_MAX, &disk);
         assert_eq!(bounded.size_max, Some(config::SIZE_MAX));
-        assert!(write_through(0) && !write_through(1 << VIRTIO_BLK_F_FLUSH));
+        let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+        assert!(write_through(0, true) && write_through(0, false));
+        assert!(!write_through(flush, true) && !write_through(flush, false));
+        assert!(!write_through(flush | wce, true) && write_through(flush | wce, false));
+        assert!(!plain.discard && limits(1 << VIRTIO_BLK_F_DISCARD, &disk).discard);
+        assert!(!plain.write_zeroes && limits(1 << VIRTIO_BLK_F_WRITE_ZEROES, &disk).write_zeroes);
     }
 }

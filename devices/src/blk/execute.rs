@@ -10,6 +10,7 @@ use libc::{c_int, iovec};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use vm_memory::Bytes;
 
+use super::clear::{self, Range};
 use super::memory::Slice;
 use super::request::Operation;
 
@@ -25,6 +26,8 @@ pub(super) struct Disk {
     pub file: File,
     /// Size in bytes: whole sectors.
     pub size: u64,
+    /// Bytes that the file system or the device below handles at once.
+    pub block_size: u32,
     /// A flush has nothing to do, and a write never gets here.
     pub read_only: bool,
     /// Padded with zeros.
@@ -65,6 +68,7 @@ impl Engine {
         disk: &Disk,
         operation: Operation,
         data: &[Slice<'_>],
+        ranges: &[Range],
         filled: &mut u64,
     ) -> Result<(), ExecuteError> {
         match operation {
@@ -72,6 +76,7 @@ impl Engine {
             Operation::Write(offset) => self.transfer(disk, data, offset, &mut 0, pwritev2),
             Operation::Flush if disk.read_only => Ok(()),
             Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
+            Operation::Clear(what) => clear::execute(disk, what, ranges, self.write_through),
             Operation::GetId => {
                 for slice in data {
                     let id = &disk.id[*filled as usize..];
@@ -175,7 +180,7 @@ mod tests {
         file.write_all(&content).expect("fill");
         let mut id = [0; ID_BYTES];
         id[..5].copy_from_slice(b"disk0");
-        Disk { file, size: bytes, read_only: false, id }
+        Disk { file, size: bytes, block_size: 4096, read_only: false, id }
     }
 
     fn memory() -> Memory {
@@ -198,12 +203,12 @@ mod tests {
         // Parts that end inside sectors, more of them than one call takes.
         let parts: Vec<(u64, usize)> = (0..1100u64).map(|i| (i * 16, 3)).collect();
         let (to, mut filled) = (slices(&memory, &parts), 0);
-        engine.execute(&disk, Operation::Read(512), &to, &mut filled).expect("read");
+        engine.execute(&disk, Operation::Read(512), &to, &[], &mut filled).expect("read");
         assert_eq!(filled, 3300);
         let last: u8 = memory.read_obj(GuestAddress(1099 * 16 + 2)).expect("byte");
         assert_eq!(last, ((512 + 3299) / 512) as u8);
 
-        engine.execute(&disk, Operation::Write(4096), &to, &mut 0).expect("write");
+        engine.execute(&disk, Operation::Write(4096), &to, &[], &mut 0).expect("write");
         let (mut a, mut b) = (vec![0; 3300], vec![0; 3300]);
         disk.file.read_exact_at(&mut a, 512).expect("read");
         disk.file.read_exact_at(&mut b, 4096).expect("read");
@@ -259,7 +264,7 @@ mod tests {
         let (to, mut filled) = (slices(&memory, &[(0, 4096)]), 0);
         let mut engine = Engine::new(false);
         let error =
-            engine.execute(&disk, Operation::Read(4096), &to, &mut filled).expect_err("short");
+            engine.execute(&disk, Operation::Read(4096), &to, &[], &mut filled).expect_err("short");
         assert!(matches!(error, ExecuteError::EndOfFile(5000)), "{error}");
         assert_eq!(filled, 904);
     }
@@ -268,10 +273,10 @@ mod tests {
     fn a_failing_system_call_is_reported() {
         let memory = memory();
         let file = File::open("/dev/null").expect("open");
-        let disk = Disk { file, size: 512, read_only: false, id: [0; ID_BYTES] };
+        let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id: [0; ID_BYTES] };
         let from = slices(&memory, &[(0, 512)]);
         let error = Engine::new(false)
-            .execute(&disk, Operation::Write(0), &from, &mut 0)
+            .execute(&disk, Operation::Write(0), &from, &[], &mut 0)
             .expect_err("read-only fd");
         assert!(matches!(error, ExecuteError::Io(_)), "{error}");
     }
@@ -285,7 +290,7 @@ mod tests {
             memory.write_slice(&[0xee; 64], GuestAddress(0)).expect("clear");
             let mut filled = 0;
             Engine::new(false)
-                .execute(&disk, Operation::GetId, &slices(&memory, parts), &mut filled)
+                .execute(&disk, Operation::GetId, &slices(&memory, parts), &[], &mut filled)
                 .expect("id");
             assert_eq!(filled, want);
             let mut got = [0; 24];

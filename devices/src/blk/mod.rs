@@ -20,6 +20,7 @@
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
 //! | `throttle` | how much the disk may do |
+//! | `clear` | ranges discarded or zeroed |
 //! | `poll` | how long to look at a ring before sleeping |
 //!
 //! Everything from the guest and from the front end is hostile. Parsing ends
@@ -27,6 +28,7 @@
 //! guest waits for it, and a ring whose driver breaks it is stopped by itself.
 
 mod backend;
+mod clear;
 mod config;
 mod execute;
 mod memory;
@@ -43,6 +45,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -165,7 +168,13 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
     if found < config.size {
         return Err(BlkError::Short { found, wanted: config.size });
     }
-    Ok(Disk { file, size: config.size, read_only: config.read_only, id })
+    // A power of two on every file system; a guest is told nothing else.
+    let block_size = file.metadata().map_err(BlkError::Examine)?.blksize();
+    let block_size = match u32::try_from(block_size) {
+        Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
+        _ => SECTOR as u32,
+    };
+    Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id })
 }
 
 fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {

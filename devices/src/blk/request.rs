@@ -7,13 +7,14 @@
 //! writable ones, status byte last.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
+use super::clear::{self, Clear, Range};
 use super::config::{SECTOR, SEG_MAX};
 use super::memory::Slice;
 use super::view::View;
@@ -36,6 +37,8 @@ pub(super) enum Operation {
     Flush,
     /// Put the serial number into the data segments.
     GetId,
+    /// Discard or zero the request's ranges.
+    Clear(Clear),
 }
 
 /// Why a request is answered with an error, without touching the disk.
@@ -59,6 +62,15 @@ pub(super) enum Refusal {
     /// A type this device does not know.
     #[error("request has the unknown type {0}")]
     Type(u32),
+    /// Flags of a discard or write-zeroes that do not belong there.
+    #[error("request has the unknown flags {0:#x}")]
+    Flags(u32),
+    /// A discard or write-zeroes of more sectors than the device said it would do.
+    #[error("request would clear {0} sectors at once")]
+    Clear(u32),
+    /// A discard or write-zeroes that is not one or more whole segments, or too many.
+    #[error("request has {0} bytes of segments")]
+    Segments(u64),
     /// A read, write or get-id without data.
     #[error("request has no data")]
     NoData,
@@ -88,7 +100,7 @@ impl Refusal {
     /// The status byte the driver gets.
     pub fn status(self) -> u8 {
         match self {
-            Refusal::Type(_) => VIRTIO_BLK_S_UNSUPP as u8,
+            Refusal::Type(_) | Refusal::Flags(_) => VIRTIO_BLK_S_UNSUPP as u8,
             _ => VIRTIO_BLK_S_IOERR as u8,
         }
     }
@@ -114,6 +126,10 @@ pub(super) struct Limits {
     pub read_only: bool,
     /// Most bytes of a data segment, where the driver agreed to a bound.
     pub size_max: Option<u32>,
+    /// The driver may discard.
+    pub discard: bool,
+    /// The driver may zero ranges.
+    pub write_zeroes: bool,
 }
 
 /// A request that can be answered.
@@ -123,6 +139,8 @@ pub(super) struct Request<'p, 'm> {
     pub status: Slice<'m>,
     /// Bytes the device may write in front of the status byte.
     pub writable: u64,
+    /// What is to be cleared.
+    pub ranges: &'p [Range],
     /// What to do and with which memory, or why not.
     pub body: Result<(Operation, &'p [Slice<'m>]), Refusal>,
 }
@@ -134,6 +152,7 @@ pub(super) struct Parser<'m> {
     limits: Limits,
     readable: Vec<Slice<'m>>,
     writable: Vec<Slice<'m>>,
+    ranges: Vec<Range>,
 }
 
 /// What walking a chain has shown, apart from the slices.
@@ -150,7 +169,7 @@ struct Walk {
 impl<'m> Parser<'m> {
     pub fn new(memory: &'m View<'m>, limits: Limits) -> Parser<'m> {
         let room = || Vec::with_capacity(MAX_DESCRIPTORS);
-        Parser { memory, limits, readable: room(), writable: room() }
+        Parser { memory, limits, readable: room(), writable: room(), ranges: Vec::new() }
     }
 
     /// Walks and checks one chain.
@@ -161,13 +180,23 @@ impl<'m> Parser<'m> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
         let writable = total(&self.writable);
-        let body = self.check(&walk, writable);
-        Ok(Request { status, writable, body })
+        let operation = self.check(&walk, writable);
+        let this = &*self;
+        let body = operation.map(|operation| {
+            let data: &[Slice<'m>] = match operation {
+                Operation::Read(_) | Operation::GetId => &this.writable,
+                Operation::Write(_) => &this.readable,
+                Operation::Flush | Operation::Clear(_) => &[],
+            };
+            (operation, data)
+        });
+        Ok(Request { status, writable, ranges: &this.ranges, body })
     }
 
     fn walk(&mut self, mut chain: DescriptorChain<&'m View<'m>>) -> Result<Walk, Broken> {
         self.readable.clear();
         self.writable.clear();
+        self.ranges.clear();
         let mut walk = Walk::default();
         let mut ended = false;
         for descriptor in chain.by_ref().take(MAX_WALK) {
@@ -201,7 +230,7 @@ impl<'m> Parser<'m> {
         Ok(status)
     }
 
-    fn check(&mut self, walk: &Walk, writable: u64) -> Result<(Operation, &[Slice<'m>]), Refusal> {
+    fn check(&mut self, walk: &Walk, writable: u64) -> Result<Operation, Refusal> {
         if walk.descriptors > MAX_DESCRIPTORS {
             return Err(Refusal::TooManyDescriptors);
         }
@@ -221,18 +250,24 @@ impl<'m> Parser<'m> {
         }
         let readable = total(&self.readable);
         // A direction with no data in it at all was settled by "no data".
-        let (data, bytes, other) = match header.kind {
-            VIRTIO_BLK_T_IN | VIRTIO_BLK_T_GET_ID => (&self.writable, writable, readable),
-            VIRTIO_BLK_T_OUT => (&self.readable, readable, writable),
+        let (bytes, other) = match header.kind {
+            VIRTIO_BLK_T_IN | VIRTIO_BLK_T_GET_ID => (writable, readable),
+            VIRTIO_BLK_T_OUT => (readable, writable),
             VIRTIO_BLK_T_FLUSH if readable + writable > 0 => return Err(Refusal::UnexpectedData),
-            VIRTIO_BLK_T_FLUSH => return Ok((Operation::Flush, &[])),
+            VIRTIO_BLK_T_FLUSH => return Ok(Operation::Flush),
+            VIRTIO_BLK_T_DISCARD if self.limits.discard || self.limits.read_only => {
+                return self.clear(Clear::Discard, readable, writable);
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if self.limits.write_zeroes || self.limits.read_only => {
+                return self.clear(Clear::Zero, readable, writable);
+            }
             kind => return Err(Refusal::Type(kind)),
         };
         if bytes + other == 0 {
             return Err(Refusal::NoData);
         }
         if header.kind == VIRTIO_BLK_T_GET_ID {
-            return if other == 0 { Ok((Operation::GetId, data)) } else { Err(Refusal::Direction) };
+            return if other == 0 { Ok(Operation::GetId) } else { Err(Refusal::Direction) };
         }
         if !(bytes + other).is_multiple_of(SECTOR) {
             return Err(Refusal::PartSector(bytes + other));
@@ -253,16 +288,48 @@ impl<'m> Parser<'m> {
             VIRTIO_BLK_T_OUT => Operation::Write(offset),
             _ => Operation::Read(offset),
         };
-        Ok((operation, data))
+        Ok(operation)
+    }
+
+    /// Copies and checks the segments of a discard or write-zeroes. All are checked
+    /// before the first is obeyed.
+    fn clear(&mut self, clear: Clear, bytes: u64, other: u64) -> Result<Operation, Refusal> {
+        const SEGMENT: u64 = clear::SEGMENT as u64;
+        if bytes + other == 0 {
+            return Err(Refusal::NoData);
+        }
+        if self.limits.read_only {
+            return Err(Refusal::ReadOnly);
+        }
+        if other > 0 {
+            return Err(Refusal::Direction);
+        }
+        if !bytes.is_multiple_of(SEGMENT) || bytes / SEGMENT > clear.max_segments() as u64 {
+            return Err(Refusal::Segments(bytes));
+        }
+        for _ in 0..bytes / SEGMENT {
+            let segment = self.take().ok_or(Refusal::Address)?;
+            self.ranges.push(Range::parse(clear, segment, self.limits.sectors)?);
+        }
+        Ok(Operation::Clear(clear))
     }
 
     /// Reads the header, once, and cuts it off the readable end.
     fn take_header(&mut self) -> Option<Header> {
-        let mut bytes = [0u8; HEADER];
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.take::<HEADER>()?;
+        Some(Header {
+            kind: u32::from_le_bytes([t0, t1, t2, t3]),
+            sector: u64::from_le_bytes(sector),
+        })
+    }
+
+    /// Reads the next bytes, once, and cuts them off the readable end.
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0u8; N];
         let mut got = 0;
         let mut used = 0;
         for slice in &mut self.readable {
-            let n = slice.len().min(HEADER - got);
+            let n = slice.len().min(N - got);
             slice.read_slice(&mut bytes[got..got + n], 0).ok()?;
             got += n;
             if n < slice.len() {
@@ -270,19 +337,15 @@ impl<'m> Parser<'m> {
                 break;
             }
             used += 1;
-            if got == HEADER {
+            if got == N {
                 break;
             }
         }
-        if got < HEADER {
+        if got < N {
             return None;
         }
         self.readable.drain(..used);
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = bytes;
-        Some(Header {
-            kind: u32::from_le_bytes([t0, t1, t2, t3]),
-            sector: u64::from_le_bytes(sector),
-        })
+        Some(bytes)
     }
 }
 

@@ -36,7 +36,13 @@ fn memory() -> Memory {
 }
 
 fn limits() -> Limits {
-    Limits { sectors: SECTORS, read_only: false, size_max: None }
+    Limits {
+        sectors: SECTORS,
+        read_only: false,
+        size_max: None,
+        discard: false,
+        write_zeroes: false,
+    }
 }
 
 /// Address, length, flags and next of a descriptor.
@@ -489,13 +495,15 @@ proptest! {
     #[test]
     fn accepted_requests_are_in_bounds(
         descriptors in prop::collection::vec(any_descriptor(), 1..6),
-        kind in prop_oneof![Just(0u32), Just(1), Just(4), Just(8), any::<u32>()],
+        kind in prop_oneof![
+            Just(0u32), Just(1), Just(4), Just(8), Just(11), Just(13), any::<u32>()
+        ],
         sector in prop_oneof![0u64..120, any::<u64>()],
         read_only in any::<bool>(),
     ) {
         let memory = memory();
         put_header(&memory, kind, sector);
-        let limits = Limits { read_only, ..limits() };
+        let limits = Limits { read_only, discard: true, write_zeroes: true, ..limits() };
         if let Got::Accepted(operation, bytes) = parse(&memory, limits, &descriptors) {
             match operation {
                 Operation::Read(offset) => {
@@ -508,6 +516,7 @@ proptest! {
                 }
                 Operation::Flush => prop_assert_eq!(bytes, 0),
                 Operation::GetId => prop_assert!(bytes > 0),
+                Operation::Clear(_) => prop_assert!(!read_only && bytes == 0),
             }
         }
     }

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
 
 use super::execute::{Disk, Engine};
 use super::memory::Slice;
 use super::poll::PollWindow;
-use super::request::{Operation, Parser, Refusal, Request};
+use super::request::{Operation, Parser, Request};
 use super::ring::{Ring, RingError};
 use super::throttle::{Stall, Throttle, now};
 use super::view::View;
@@ -84,6 +84,15 @@ impl Server {
     fn serve_ring(&self, start: &Start, next_avail: &mut u16) -> Result<Infallible, End> {
         let view = View::new(&start.memory).map_err(RingError::Access)?;
         let mut ring = Ring::new(&view, &start.layout)?;
+        // What was written while there was a cache is not to stay in it: a driver that
+        // was told that there is none sends no flush. Done here and not in the answer
+        // to the front end, which waits for that.
+        if start.write_through
+            && !self.disk.read_only
+            && let Err(error) = self.disk.file.sync_data()
+        {
+            tracing::warn!(%error, "writing the image's cached data");
+        }
         if start.interrupt {
             signal(start.call.as_ref());
         }
@@ -238,13 +247,13 @@ impl Server {
             Ok(body) => body,
             Err(refusal) => {
                 tracing::debug!(%refusal, "refused request");
-                if !matches!(refusal, Refusal::Type(_)) {
+                if refusal.status() != VIRTIO_BLK_S_UNSUPP as u8 {
                     self.counters.failed();
                 }
                 return refusal.status();
             }
         };
-        if let Err(error) = engine.execute(&self.disk, operation, data, filled) {
+        if let Err(error) = engine.execute(&self.disk, operation, data, request.ranges, filled) {
             self.counters.failed();
             if !self.reported.swap(true, Ordering::Relaxed) {
                 tracing::warn!(error = %super::chain(&error), ?operation, "disk request failed");
@@ -256,7 +265,7 @@ impl Server {
             Operation::Read(_) => self.counters.read(*filled),
             Operation::Write(_) => self.counters.wrote(bytes()),
             Operation::Flush => self.counters.flushed(),
-            Operation::GetId => {}
+            Operation::GetId | Operation::Clear(_) => {}
         }
         VIRTIO_BLK_S_OK as u8
     }

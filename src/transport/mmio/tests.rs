@@ -77,7 +77,8 @@ impl Rig {
     fn new(front_end: FrontEnd, info: DeviceInfo, ram: GuestRam, vcpus: usize) -> Rig {
         let [kick, call, err] = [(); 3].map(|()| Arc::new(event().expect("event")));
         let wiring = Wiring { kicks: vec![kick.clone()], call: call.clone(), err: err.clone() };
-        let identity = Identity { id: "disk0".into(), device_type: VIRTIO_ID_BLOCK, info };
+        let identity =
+            Identity { id: "disk0".into(), device_type: VIRTIO_ID_BLOCK, info, writable: 32..33 };
         let device = VirtioMmio::new(identity, front_end, wiring, ram.clone(), Kicks::new(vcpus));
         Rig { device: Arc::new(device), call, kick, err, ram, back: None }
     }
@@ -246,7 +247,21 @@ fn the_configuration_is_read_in_any_width() {
         assert!(matches!(rig.device.read(0, config + offset, &mut data), Outcome::Done));
         assert_eq!(data[2..], [0; 6], "at {offset:#x}");
     }
-    // Nothing of it can be written.
+    // Nothing of it can be written but the cache mode, by a driver, until the reset.
+    let mode = || {
+        let mut mode = [0xee];
+        assert!(matches!(rig.device.read(0, config + 32, &mut mode), Outcome::Done));
+        mode[0]
+    };
+    let set = |value| {
+        assert!(matches!(rig.device.write(0, config + 32, &[value]), Outcome::Done));
+        mode()
+    };
+    assert_eq!(set(0), 1, "without a driver");
+    rig.negotiate(VERSION_1 | FLUSH | 1 << 11);
+    assert_eq!((set(0), set(1), set(0)), (0, 1, 0));
+    rig.write(reg::VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(mode(), 1);
     assert!(matches!(rig.device.write(0, config, &[0xff; 4]), Outcome::Done));
     assert_eq!(rig.read(reg::VIRTIO_MMIO_CONFIG), (DISK / 512) as u32);
 }

@@ -136,13 +136,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok((0..size).map(|i| at(i).copied().unwrap_or(0)).collect())
     }
 
-    fn set_config(
-        &mut self,
-        _offset: u32,
-        _buf: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> Result<()> {
-        self.acknowledge(Err(Error::InvalidOperation("the configuration space cannot be written")))
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let result = self.try_set_config(offset, buf);
+        self.acknowledge(result)
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

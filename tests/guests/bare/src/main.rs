@@ -12,6 +12,7 @@
 //! | `smp` | starts the other vCPUs and counts them | `cpus=` (1) |
 //! | `blk` | writes, reads back and checks a disk | `disk=` (0) `qd=` (1) `mib=` (4) `sectors=` (8) `segments=` (1) `irq` `indirect` `event-idx` `queues=` (1) `keep` `seed=` (1) `rounds=` (1) |
 //! | `blk-errors` | requests a disk must refuse, one by one | `disk=` `irq` |
+//! | `blk-features` | discards and zeroes ranges of a disk of at least 4 MiB, turns its cache off and on | `disk=` `irq` `indirect` |
 //! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` `queues=` (1) |
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |

@@ -71,6 +71,26 @@ pub fn mmio_read32(address: u64) -> u32 {
     value
 }
 
+/// Reads a byte of a device.
+pub fn mmio_read8(address: u64) -> u8 {
+    let value;
+    // SAFETY: as for `mmio_read32`.
+    unsafe {
+        asm!("mov {0}, byte ptr [{1}]", out(reg_byte) value, in(reg) address,
+             options(nostack, preserves_flags));
+    }
+    value
+}
+
+/// Writes a byte of a device.
+pub fn mmio_write8(address: u64, value: u8) {
+    // SAFETY: as for `mmio_write32`.
+    unsafe {
+        asm!("mov byte ptr [{1}], {0}", in(reg_byte) value, in(reg) address,
+             options(nostack, preserves_flags));
+    }
+}
+
 /// Writes a device register; all earlier writes to memory are visible before it.
 pub fn mmio_write32(address: u64, value: u32) {
     // SAFETY: as for `mmio_read32`; x86 keeps stores in order and the block is a compiler barrier.

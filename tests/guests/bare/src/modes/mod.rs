@@ -3,6 +3,7 @@
 mod bench;
 mod blk;
 mod blk_errors;
+mod blk_features;
 mod demo;
 mod echo;
 mod idle;
@@ -36,6 +37,7 @@ pub fn run(boot: &Boot) {
         "smp" => count_cpus(boot),
         "blk" => blk::run(boot),
         "blk-errors" => blk_errors::run(boot),
+        "blk-features" => blk_features::run(boot),
         "bench-blk" => bench::run(boot),
         "pause" => pause::run(boot),
         "spin" => idle::spin(boot),

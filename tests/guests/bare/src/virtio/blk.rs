@@ -11,6 +11,9 @@ use crate::virtio::queue::{Queue, Segment, Shape};
 const DEVICE_ID: u32 = 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_FLUSH: u64 = 1 << 9;
+const FEATURE_CONFIG_WCE: u64 = 1 << 11;
+const FEATURE_DISCARD: u64 = 1 << 13;
+const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 const FEATURE_MULTI_QUEUE: u64 = 1 << 12;
 const FEATURE_INDIRECT: u64 = 1 << 28;
 const FEATURE_EVENT_IDX: u64 = 1 << 29;
@@ -49,6 +52,17 @@ pub enum Kind {
     Flush = 4,
     /// The disk's name, 20 bytes.
     GetId = 8,
+    /// Give ranges up.
+    Discard = 11,
+    /// Zero ranges.
+    WriteZeroes = 13,
+}
+
+impl Kind {
+    /// Whether its data goes to the device.
+    fn sends(self) -> bool {
+        matches!(self, Kind::Write | Kind::Discard | Kind::WriteZeroes)
+    }
 }
 
 /// How to drive the disk.
@@ -133,6 +147,8 @@ pub struct Disk {
     pub capacity: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// Whether ranges can be discarded, and zeroed, and the cache turned off.
+    pub clears: bool,
     /// Whether flush is offered.
     pub flush: bool,
 }
@@ -155,6 +171,7 @@ impl Disk {
     /// Resets and starts a disk.
     pub fn start(transport: Transport, heap: &mut Heap, options: Options) -> Self {
         let mut wanted = FEATURE_READ_ONLY | FEATURE_FLUSH;
+        wanted |= FEATURE_CONFIG_WCE | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
         wanted |= if options.indirect { FEATURE_INDIRECT } else { 0 };
         wanted |= if options.event_idx { FEATURE_EVENT_IDX } else { 0 };
         wanted |= if options.queues > 1 { FEATURE_MULTI_QUEUE } else { 0 };
@@ -195,6 +212,9 @@ impl Disk {
             buffers: heap.bytes(options.depth * options.buffer, 4096).as_mut_ptr(),
             capacity: transport.config64(0),
             read_only: features & FEATURE_READ_ONLY != 0,
+            clears: features & FEATURE_DISCARD != 0
+                && features & FEATURE_WRITE_ZEROES != 0
+                && features & FEATURE_CONFIG_WCE != 0,
             flush: features & FEATURE_FLUSH != 0,
             transport,
             queues,
@@ -234,7 +254,7 @@ impl Disk {
         let step = bytes.div_ceil(self.options.segments).next_multiple_of(SECTOR) as u64;
         while address < end {
             let length = step.min(end - address) as u32;
-            push(Segment { address, length, device_writes: kind != Kind::Write });
+            push(Segment { address, length, device_writes: !kind.sends() });
             address += u64::from(length);
         }
         push(self.status_segment(slot));

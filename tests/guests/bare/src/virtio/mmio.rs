@@ -1,6 +1,6 @@
 //! The virtio-mmio transport, version 2.
 
-use crate::arch::cpu::{mmio_read32, mmio_write32};
+use crate::arch::cpu::{mmio_read8, mmio_read32, mmio_write8, mmio_write32};
 use crate::cmdline::MmioDevice;
 use crate::virtio::queue::Queue;
 
@@ -138,6 +138,16 @@ impl Transport {
     /// A 32-bit field of the configuration.
     pub fn config32(&self, offset: u64) -> u32 {
         self.read(CONFIG + offset)
+    }
+
+    /// Writes a byte of the configuration.
+    pub fn set_config8(&self, offset: u64, value: u8) {
+        mmio_write8(self.base + CONFIG + offset, value);
+    }
+
+    /// A byte of the configuration.
+    pub fn config8(&self, offset: u64) -> u8 {
+        mmio_read8(self.base + CONFIG + offset)
     }
 
     /// A 64-bit field of the configuration, both halves of one generation.

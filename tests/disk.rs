@@ -5,6 +5,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::EventKind;
 use common::Vm;

@@ -220,7 +220,7 @@ fn vcpus_that_were_never_started_pause() {
     let mut client = early(&vm);
     for cycle in 0..200 {
         for request in [Request::Pause, Request::Resume] {
-            if let Err(error) = client.ask(request) {
+            if let Err(error) = client.ask(request.clone()) {
                 vm.fail(&format!("{request:?} while the guest boots: {error}"));
             }
         }

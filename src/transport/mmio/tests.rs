@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use cellblock_devices::blk;
 use cellblock_devices::protocol::BlkStart;
+use cellblock_devices::protocol::counters::new_counters;
 use cellblock_wire::Channel;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
@@ -38,11 +39,18 @@ impl Rig {
     fn blk(vcpus: usize) -> Rig {
         let image = tempfile::tempfile().expect("image");
         image.set_len(DISK).expect("size");
-        let start =
-            BlkStart { read_only: false, size: DISK, serial: "test".into(), queues: 1, poll_us: 0 };
+        let start = BlkStart {
+            read_only: false,
+            size: DISK,
+            serial: "test".into(),
+            queues: 1,
+            poll_us: 0,
+            throttle: Default::default(),
+        };
         let (near, far) = UnixStream::pair().expect("pair");
         let (cell, cell_end) = Channel::pair().expect("channel");
-        let blk = blk::prepare(start, vec![image.into()], far).expect("prepare");
+        let blk = blk::prepare(start, vec![image.into(), new_counters().expect("page")], far)
+            .expect("prepare");
         let thread = std::thread::spawn(move || drop(blk.serve(&cell_end)));
         let ram = GuestRam::new(32 << 20).expect("ram");
         let front_end =

@@ -249,6 +249,7 @@ fn a_disk_keeps_to_its_limits_and_to_new_ones() {
     // 256 requests of 8 KiB; 128 of them pass at once.
     let cmdline = "mode=blk mib=1 rounds=1 qd=16 sectors=16 exit=none";
     let mut vm = Vm::with(cmdline).disk_with(2 * MIB, ",iops=64,iops-burst=128").start();
+    vm.wait_for("blk: capacity=");
     let end = Instant::now() + Duration::from_secs(30);
     while vm.stats().disks[0].counters.currently_throttled_gauge == 0 {
         assert!(Instant::now() < end, "no request waits");

@@ -215,6 +215,8 @@ impl StorageDaemon {
             .args(["--blockdev", "driver=file,node-name=disk,filename=image"])
             .arg("--export")
             .arg("type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path=socket")
+            // Written when everything is set up; the socket is there before it listens.
+            .args(["--pidfile", "pid"])
             .current_dir(dir)
             .spawn();
         let daemon = StorageDaemon(child.unwrap_or_else(|error| {
@@ -223,7 +225,7 @@ impl StorageDaemon {
                  or qemu-utils on newer releases"
             )
         }));
-        poll(LIMIT, || dir.join("socket").exists().then_some(())).expect("it listens");
+        poll(LIMIT, || dir.join("pid").exists().then_some(())).expect("it listens");
         daemon
     }
 }

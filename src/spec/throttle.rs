@@ -21,7 +21,7 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// Reads the value of one of [`KEYS`]; says what such a value looks like.
+    /// Reads the value of one of the keys `bw`, `bw-burst`, `iops` and `iops-burst`; says what such a value looks like.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         let count = || {
             let digits = value.bytes().all(|b| b.is_ascii_digit());

@@ -206,7 +206,7 @@ fn input_is_given_back_in_order() {
         let typed: String = (0..600).map(|n| format!("{n:07}.")).collect();
         vm.say(typed.as_bytes());
         vm.say(b"quit");
-        vm.wait_for("echo: ok");
+        vm.wait_for("echo: ok\n");
         let text = vm.console.text();
         let expected = format!(
             "cellblock guest\necho: ready\n{typed}quit\necho: bytes={}\necho: ok\n",

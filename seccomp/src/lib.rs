@@ -11,8 +11,10 @@
 //! [`jail::close_others`], [`jail::enter`], [`violation::install`], then its own
 //! preparation, then [`filter::seal`].
 
+mod bpf;
 pub mod filter;
 pub mod jail;
+pub mod minijail;
 pub mod spawner;
 mod syscalls;
 pub mod violation;

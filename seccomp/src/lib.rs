@@ -15,6 +15,7 @@ mod bpf;
 pub mod filter;
 pub mod jail;
 pub mod minijail;
+pub mod plugin;
 pub mod spawner;
 mod syscalls;
 pub mod violation;

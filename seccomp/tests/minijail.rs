@@ -58,7 +58,11 @@ fn tests_of_arguments() {
     let table: &[(&str, &[u64], &[u64])] = &[
         ("arg0 == 3", &[3], &[0, 2, 4, HIGH + 3]),
         ("arg0 != 3", &[0, HIGH + 3, HIGH], &[3]),
-        ("arg0 < 0x100000002", &[0, u32::MAX.into(), HIGH, HIGH + 1], &[HIGH + 2, 2 * HIGH, u64::MAX]),
+        (
+            "arg0 < 0x100000002",
+            &[0, u32::MAX.into(), HIGH, HIGH + 1],
+            &[HIGH + 2, 2 * HIGH, u64::MAX],
+        ),
         ("arg0 <= 0x100000002", &[0, HIGH + 2], &[HIGH + 3, 2 * HIGH]),
         ("arg0 > 0x100000002", &[HIGH + 3, 2 * HIGH, u64::MAX], &[0, 9, HIGH, HIGH + 2]),
         ("arg0 >= 0x100000002", &[HIGH + 2, 2 * HIGH], &[0, 9, HIGH + 1]),

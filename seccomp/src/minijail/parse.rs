@@ -80,8 +80,7 @@ impl Reader {
         text: &str,
         depth: usize,
     ) -> Result<(), PolicyError> {
-        let wrong =
-            |message: String| PolicyError::Line { path: path.to_owned(), line, message };
+        let wrong = |message: String| PolicyError::Line { path: path.to_owned(), line, message };
         if let Some(directive) = text.strip_prefix('@') {
             let (word, rest) = directive.split_once(char::is_whitespace).unwrap_or((directive, ""));
             let rest = rest.trim();
@@ -97,9 +96,9 @@ impl Reader {
                 }
                 "default" => self.default(rest).map_err(wrong),
                 "frequency" => Ok(()),
-                "denylist" => Err(wrong(
-                    "@denylist is not supported: name the calls that are allowed".into(),
-                )),
+                "denylist" => {
+                    Err(wrong("@denylist is not supported: name the calls that are allowed".into()))
+                }
                 _ => Err(wrong(format!("no directive `@{word}`"))),
             };
         }

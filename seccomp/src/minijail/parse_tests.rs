@@ -22,10 +22,7 @@ fn filters() {
         ("return 38", Rule { any: vec![], otherwise: Action::Errno(38) }),
         ("kill-thread", Rule { any: vec![], otherwise: Action::KillThread }),
         ("trap # and why", Rule { any: vec![], otherwise: Action::Trap }),
-        (
-            "arg0 == 3 || arg2 in ~PROT_EXEC",
-            allowed_if(&[&[(0, Op::Eq, 3)], &[(2, Op::In, !4)]]),
-        ),
+        ("arg0 == 3 || arg2 in ~PROT_EXEC", allowed_if(&[&[(0, Op::Eq, 3)], &[(2, Op::In, !4)]])),
         (
             "arg0 != -1 && arg1<=0x10&&arg5 & (O_RDWR|O_CREAT) || arg1 >= 010",
             allowed_if(&[
@@ -37,7 +34,10 @@ fn filters() {
             "arg1 < 1; return EPERM",
             Rule { otherwise: Action::Errno(1), ..allowed_if(&[&[(1, Op::Lt, 1)]]) },
         ),
-        ("arg0 > ~(1|2)|1 ; trap", Rule { otherwise: Action::Trap, ..allowed_if(&[&[(0, Op::Gt, !2)]]) }),
+        (
+            "arg0 > ~(1|2)|1 ; trap",
+            Rule { otherwise: Action::Trap, ..allowed_if(&[&[(0, Op::Gt, !2)]]) },
+        ),
         ("arg1 == ARCH_SET_FS", allowed_if(&[&[(1, Op::Eq, 0x1002)]])),
         ("arg0 == AT_FDCWD", allowed_if(&[&[(0, Op::Eq, -100i64 as u64)]])),
     ] {

@@ -5,7 +5,7 @@ use seccompiler::sock_filter;
 
 use super::{Action, Op, Policy, Rule, Test, Violation};
 use crate::bpf::{
-    AUDIT_ARCH_X86_64, Range, argument, jump_equal, jump_greater, jump_any_bit, jump_at_least,
+    AUDIT_ARCH_X86_64, Range, argument, jump_any_bit, jump_at_least, jump_equal, jump_greater,
     load, op_return, push, search,
 };
 

@@ -32,6 +32,8 @@ mod backend;
 mod clear;
 mod config;
 mod execute;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod memory;
 mod overlay;
 mod poll;

@@ -255,7 +255,7 @@ fn a_killed_process_leaves_old_or_new_blocks() {
     use nix::sys::wait::waitpid;
     use nix::unistd::{ForkResult, fork};
     let mut seen = [0; 2];
-    for round in 0..60u64 {
+    for round in 0..100u64 {
         let mut rig = Rig::new();
         let overlay = rig.disk.overlay.as_ref().expect("overlay");
         overlay.file.write_all_at(&vec![0xdd; SIZE as usize], 0).expect("garbage");
@@ -265,8 +265,10 @@ fn a_killed_process_leaves_old_or_new_blocks() {
         match unsafe { fork() }.expect("fork") {
             ForkResult::Child => {
                 let mut iovecs = Engine::new(false);
-                for sector in 1..(SIZE / 512 - 1) {
-                    let part = part(&data, (sector - 1) * 512, 512).unwrap_or_default();
+                // Whole blocks and parts of others.
+                for sector in (1..SIZE / 512 - 1).step_by(19) {
+                    let count = 19.min(SIZE / 512 - 1 - sector);
+                    let part = part(&data, (sector - 1) * 512, count * 512).unwrap_or_default();
                     let write = Operation::Write(sector * 512);
                     let _ = iovecs.execute(&rig.disk, write, &part, &[], &mut 0);
                 }
@@ -274,7 +276,7 @@ fn a_killed_process_leaves_old_or_new_blocks() {
                 unsafe { libc::_exit(0) }
             }
             ForkResult::Parent { child } => {
-                std::thread::sleep(std::time::Duration::from_micros(20 * round));
+                std::thread::sleep(std::time::Duration::from_micros(5 * round));
                 let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
                 waitpid(child, None).expect("wait");
             }

@@ -17,7 +17,8 @@ pub struct Crosvm {
 
 /// What the connections of a plugin have in common.
 pub(crate) struct Family {
-    vcpus: Vec<Box<CrosvmVcpu>>,
+    /// Never grows or shrinks: C has their addresses.
+    vcpus: Box<[CrosvmVcpu]>,
     /// Addresses of the objects that exist. A pointer that is not among them is not followed.
     objects: Mutex<HashSet<usize>>,
 }
@@ -33,6 +34,10 @@ pub struct CrosvmVcpu {
     pub(crate) in_call: UnsafeCell<bool>,
 }
 
+// SAFETY: the header has a vCPU driven by one thread at a time, so that its cells are
+// touched by one.
+unsafe impl Sync for CrosvmVcpu {}
+
 /// `struct crosvm_io`.
 pub struct CrosvmIo(pub(crate) IoEvent);
 
@@ -44,7 +49,7 @@ pub struct CrosvmIrq(pub(crate) IrqEvent);
 
 impl Crosvm {
     pub(crate) fn new(vm: Vm) -> Result<Crosvm> {
-        let vcpus = (0..vm.vcpu_count()).map(|id| Ok(Box::new(CrosvmVcpu::new(vm.vcpu(id)?))));
+        let vcpus = (0..vm.vcpu_count()).map(|id| Ok(CrosvmVcpu::new(vm.vcpu(id)?)));
         let vcpus = vcpus.collect::<Result<_>>()?;
         let family = Arc::new(Family { vcpus, objects: Mutex::default() });
         Ok(Crosvm { vm, family })

@@ -16,7 +16,7 @@ impl Chain {
     /// child says, and only the one the child was made on.
     pub fn open(path: &Path) -> Result<Chain, FormatError> {
         let mut links = vec![Snapshot::open(path)?];
-        while let Some((wanted, place)) = links.last().and_then(|link| parent(link)) {
+        while let Some((wanted, place)) = links.last().and_then(parent) {
             if links.len() == MAX_CHAIN {
                 return Err(Fault::Depth(MAX_CHAIN).at(path));
             }

@@ -12,6 +12,7 @@ pub mod guest;
 pub mod logging;
 pub mod plugin;
 pub mod remedy;
+pub mod snapshot;
 pub mod spec;
 pub mod terminal;
 mod throttle;

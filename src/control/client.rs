@@ -1,7 +1,7 @@
 //! The command line's side of the control socket: blocking, with deadlines.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +12,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use super::protocol::{Event, Reply, Request};
+use super::fds;
+use super::protocol::{Event, Reply, Request, SnapshotReport};
 use crate::remedy::Remedy;
 
 /// Longest wait for an answer.
@@ -91,6 +92,19 @@ impl Remedy for ClientError {
     }
 }
 
+/// A cut through a VM, to be written down.
+#[derive(Debug)]
+pub struct Cut {
+    /// How it went.
+    pub report: SnapshotReport,
+    /// The report as it came.
+    pub line: String,
+    /// The encoded state.
+    pub state: OwnedFd,
+    /// Guest memory, laid out as in the VM's memfd.
+    pub memory: OwnedFd,
+}
+
 /// A connection to a running VM.
 #[derive(Debug)]
 pub struct Client {
@@ -127,6 +141,39 @@ impl Client {
         match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
             Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
             reply => Ok((reply, answer)),
+        }
+    }
+
+    /// Asks for a cut: the report, its line, the state and guest memory. The VM may take as
+    /// long as `limit` over it.
+    pub fn snapshot(
+        &mut self,
+        hold: bool,
+        timeout: Duration,
+        trigger: &str,
+        limit: Duration,
+    ) -> Result<Cut, ClientError> {
+        let timeout_us = Some(u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX));
+        let request = Request::Snapshot { hold, timeout_us, trigger: Some(trigger.into()) };
+        let mut line = serde_json::to_vec(&request).map_err(|e| ClientError::Garbage(Some(e)))?;
+        line.push(b'\n');
+        let talk = |doing| move |source| ClientError::Talk { doing, source };
+        let stream = self.stream.get_mut();
+        stream.write_all(&line).map_err(talk("sending the request to"))?;
+        stream.set_read_timeout(Some(limit)).map_err(talk("waiting for"))?;
+        let (answer, fds) =
+            fds::line(stream, MAX_ANSWER as usize).map_err(|source| match source.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Timeout,
+                ErrorKind::UnexpectedEof => ClientError::Gone,
+                _ => ClientError::Talk { doing: "waiting for", source },
+            })?;
+        match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
+            Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
+            Reply::Snapshot(report) => match <[OwnedFd; 2]>::try_from(fds) {
+                Ok([state, memory]) => Ok(Cut { report, line: answer, state, memory }),
+                Err(_) => Err(ClientError::Garbage(None)),
+            },
+            _ => Err(ClientError::Garbage(None)),
         }
     }
 

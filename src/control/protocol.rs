@@ -49,6 +49,20 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         iops_burst: Option<u64>,
     },
+    /// Make a cut through all processes. The reply comes with two file descriptors, for who
+    /// asks by recvmsg: the state, and guest memory as of the cut.
+    Snapshot {
+        /// Stand still afterwards, until this connection asks to `resume` or `stop`, or ends;
+        /// guest memory is then not copied.
+        #[serde(default)]
+        hold: bool,
+        /// How long each phase may take, in microseconds; 5 s where not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        timeout_us: Option<u64>,
+        /// What asks for it, as the state will say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        trigger: Option<String>,
+    },
     /// Turn this connection into a stream of events.
     Events,
 }
@@ -80,6 +94,8 @@ pub enum Reply {
         /// The VMM first, then the spawner, then the devices.
         processes: Vec<Process>,
     },
+    /// The cut is made.
+    Snapshot(SnapshotReport),
     /// What the disk may do from now on.
     Throttle {
         /// Id of the disk.
@@ -105,6 +121,40 @@ impl Reply {
     pub fn error(message: impl Into<String>, remedy: Option<&str>) -> Reply {
         Reply::Error { message: message.into(), remedy: remedy.map(str::to_owned) }
     }
+}
+
+/// A cut, and how long each part of it took, in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Number of the pause it was made in.
+    pub epoch: u64,
+    /// Until the last vCPU had parked between two instructions.
+    pub pause_us: u64,
+    /// Until the last process had come to rest.
+    pub drain_us: u64,
+    /// Reading registers, controllers and devices.
+    pub capture_us: u64,
+    /// Copying guest memory.
+    pub memory_us: u64,
+    /// Letting everyone go on; 0 where the VM is held.
+    pub thaw_us: u64,
+    /// From the request until the guest ran on: all of the above.
+    pub still_us: u64,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Bytes of the state.
+    pub state: u64,
+    /// The disks of the VM that it refers to.
+    pub disks: Vec<SnapshotDisk>,
+}
+
+/// A disk that a cut refers to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotDisk {
+    /// Its id.
+    pub id: String,
+    /// The image.
+    pub path: std::path::PathBuf,
 }
 
 /// State of the VM, or of one vCPU.
@@ -343,6 +393,22 @@ pub enum EventKind {
     Resume {
         /// Number of the pause that ended.
         epoch: u64,
+    },
+    /// A cut was made; what follows is its client's to do.
+    Snapshot {
+        /// Number of the pause it was made in.
+        epoch: u64,
+        /// How long the guest stood still, in microseconds; 0 where it is held.
+        still_us: u64,
+    },
+    /// A cut was given up, and everyone goes on.
+    SnapshotFailed {
+        /// How far it was.
+        phase: String,
+        /// Who failed or did not answer.
+        who: String,
+        /// What went wrong.
+        why: String,
     },
     /// The guest reported readiness.
     Marker {

@@ -47,6 +47,11 @@ pub trait Handler {
     /// somewhere else keeps `token`, returns [`Response::Later`], and gives the answer
     /// to [`ControlServer::complete`]. [`Request::Events`] never comes here.
     fn handle(&mut self, request: Request, token: Token) -> Response;
+
+    /// The connection of a client is no more; it may have left something undone.
+    fn gone(&mut self, client: u64) {
+        let _ = client;
+    }
 }
 
 /// What a [`Handler`] has to say at once.
@@ -54,6 +59,8 @@ pub trait Handler {
 pub enum Response {
     /// The answer.
     Now(Reply),
+    /// The answer, and what comes with it.
+    WithFds(Reply, Vec<OwnedFd>),
     /// The answer comes through [`ControlServer::complete`].
     Later,
 }
@@ -63,6 +70,13 @@ pub enum Response {
 pub struct Token {
     client: u64,
     request: u64,
+}
+
+impl Token {
+    /// The connection it came by, as in [`Handler::gone`].
+    pub fn client(self) -> u64 {
+        self.client
+    }
 }
 
 /// A control socket that could not be made.
@@ -313,12 +327,22 @@ impl ControlServer {
             client.requests += 1;
             client.pending = Some(client.requests);
             let token = Token { client: id, request: client.requests };
-            if let Response::Now(reply) = handler.handle(request, token) {
-                client.pending = None;
-                client.send_json(&reply);
+            match handler.handle(request, token) {
+                Response::Now(reply) => {
+                    client.pending = None;
+                    client.send_json(&reply);
+                }
+                Response::WithFds(reply, fds) => {
+                    client.pending = None;
+                    client.send_fds(&reply, fds);
+                }
+                Response::Later => {}
             }
         }
         self.settle(id);
+        if !self.clients.contains_key(&id) {
+            handler.gone(id);
+        }
     }
 
     /// Watches a client for what it needs next, or lets it go.

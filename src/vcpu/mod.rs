@@ -23,12 +23,14 @@ mod kick;
 mod notice;
 pub mod pause;
 mod run_page;
+mod settle;
 mod state;
 mod thread;
 
 pub use error::{PauseError, ResumeError, RunError, StartError, StopError, WorkError};
 pub use kick::{KickHook, Kicks, kick_signal};
 pub use notice::{ExitListener, ExitNotifier, VmEnd, exit_notice};
+pub use settle::SettleError;
 pub use state::{ForbiddenTransition, VcpuState};
 
 use crate::bus::Bus;
@@ -130,6 +132,8 @@ pub struct Vcpus {
     kicks: Arc<Kicks>,
     rekick_after: Duration,
     epoch: u64,
+    /// What each is in the middle of, since the last pause.
+    outstanding: Vec<Option<Outstanding>>,
 }
 
 /// The coordinator's side of one vCPU.
@@ -156,6 +160,7 @@ impl Vcpus {
             kicks: config.kicks.clone(),
             rekick_after: config.rekick_after,
             epoch: 0,
+            outstanding: Vec::new(),
         };
         for (id, vcpu) in fds.into_iter().enumerate() {
             let seat = spawn(id, vcpu, &config, events.clone())?;
@@ -242,7 +247,8 @@ impl Vcpus {
             }
         }
         let took = start.elapsed();
-        let arrivals = arrivals.into_iter().flatten().collect();
+        let arrivals: Vec<Arrival> = arrivals.into_iter().flatten().collect();
+        self.outstanding = arrivals.iter().map(|arrival| arrival.outstanding).collect();
         Ok(PauseReport { epoch, took, arrivals, rekicks })
     }
 
@@ -409,8 +415,8 @@ impl Vcpus {
     }
 
     fn stopped(&self) -> Vec<usize> {
-        let seats = self.seats.iter().enumerate();
-        seats.filter(|(_, seat)| seat.cell.get() == VcpuState::Stopped).map(|(id, _)| id).collect()
+        let states = self.states().into_iter().enumerate();
+        states.filter(|(_, state)| *state == VcpuState::Stopped).map(|(id, _)| id).collect()
     }
 
     fn alive(&self) -> Vec<usize> {

@@ -19,10 +19,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
-use super::event_loop::{BackEnd, DiskFacts, Vm};
+use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::snapshot::Snapshots;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -31,6 +32,7 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
+use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks, Vcpus};
@@ -61,6 +63,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     }
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let kvm = kvm::open()?;
+    let model = CpuModel::new(&kvm, config.cpus)?;
+    let snapshots = Snapshots::new(Host::new(&kvm, &model)?, boot_id());
     let ram = GuestRam::new(config.memory)?;
 
     // Every cell is asked for, and its jail is built beside what follows.
@@ -98,7 +102,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
     let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
-    let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
+    let vcpu_fds = create_vcpus(&machine, &model, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
 
     // The two halves meet.
@@ -114,8 +118,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
     }
-    let facts = facts(&config.disks, &disks, &devices);
-    drop(disks);
+    let facts = facts(&config, disks, &devices)?;
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
     let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
@@ -135,7 +138,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
-        _machine: machine,
+        machine,
         ram,
         vcpus,
         ended,
@@ -154,6 +157,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
+        snapshots,
     })
 }
 
@@ -239,9 +243,18 @@ impl SerialEnds {
     }
 }
 
-fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd>, VmmError> {
-    let model = CpuModel::new(machine.kvm(), cpus)?;
-    (0..cpus)
+/// Names this run of the host's kernel; empty where it does not say.
+fn boot_id() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_string()
+}
+
+fn create_vcpus(
+    machine: &Machine,
+    model: &CpuModel,
+    entry: &Entry,
+) -> Result<Vec<VcpuFd>, VmmError> {
+    (0..model.cpus())
         .map(|id| {
             let vcpu = machine.create_vcpu(id)?;
             model.configure(&vcpu, id, (id == 0).then_some(entry))?;
@@ -252,21 +265,30 @@ fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd
 
 /// What does not change about the disks. A back end of somebody else's says it itself.
 fn facts(
-    specs: &[spec::DiskSpec],
-    disks: &[Backing],
+    config: &VmConfig,
+    disks: Vec<Backing>,
     devices: &[(String, Arc<VirtioMmio>)],
-) -> Vec<DiskFacts> {
-    let of = |((spec, disk), (id, device)): (
-        (&spec::DiskSpec, &Backing),
-        &(String, Arc<VirtioMmio>),
-    )| {
-        let (size, read_only) = match disk {
+) -> Result<Vec<DiskFacts>, VmmError> {
+    let mut facts = Vec::with_capacity(disks.len());
+    for ((spec, disk), (id, device)) in config.disks.iter().zip(disks).zip(devices) {
+        let (size, read_only) = match &disk {
             Backing::Image(image) => (image.size, image.read_only),
             Backing::BackEnd(_) => blk::facts(device.info()),
         };
-        DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle }
-    };
-    specs.iter().zip(disks).zip(devices).map(of).collect()
+        let image = match disk {
+            Backing::BackEnd(_) => None,
+            Backing::Image(image) => Some(ImageFacts {
+                path: std::path::absolute(&spec.path)
+                    .map_err(|source| VmmError::System { what: "naming a disk", source })?,
+                fd: image.fd,
+                serial: image.serial,
+                poll_us: spec.poll_us,
+                queues: spec.queues(config.cpus),
+            }),
+        };
+        facts.push(DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle, image });
+    }
+    Ok(facts)
 }
 
 fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {

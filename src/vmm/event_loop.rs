@@ -3,8 +3,9 @@
 //! Nothing on a guest's data path comes by here. What does: the end of a vCPU,
 //! control requests, messages and deaths of device processes, signals.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::snapshot::Snapshots;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::{Cell, ROUND};
@@ -33,7 +35,7 @@ use crate::vm::memory::GuestRam;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) _machine: Machine,
+    pub(super) machine: Machine,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
@@ -54,6 +56,7 @@ pub(super) struct Vm {
     pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
     pub(super) asked_for_processes: Vec<Token>,
+    pub(super) snapshots: Snapshots,
 }
 
 /// A back end that is another program.
@@ -71,6 +74,19 @@ pub(super) struct DiskFacts {
     pub(super) size: u64,
     pub(super) read_only: bool,
     pub(super) throttle: ThrottleLimits,
+    /// Where it is an image of ours.
+    pub(super) image: Option<ImageFacts>,
+}
+
+/// What a snapshot says of an image.
+pub(super) struct ImageFacts {
+    /// A duplicate of what its process has.
+    pub(super) fd: OwnedFd,
+    /// Absolute.
+    pub(super) path: PathBuf,
+    pub(super) serial: String,
+    pub(super) poll_us: u32,
+    pub(super) queues: u16,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.
@@ -439,6 +455,9 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Request::Snapshot { hold, timeout_us, trigger } = request {
+            return self.0.snapshot(hold, timeout_us, trigger, token);
+        }
         match self.0.answer(request) {
             Some(reply) => Response::Now(reply),
             None => {
@@ -446,6 +465,10 @@ impl Handler for Requests<'_> {
                 Response::Later
             }
         }
+    }
+
+    fn gone(&mut self, client: u64) {
+        self.0.client_gone(client);
     }
 }
 

@@ -5,6 +5,7 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `snapshot` | one cut through all processes |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -15,6 +16,7 @@ mod ports;
 mod remedy;
 mod requests;
 pub(crate) mod signals;
+mod snapshot;
 
 use std::time::Duration;
 
@@ -67,6 +69,8 @@ pub enum VmmError {
     Acpi(#[from] crate::vm::acpi::AcpiError),
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    #[error(transparent)]
+    State(#[from] crate::snapshot::state::StateError),
     #[error(transparent)]
     Cell(#[from] CellError),
     #[error(transparent)]

@@ -11,5 +11,5 @@ mod codec;
 mod shm;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE};
-pub use codec::{CodecError, decode, encode};
+pub use codec::{CodecError, decode, decode_within, encode, encode_within};
 pub use shm::{Access, Mapping, ShmError, check_sealed, sealed_memfd};

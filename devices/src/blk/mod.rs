@@ -31,6 +31,8 @@ mod backend;
 mod clear;
 mod config;
 mod execute;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod memory;
 mod poll;
 mod quiesce;

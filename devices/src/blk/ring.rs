@@ -77,6 +77,10 @@ impl<'m> Ring<'m> {
     pub fn new(memory: &'m View<'m>, layout: &Layout) -> Result<Ring<'m>, RingError> {
         let size = layout.size;
         let setup = |source| RingError::Setup { size, source };
+        // To `Queue` an available ring there is one that was never set up.
+        if layout.avail == GuestAddress(0) {
+            return Err(setup(virtio_queue::Error::QueueNotReady));
+        }
         let mut queue = Queue::new(QUEUE_SIZE).map_err(setup)?;
         queue.try_set_size(size).map_err(setup)?;
         queue.try_set_desc_table_address(layout.descriptors).map_err(setup)?;
@@ -193,6 +197,7 @@ mod tests {
         assert!(odd(Layout { size: 512, ..good }));
         assert!(odd(Layout { descriptors: GuestAddress(8), ..good }));
         assert!(odd(Layout { avail: GuestAddress(1), ..good }));
+        assert!(odd(Layout { avail: GuestAddress(0), ..good }));
         assert!(odd(Layout { used: GuestAddress(2), ..good }));
         let out = |l: Layout| matches!(Ring::new(&view, &l), Err(RingError::Outside { .. }));
         assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good }));

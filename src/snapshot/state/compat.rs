@@ -146,8 +146,8 @@ pub(super) fn verify(from: &Host, here: &Host) -> Result<(), Incompatible> {
     }
     for (name, then) in &from.capabilities {
         let now = here.capabilities.iter().find(|(other, _)| other == name).map_or(0, |c| c.1);
-        // Some are a mask, the others a number that is not 0: both are there if no bit is lost.
-        if then & !now != 0 && now == 0 || name == "KVM_CAP_ADJUST_CLOCK" && then & !now != 0 {
+        // One is a mask of what can be done, the others are numbers.
+        if then & !now != 0 && (now == 0 || name == "KVM_CAP_ADJUST_CLOCK") {
             let name = crate::remedy::printable(name);
             found.push(Difference::Capability(name, *then, now));
         }

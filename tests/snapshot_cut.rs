@@ -60,7 +60,7 @@ fn a_cut_is_a_whole_state_and_the_memory_that_belongs_to_it() {
     let ids: Vec<_> = state.device_states.iter().map(|d| (d.slot, d.id.as_str())).collect();
     assert_eq!(ids, [(0, "com1"), (1, "disk0")]);
     let disk = state.device_states[1].as_disk().unwrap().unwrap();
-    assert_eq!(disk.transport.queues[0].base.is_some(), true);
+    assert!(disk.transport.queues[0].base.is_some());
     assert!(disk.counters[0].writes_completed >= 100);
     let memory = contents(cut.memory);
     assert_eq!(memory.len() as u64, report.memory);

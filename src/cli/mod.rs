@@ -10,8 +10,10 @@ mod events;
 mod output;
 mod pause;
 mod ps;
+mod restore;
 mod resume;
 mod run;
+mod snapshot;
 mod stats;
 mod stop;
 mod throttle;
@@ -57,6 +59,8 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Run(Box<run::Run>),
+    Restore(restore::Restore),
+    Snapshot(snapshot::Snapshot),
     Pause(pause::Pause),
     Resume(resume::Resume),
     Stop(stop::Stop),
@@ -113,6 +117,8 @@ impl Cli {
         match self.command {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
+            Command::Restore(restore) => restore.execute(level),
+            Command::Snapshot(snapshot) => snapshot.execute(),
             Command::Pause(pause) => pause.execute(),
             Command::Resume(resume) => resume.execute(),
             Command::Stop(stop) => stop.execute(),

@@ -3,7 +3,12 @@
 //! | module | holds |
 //! |---|---|
 //! | [`coordinator`] | the order of a snapshot, all or nothing |
+//! | [`eager`] | guest memory filled from a snapshot, all of it, before the guest runs |
+//! | [`format`] | the directory a snapshot is on disk: writing, reading, checking |
 //! | [`state`] | everything of a VM but its memory and disks, as one value |
 
 pub mod coordinator;
+pub mod eager;
+pub mod format;
+mod random;
 pub mod state;

@@ -14,7 +14,7 @@ use cellblock_seccomp::filter::Policy;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -30,6 +30,7 @@ use crate::cell::serial::{PORTS, SerialPort};
 use crate::cell::{Cell, blk};
 use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
+use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
 use crate::snapshot::state::Host;
@@ -46,15 +47,26 @@ use crate::vm::{acpi, boot, layout};
 /// Guest output kept for a slow console reader, in bytes.
 const CONSOLE_BUFFER: u32 = 1 << 20;
 
+/// What a machine is made of, open.
+pub(super) struct Parts {
+    pub(super) started: Instant,
+    pub(super) spawner: Spawner,
+    pub(super) signals: Signals,
+    pub(super) common: Common,
+    pub(super) specs: Vec<spec::DiskSpec>,
+    pub(super) disks: Vec<Backing>,
+    pub(super) control: Option<ControlServer>,
+    pub(super) console: OpenedConsole,
+    pub(super) kvm: Kvm,
+    pub(super) model: CpuModel,
+    pub(super) host: Host,
+    pub(super) ram: GuestRam,
+}
+
+/// A machine that boots a kernel.
 pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let seccomp = config.sandbox.then_some(match config.seccomp {
-        SeccompMode::Kill => filter::Mode::Kill,
-        SeccompMode::Log => filter::Mode::Log,
-    });
-    let mut spawner = fork_spawner(&config)?;
-    let signals = Signals::install()
-        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
+    let (spawner, signals) = begin(&config.serial)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
@@ -64,18 +76,76 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let kvm = kvm::open()?;
     let model = CpuModel::new(&kvm, config.cpus)?;
-    let snapshots = Snapshots::new(Host::new(&kvm, &model)?, boot_id());
+    let host = Host::new(&kvm, &model)?;
     let ram = GuestRam::new(config.memory)?;
+    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let specs = std::mem::take(&mut config.disks);
+    let parts = Parts {
+        started,
+        spawner,
+        signals,
+        common,
+        specs,
+        disks,
+        control,
+        console,
+        kvm,
+        model,
+        host,
+        ram,
+    };
+    build(parts, |machine, model, slots| {
+        let ram = machine.ram();
+        let rsdp = acpi::write(ram, model.cpus(), slots)?;
+        let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(slots)].join(" ");
+        let entry = boot::load(ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
+        create_vcpus(machine, model, &entry)
+    })
+}
+
+/// What has to come before everything else, while there is one thread and nothing to inherit.
+pub(super) fn begin(serial: &spec::SerialSpec) -> Result<(Spawner, Signals), VmmError> {
+    let spawner = fork_spawner(serial)?;
+    let signals = Signals::install()
+        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
+    Ok((spawner, signals))
+}
+
+/// Brings a machine up as far as it goes without running: processes in their jails, KVM,
+/// threads. What its vCPUs and its memory are, `guest` sets up meanwhile.
+pub(super) fn build(
+    parts: Parts,
+    guest: impl FnOnce(&Machine, &CpuModel, &[VirtioSlot]) -> Result<Vec<VcpuFd>, VmmError>,
+) -> Result<Vm, VmmError> {
+    let Parts {
+        started,
+        mut spawner,
+        signals,
+        common,
+        specs,
+        disks,
+        control,
+        console,
+        kvm,
+        model,
+        host,
+        ram,
+    } = parts;
+    let seccomp = common.sandbox.then_some(match common.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
+    });
+    let snapshots = Snapshots::new(host, boot_id());
 
     // Every cell is asked for, and its jail is built beside what follows.
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let cpus = model.cpus();
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
     let mut starting = Vec::new();
     let mut back_ends = Vec::new();
-    for (spec, disk) in config.disks.iter().zip(&disks) {
+    for (spec, disk) in specs.iter().zip(&disks) {
         starting.push(match disk {
-            Backing::Image(image) => blk::start(&mut spawner, common, spec, image, config.cpus)?,
+            Backing::Image(image) => blk::start(&mut spawner, common, spec, image, cpus)?,
             Backing::BackEnd(socket) => {
                 let copy = |source| VmmError::System { what: "copying a connection", source };
                 let own = socket.try_clone().map_err(copy)?;
@@ -99,18 +169,16 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     let machine = Machine::with_kvm(kvm, &ram)?;
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
-    let rsdp = acpi::write(&ram, config.cpus, &slots)?;
-    let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
-    let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
-    let vcpu_fds = create_vcpus(&machine, &model, &entry)?;
+    let vcpu_fds = guest(&machine, &model, &slots)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
-    let kicks = Kicks::new(usize::from(config.cpus));
-    let ring = Arc::new(com1.producer(kicks.len())?);
+    let kicks = Kicks::new(usize::from(cpus));
+    let (ring, com1_irq) = com1.producer(kicks.len())?;
+    let ring = Arc::new(ring);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
     for (starting, slot) in starting.into_iter().zip(&slots) {
@@ -118,7 +186,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
     }
-    let facts = facts(&config, disks, &devices)?;
+    let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
     let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
@@ -143,6 +211,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         vcpus,
         ended,
         ring,
+        com1_irq,
         cells,
         devices,
         disks: facts,
@@ -162,8 +231,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
-    let restore_terminal = match config.serial {
+fn fork_spawner(serial: &spec::SerialSpec) -> Result<Spawner, SpawnError> {
+    let restore_terminal = match serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
@@ -237,9 +306,10 @@ impl SerialEnds {
         Ok(SerialEnds { memfd, doorbell: doorbell.into(), irq: event::event().map_err(system)? })
     }
 
-    fn producer(self, vcpus: usize) -> Result<Producer, VmmError> {
+    /// The VMM's end of the ring, and the interrupt.
+    fn producer(self, vcpus: usize) -> Result<(Producer, EventFd), VmmError> {
         let mapping = Mapping::new(&self.memfd, ring::RING_BYTES, Access::ReadWrite)?;
-        Ok(Producer::new(mapping, self.doorbell, vcpus)?)
+        Ok((Producer::new(mapping, self.doorbell, vcpus)?, self.irq))
     }
 }
 
@@ -265,12 +335,13 @@ fn create_vcpus(
 
 /// What does not change about the disks. A back end of somebody else's says it itself.
 fn facts(
-    config: &VmConfig,
+    specs: &[spec::DiskSpec],
+    cpus: u8,
     disks: Vec<Backing>,
     devices: &[(String, Arc<VirtioMmio>)],
 ) -> Result<Vec<DiskFacts>, VmmError> {
     let mut facts = Vec::with_capacity(disks.len());
-    for ((spec, disk), (id, device)) in config.disks.iter().zip(disks).zip(devices) {
+    for ((spec, disk), (id, device)) in specs.iter().zip(disks).zip(devices) {
         let (size, read_only) = match &disk {
             Backing::Image(image) => (image.size, image.read_only),
             Backing::BackEnd(_) => blk::facts(device.info()),
@@ -283,7 +354,7 @@ fn facts(
                 fd: image.fd,
                 serial: image.serial,
                 poll_us: spec.poll_us,
-                queues: spec.queues(config.cpus),
+                queues: spec.queues(cpus),
             }),
         };
         facts.push(DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle, image });

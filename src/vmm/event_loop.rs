@@ -14,6 +14,7 @@ use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
@@ -40,6 +41,8 @@ pub(super) struct Vm {
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
     pub(super) ring: Arc<Producer>,
+    /// COM1's interrupt.
+    pub(super) com1_irq: EventFd,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,

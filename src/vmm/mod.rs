@@ -5,6 +5,7 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `snapshot` | one cut through all processes |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
@@ -15,6 +16,7 @@ mod notice;
 mod ports;
 mod remedy;
 mod requests;
+pub mod restore;
 pub(crate) mod signals;
 mod snapshot;
 
@@ -71,6 +73,8 @@ pub enum VmmError {
     Cpu(#[from] CpuError),
     #[error(transparent)]
     State(#[from] crate::snapshot::state::StateError),
+    #[error(transparent)]
+    Restore(#[from] restore::RestoreError),
     #[error(transparent)]
     Cell(#[from] CellError),
     #[error(transparent)]

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{MAX_BYTES, StateError};
+use crate::spec::DiskSpec;
 use crate::transport::mmio::TransportState;
 
 /// A device's part of a state.
@@ -76,6 +77,22 @@ pub struct DiskRecord {
 pub struct Fingerprint {
     /// Nanoseconds since the Unix epoch; `None` where the image does not tell.
     pub modified_ns: Option<i128>,
+}
+
+impl DiskRecord {
+    /// The disk again, with the image at `path`.
+    pub fn spec(&self, id: &str, path: PathBuf) -> DiskSpec {
+        DiskSpec {
+            path,
+            id: Some(id.to_string()),
+            read_only: self.read_only,
+            serial: Some(self.serial.clone()),
+            poll_us: self.poll_us,
+            queues: Some(self.queues),
+            throttle: self.throttle,
+            vhost_user: None,
+        }
+    }
 }
 
 impl Fingerprint {

@@ -54,6 +54,11 @@ impl MachineState {
             vm.set_irqchip(chip).map_err(step("setting an interrupt controller"))?;
         }
         vm.set_pit2(&self.pit).map_err(step("setting the interval timer"))?;
+        self.load_clock(vm)
+    }
+
+    /// Sets the clock alone.
+    pub fn load_clock(&self, vm: &VmFd) -> Result<(), StateError> {
         // With the real time it was read at, KVM adds what has passed since.
         let flags = self.clock.flags & KVM_CLOCK_REALTIME;
         let clock = kvm_clock_data {

@@ -97,7 +97,12 @@ impl VcpuState {
     pub fn identify(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| StateError::Malformed("more CPUID entries than there can be"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(step("setting a vCPU's CPUID"))
+        vcpu.set_cpuid2(&cpuid).map_err(step("setting a vCPU's CPUID"))?;
+        if self.tsc_khz != 0 && vcpu.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz) {
+            // Refused where the difference is too small to be worth scaling: see `compat`.
+            let _ = vcpu.set_tsc_khz(self.tsc_khz);
+        }
+        Ok(())
     }
 
     /// Sets everything else. `tsc_offset` is what the vCPU is to have, where it is known.

@@ -8,9 +8,11 @@
 //! |---|---|
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
+//! | `load` | brings a machine to where a state is |
 
 mod capture;
 mod devices;
+mod load;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -22,6 +24,7 @@ use crate::snapshot::coordinator::{Coordinator, CutError, Input, Phase};
 use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use devices::Frozen;
+pub use load::LoadError;
 
 /// How long each phase may take where the request does not say.
 const PHASE_LIMIT: Duration = Duration::from_secs(5);

@@ -14,6 +14,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
 use super::counters::BlkCounters;
 use super::launch::{Common, launch};
+use super::overlay::Overlay;
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
@@ -90,8 +91,10 @@ pub fn process(
         queues,
         poll_us: spec.poll_us,
         throttle: spec.throttle,
+        cow: disk.overlay.is_some(),
     });
-    let fds = [disk.fd.as_fd(), counters.fd()];
+    let mut fds = vec![disk.fd.as_fd(), counters.fd()];
+    fds.extend(disk.overlay.iter().flat_map(Overlay::fds));
     let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;
     cell.counters = Some(counters);
     Ok(cell)

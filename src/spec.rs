@@ -12,6 +12,7 @@ mod throttle;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
+pub(crate) use fields::split;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;

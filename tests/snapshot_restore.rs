@@ -114,6 +114,37 @@ fn a_restored_vm_can_do_what_any_can() {
     again.ends_well();
 }
 
+/// Two VMs from one snapshot at once: neither sees what the other writes, nor does the image.
+#[test]
+fn clones_share_a_snapshot_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=40 ");
+    let image = vm.path("disk0").to_path_buf();
+    snapshot(&mut vm, &at, &[]);
+    let mut clones = [Vm::restore(&at).start(), Vm::restore(&at).start()];
+    for clone in &mut clones {
+        clone.wait_for_line("pause: n=");
+    }
+    vm.wait_for_line("pause: n=");
+    let second = dir.path().join("second");
+    snapshot(&mut clones[0], &second, &[]);
+    assert!(fs::read(&image).unwrap().iter().all(|byte| *byte == 0), "the image was written to");
+    let grandchild = Vm::restore(&second).start();
+    let [one, two] = clones;
+    for mut vm in [vm, one, two, grandchild] {
+        vm.wait_for_line("pause: n=");
+        vm.say(b"q");
+        vm.wait_for("pause: ok");
+        if vm.path("disk0").exists() {
+            drop(vm); // the others need the image
+        } else {
+            vm.ends_well();
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_restored_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();

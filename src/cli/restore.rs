@@ -1,18 +1,17 @@
 //! `cellblock restore`.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::Failure;
 use super::run::die_with_parent;
+use super::{Failure, output};
+use crate::cell::overlay::Place;
 use crate::config;
-use crate::snapshot::format::CHUNK;
 use crate::spec::SerialSpec;
-use crate::vmm::restore::{Progress, RestoreConfig};
+use crate::vmm::restore::{DiskOverride, Progress, RestoreConfig};
 
 /// How memory comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -32,9 +31,10 @@ pub(super) struct Restore {
     /// What 'cellblock snapshot' made
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Use another image for a disk: id=ID,path=F; again for more
-    #[arg(long, value_name = "id=ID,path=F", value_parser = disk)]
-    disk: Vec<(String, PathBuf)>,
+    /// Change a disk: id=ID, then path=F for another image (that says that it is the right
+    /// one, as it is), cow or cow=DIR to leave the image alone; again for more
+    #[arg(long, value_name = "id=ID[,path=F][,cow]", value_parser = disk)]
+    disk: Vec<DiskOverride>,
     /// Where the serial console goes, as for 'run' [default: stdout]
     #[arg(long, value_name = "SPEC")]
     serial: Option<SerialSpec>,
@@ -70,52 +70,56 @@ impl Restore {
             log,
         };
         // However the VM ended, it is what somebody asked for.
-        let progress = Bar(Mutex::new(None));
+        let progress = Bar(Mutex::new((output::Progress::new("restoring memory"), 0, 0)));
         crate::vmm::restore::restore(config, &progress).map(|_end| ()).map_err(Failure::error)
     }
 }
 
 /// A bar on standard error, if that is a terminal.
-struct Bar(Mutex<Option<ProgressBar>>);
+struct Bar(Mutex<(output::Progress, usize, usize)>);
 
 impl Bar {
-    fn with(&self, act: impl FnOnce(&mut Option<ProgressBar>)) {
-        act(&mut self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    fn with(&self, act: impl FnOnce(&mut output::Progress, &mut usize, &mut usize)) {
+        let mut own = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (progress, done, total) = &mut *own;
+        act(progress, done, total);
     }
 }
 
 impl Progress for Bar {
     fn begin(&self, chunks: usize) {
-        use std::io::IsTerminal;
-        if std::io::stderr().is_terminal() {
-            let target = ProgressDrawTarget::stderr_with_hz(10);
-            let bar = ProgressBar::with_draw_target(Some((chunks * CHUNK) as u64), target);
-            if let Ok(style) =
-                ProgressStyle::with_template("memory {wide_bar} {bytes}/{total_bytes}")
-            {
-                bar.set_style(style);
-            }
-            self.with(|own| *own = Some(bar));
-        }
+        self.with(|_, _, total| *total = chunks);
     }
 
     fn advance(&self, chunks: usize) {
-        self.with(|own| own.iter().for_each(|bar| bar.inc((chunks * CHUNK) as u64)));
+        self.with(|progress, done, total| {
+            *done += chunks;
+            progress.show(*done as u64, *total as u64);
+        });
     }
 
     fn end(&self) {
-        self.with(|own| own.take().iter().for_each(ProgressBar::finish_and_clear));
+        self.with(|progress, _, _| progress.end());
     }
 }
 
-fn disk(text: &str) -> Result<(String, PathBuf), String> {
-    let wrong = || "say which disk and its image: id=ID,path=F".to_string();
-    let rest = text.strip_prefix("id=").ok_or_else(wrong)?;
-    let (id, path) = rest.split_once(",path=").ok_or_else(wrong)?;
-    if id.is_empty() || path.is_empty() {
-        return Err(wrong());
+fn disk(text: &str) -> Result<DiskOverride, String> {
+    let wrong = || "say which disk and what of it: id=ID,path=F or id=ID,cow".to_string();
+    let (mut id, mut path, mut cow) = (None, None, None);
+    for part in crate::spec::split(text) {
+        let (key, value) = part.split_once('=').unwrap_or((&part, ""));
+        match (key, value) {
+            ("id", id_of) if !id_of.is_empty() && id.is_none() => id = Some(id_of.to_string()),
+            ("path", file) if !file.is_empty() && path.is_none() => path = Some(file.into()),
+            ("cow", "" | "true") if cow.is_none() => cow = Some(Place::Memory),
+            ("cow", directory) if cow.is_none() => cow = Some(Place::Directory(directory.into())),
+            _ => return Err(wrong()),
+        }
     }
-    Ok((id.to_string(), path.into()))
+    match id {
+        Some(id) if path.is_some() || cow.is_some() => Ok(DiskOverride { id, path, cow }),
+        _ => Err(wrong()),
+    }
 }
 
 #[cfg(test)]
@@ -124,8 +128,16 @@ mod tests {
 
     #[test]
     fn a_disk_is_an_id_and_a_path() {
-        assert_eq!(disk("id=disk0,path=/a,b"), Ok(("disk0".into(), "/a,b".into())));
-        for text in ["disk0=/a", "id=,path=/a", "id=a,path=", "path=/a,id=b", ""] {
+        let other = |path: Option<&str>, cow| DiskOverride {
+            id: "disk0".into(),
+            path: path.map(PathBuf::from),
+            cow,
+        };
+        assert_eq!(disk("id=disk0,path=/a,,b"), Ok(other(Some("/a,b"), None)));
+        assert_eq!(disk("id=disk0,cow"), Ok(other(None, Some(Place::Memory))));
+        let at = Some(Place::Directory("/tmp".into()));
+        assert_eq!(disk("cow=/tmp,path=a,id=disk0"), Ok(other(Some("a"), at)));
+        for text in ["disk0=/a", "id=,path=/a", "id=a,path=", "id=a", "id=a,id=b,cow", ""] {
             assert!(disk(text).is_err(), "{text}");
         }
     }

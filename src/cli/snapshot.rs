@@ -104,9 +104,15 @@ impl Snapshot {
         let mut file = File::from(cut.state.try_clone().map_err(state_error)?);
         file.rewind().and_then(|()| file.read_to_end(&mut state)).map_err(state_error)?;
         writer.state(&state).map_err(Failure::error)?;
-        if self.disks == Disks::Copy {
-            for disk in &cut.report.disks {
-                let image = open(&disk.id, &disk.path)?;
+        let mut written = cut.written.iter();
+        for disk in &cut.report.disks {
+            // The image of a cow disk is never written to: a reference will do.
+            let image = match (disk.cow, self.disks) {
+                (true, _) => written.next().map(|fd| fd.try_clone().map(File::from)).transpose(),
+                (false, Disks::Copy) => open(&disk.id, &disk.path).map(|f| Ok(Some(f)))?,
+                (false, Disks::Reference) => Ok(None),
+            };
+            if let Some(image) = image.map_err(state_error)? {
                 writer.disk(&disk.id, &image).map_err(Failure::error)?;
             }
         }
@@ -148,7 +154,7 @@ fn state_error(error: std::io::Error) -> Failure {
 
 /// A reference is worth nothing if what it refers to is lost with the power.
 fn make_durable(cut: &Cut) -> Result<(), Failure> {
-    for disk in &cut.report.disks {
+    for disk in cut.report.disks.iter().filter(|disk| !disk.cow) {
         open(&disk.id, &disk.path)?
             .sync_data()
             .map_err(|e| Failure::Error(format!("making disk '{}' durable: {e}", disk.id)))?;

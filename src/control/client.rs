@@ -103,6 +103,8 @@ pub struct Cut {
     pub state: OwnedFd,
     /// Guest memory, laid out as in the VM's memfd.
     pub memory: OwnedFd,
+    /// What was written to each `cow` disk.
+    pub written: Vec<OwnedFd>,
 }
 
 /// A connection to a running VM.
@@ -169,10 +171,16 @@ impl Client {
             })?;
         match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
             Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
-            Reply::Snapshot(report) => match <[OwnedFd; 2]>::try_from(fds) {
-                Ok([state, memory]) => Ok(Cut { report, line: answer, state, memory }),
-                Err(_) => Err(ClientError::Garbage(None)),
-            },
+            Reply::Snapshot(report) => {
+                let mut fds = fds.into_iter();
+                let cows = report.disks.iter().filter(|disk| disk.cow).count();
+                match (fds.next(), fds.next(), fds.collect::<Vec<_>>()) {
+                    (Some(state), Some(memory), written) if written.len() == cows => {
+                        Ok(Cut { report, line: answer, state, memory, written })
+                    }
+                    _ => Err(ClientError::Garbage(None)),
+                }
+            }
             _ => Err(ClientError::Garbage(None)),
         }
     }

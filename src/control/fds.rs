@@ -9,7 +9,7 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 /// Most fds of one line.
-const MOST: usize = 4;
+const MOST: usize = 64;
 
 /// Reads up to the next line feed, which is the last byte there is, and the fds that came
 /// with it.

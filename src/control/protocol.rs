@@ -49,8 +49,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         iops_burst: Option<u64>,
     },
-    /// Make a cut through all processes. The reply comes with two file descriptors, for who
-    /// asks by recvmsg: the state, and guest memory as of the cut.
+    /// Make a cut through all processes. The reply comes with file descriptors, for who
+    /// asks by recvmsg: the state, guest memory as of the cut, what was written to `cow` disks.
     Snapshot {
         /// Stand still afterwards, until this connection asks to `resume` or `stop`, or ends;
         /// guest memory is then not copied.
@@ -155,6 +155,9 @@ pub struct SnapshotDisk {
     pub id: String,
     /// The image.
     pub path: std::path::PathBuf,
+    /// The guest's writes are not in the image: a descriptor with them follows the first two,
+    /// in the order of the disks that have one.
+    pub cow: bool,
 }
 
 /// State of the VM, or of one vCPU.

@@ -352,6 +352,7 @@ fn facts(
                 path: std::path::absolute(&spec.path)
                     .map_err(|source| VmmError::System { what: "naming a disk", source })?,
                 fd: image.fd,
+                overlay: image.overlay.zip(spec.cow.clone()),
                 serial: image.serial,
                 poll_us: spec.poll_us,
                 queues: spec.queues(cpus),

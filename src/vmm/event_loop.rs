@@ -21,6 +21,7 @@ use super::signals::Signals;
 use super::snapshot::Snapshots;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
+use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
@@ -90,6 +91,8 @@ pub(super) struct ImageFacts {
     pub(super) serial: String,
     pub(super) poll_us: u32,
     pub(super) queues: u16,
+    /// Of a `cow` disk: what the guest has written, and where the user wanted it kept.
+    pub(super) overlay: Option<(Overlay, Place)>,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.

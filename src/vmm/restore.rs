@@ -14,6 +14,7 @@ use super::event_loop::Vm;
 use super::snapshot::LoadError;
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
+use crate::cell::overlay::{OverlayError, Place};
 use crate::config::OpenError;
 use crate::console;
 use crate::control::server::ControlServer;
@@ -33,8 +34,8 @@ use crate::vm::memory::GuestRam;
 pub struct RestoreConfig {
     /// The snapshot's directory.
     pub snapshot: PathBuf,
-    /// Images to be used in the place of those that the snapshot names: id and path.
-    pub disks: Vec<(String, PathBuf)>,
+    /// Disks that are to be others than the snapshot says.
+    pub disks: Vec<DiskOverride>,
     /// Endpoint of the serial line.
     pub serial: SerialSpec,
     /// Where to make the control socket.
@@ -45,6 +46,17 @@ pub struct RestoreConfig {
     pub seccomp: SeccompMode,
     /// What is logged.
     pub log: LogLevel,
+}
+
+/// What is to be different about a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOverride {
+    /// Its id.
+    pub id: String,
+    /// Another image, which the user says is the right one.
+    pub path: Option<PathBuf>,
+    /// Leave the image alone, and keep the guest's writes here.
+    pub cow: Option<Place>,
 }
 
 /// A snapshot that no VM can go on from, here and now.
@@ -67,6 +79,10 @@ pub enum RestoreError {
     DiskChanged { id: String, path: PathBuf },
     #[error("looking at disk '{0}'")]
     Disk(String, #[source] nix::Error),
+    #[error("the snapshot lacks what was written to its cow disk '{0}'")]
+    NoWrites(String),
+    #[error("disk '{0}'")]
+    Writes(String, #[source] OverlayError),
     #[error("plugin '{0}' gave no state that it could go on from: the snapshot is for inspection")]
     Plugin(String),
     #[error(transparent)]
@@ -181,7 +197,7 @@ fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> 
 fn open_disks(
     state: &MicrovmState,
     chain: &Chain,
-    named: &[(String, PathBuf)],
+    named: &[DiskOverride],
 ) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
     let mut saved: Vec<(String, DiskState)> = Vec::new();
     for device in &state.device_states {
@@ -189,20 +205,28 @@ fn open_disks(
             device.as_disk().map_err(|e| RestoreError::State(chain.snapshot().path().into(), e))?;
         saved.extend(disk.map(|disk| (device.id.clone(), disk)));
     }
-    if let Some((id, _)) = named.iter().find(|(id, _)| !saved.iter().any(|(of, _)| of == id)) {
+    if let Some(other) = named.iter().find(|disk| !saved.iter().any(|(id, _)| *id == disk.id)) {
         let ids: Vec<&str> = saved.iter().map(|(id, _)| id.as_str()).collect();
-        return Err(RestoreError::NoDisk(id.clone(), ids.join(", ")).into());
+        return Err(RestoreError::NoDisk(other.id.clone(), ids.join(", ")).into());
     }
     let (mut specs, mut disks) = (Vec::new(), Vec::new());
     for (id, disk) in saved {
-        let by_user = named.iter().rev().find(|(of, _)| *of == id);
+        let other = named.iter().find(|other| other.id == id);
+        let by_user = other.and_then(|other| other.path.as_ref());
         let copied = chain.manifest().disks.iter().find(|copy| copy.id == id);
+        // The copy of a cow disk is of what was written to it.
+        let copied = copied.filter(|_| disk.written.is_none());
         let path = match (by_user, copied) {
-            (Some((_, path)), _) => path.clone(),
+            (Some(path), _) => path.clone(),
             (None, Some(copy)) => chain.snapshot().path().join(copy.file()),
             (None, None) => disk.record.path.clone(),
         };
-        let spec = disk.record.spec(&id, path.clone());
+        let mut spec = disk.record.spec(&id, path.clone());
+        spec.cow = other.and_then(|other| other.cow.clone()).or(spec.cow);
+        // The snapshot is not to change with the guest.
+        if copied.is_some() && by_user.is_none() && !spec.read_only {
+            spec.cow.get_or_insert_default();
+        }
         let backing = spec.open_backing().map_err(OpenError::Disk)?;
         if let Backing::Image(image) = &backing {
             let (found, wanted) = (image.size, disk.record.size);
@@ -217,6 +241,11 @@ fn open_disks(
                 if now != disk.record.fingerprint || now.modified_ns.is_none() {
                     return Err(RestoreError::DiskChanged { id, path }.into());
                 }
+            }
+            if let (Some(extents), Some(overlay)) = (&disk.written, &image.overlay) {
+                let data = chain.snapshot().disk(&id).map_err(RestoreError::from)?;
+                let data = data.ok_or_else(|| RestoreError::NoWrites(id.clone()))?;
+                overlay.load(&data, extents).map_err(|e| RestoreError::Writes(id.clone(), e))?;
             }
         }
         specs.push(spec);

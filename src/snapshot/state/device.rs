@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
+use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::SerialState;
 use cellblock_wire::{decode_within, encode_within};
 use nix::sys::stat::{SFlag, fstat};
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{MAX_BYTES, StateError};
+use crate::cell::overlay::Place;
 use crate::spec::DiskSpec;
 use crate::transport::mmio::TransportState;
 
@@ -49,6 +51,8 @@ pub struct DiskState {
     pub counters: Vec<VirtioBlkCountersSnapshot>,
     /// Tokens its throttle had: of bytes, of requests.
     pub balance: [i64; 2],
+    /// What its guest had written, of a `cow` disk: the data is kept as the disk's copy.
+    pub written: Option<Vec<Extent>>,
 }
 
 /// What a disk is made of.
@@ -62,6 +66,8 @@ pub struct DiskRecord {
     pub fingerprint: Fingerprint,
     /// Refuses writes.
     pub read_only: bool,
+    /// The guest's writes are kept beside the image: in memory, or in this directory.
+    pub cow: Option<Option<PathBuf>>,
     /// What the guest reads as its serial number.
     pub serial: String,
     /// Longest busy wait, in microseconds.
@@ -86,6 +92,10 @@ impl DiskRecord {
             path,
             id: Some(id.to_string()),
             read_only: self.read_only,
+            cow: self.cow.as_ref().map(|directory| match directory {
+                Some(directory) => Place::Directory(directory.clone()),
+                None => Place::Memory,
+            }),
             serial: Some(self.serial.clone()),
             poll_us: self.poll_us,
             queues: Some(self.queues),

@@ -4,13 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::CellState;
 use cellblock_wire::{CodecError, ShmError, sealed_memfd};
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::{DiskFacts, Vm};
 use super::devices::Frozen;
+use crate::cell::overlay::{OverlayError, Place};
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{
     DeviceState, DiskRecord, Metadata, MicrovmState, StateError, VmInfo, machine, vcpu,
@@ -33,6 +36,8 @@ pub(super) enum CaptureError {
     Room(#[from] ShmError),
     #[error("copying guest memory")]
     Copy(#[source] io::Error),
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     #[error("encoding")]
     Encode(#[from] CodecError),
 }
@@ -91,6 +96,7 @@ impl Vm {
             };
             let state = DiskState {
                 record: record(facts)?.ok_or_else(|| none(id))?,
+                written: written(facts),
                 transport: device.save(),
                 counters: cell.counters().map(|c| c.queues()).unwrap_or_default(),
                 balance: *balance,
@@ -99,6 +105,30 @@ impl Vm {
         }
         Ok(states)
     }
+}
+
+/// What the guest has written to a `cow` disk.
+fn written(disk: &DiskFacts) -> Option<Vec<Extent>> {
+    let (overlay, _) = disk.image.as_ref()?.overlay.as_ref()?;
+    Some(overlay.extents())
+}
+
+/// Copies of what the guest has written to each `cow` disk, in the order of the disks.
+pub(super) fn overlays(disks: &[DiskFacts]) -> Result<Vec<OwnedFd>, CaptureError> {
+    let mut copies = Vec::new();
+    for disk in disks {
+        let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
+        else {
+            continue;
+        };
+        let flags = MFdFlags::MFD_CLOEXEC;
+        let file =
+            memfd_create(c"snapshot-disk", flags).map_err(|e| CaptureError::Copy(e.into()))?;
+        let file = File::from(file);
+        overlay.save(&file)?;
+        copies.push(file.into());
+    }
+    Ok(copies)
 }
 
 /// What a disk is made of, with the image's fingerprint as of now.
@@ -111,6 +141,10 @@ fn record(disk: &DiskFacts) -> Result<Option<DiskRecord>, CaptureError> {
         size: disk.size,
         fingerprint,
         read_only: disk.read_only,
+        cow: image.overlay.as_ref().map(|(_, place)| match place {
+            Place::Memory => None,
+            Place::Directory(directory) => Some(directory.clone()),
+        }),
         serial: image.serial.clone(),
         poll_us: image.poll_us,
         queues: image.queues,

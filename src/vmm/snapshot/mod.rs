@@ -139,6 +139,8 @@ impl Vm {
         let memory =
             if wanted.hold { capture::shared(&self.ram) } else { capture::copy(&self.ram) };
         let memory = self.or_give_up("guest memory", memory)?;
+        let overlays = capture::overlays(&self.disks);
+        let overlays = self.or_give_up("the cow disks", overlays)?;
         let memory_us = clock.lap();
         let bytes = state.len() as u64;
         let state = self.or_give_up("the state", capture::as_file(&state))?;
@@ -154,13 +156,18 @@ impl Vm {
             disks: self.snapshot_disks(),
             ..SnapshotReport::default()
         };
-        Ok((report, vec![state, memory]))
+        let fds = [state, memory].into_iter().chain(overlays).collect();
+        Ok((report, fds))
     }
 
     fn snapshot_disks(&self) -> Vec<SnapshotDisk> {
         let disk = |disk: &super::event_loop::DiskFacts| {
             let image = disk.image.as_ref()?;
-            Some(SnapshotDisk { id: disk.id.clone(), path: image.path.clone() })
+            Some(SnapshotDisk {
+                id: disk.id.clone(),
+                path: image.path.clone(),
+                cow: image.overlay.is_some(),
+            })
         };
         self.disks.iter().filter_map(disk).collect()
     }

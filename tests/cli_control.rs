@@ -62,7 +62,9 @@ impl Handler for Vm {
             Request::Throttle { id, .. } => {
                 Reply::error(format!("there is no disk {id}"), Some("see 'cellblock stats'"))
             }
-            Request::Snapshot { .. } => Reply::error("not of this VM", None),
+            Request::Snapshot { .. } | Request::AwaitTrigger | Request::Reset => {
+                Reply::error("not of this VM", None)
+            }
             Request::Events => unreachable!("the server's own"),
         })
     }

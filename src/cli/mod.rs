@@ -11,6 +11,7 @@ mod events;
 mod output;
 mod pause;
 mod ps;
+mod reset;
 mod restore;
 mod resume;
 mod run;
@@ -63,6 +64,7 @@ enum Command {
     Demo(demo::Demo),
     Run(Box<run::Run>),
     Restore(restore::Restore),
+    Reset(reset::Reset),
     Snapshot(snapshot::Snapshot),
     Pause(pause::Pause),
     Resume(resume::Resume),
@@ -125,6 +127,7 @@ impl Cli {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
             Command::Restore(restore) => restore.execute(level),
+            Command::Reset(reset) => reset.execute(),
             Command::Snapshot(snapshot) => snapshot.execute(),
             Command::Pause(pause) => pause.execute(),
             Command::Resume(resume) => resume.execute(),

@@ -53,12 +53,22 @@ pub(super) struct Snapshot {
     /// How long vCPUs and device processes may take to come to rest: 500ms, 5s
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
     timeout: Duration,
+    /// Wait until the VM says that it is time, on the connection that is standard input
+    #[arg(long, hide = true)]
+    when_triggered: bool,
 }
 
 impl Snapshot {
     pub(super) fn execute(&self) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        let mut trigger = "command".to_string();
+        if self.when_triggered {
+            match client.await_trigger().map_err(Failure::error)? {
+                Some(told) => trigger = told,
+                None => return Ok(()),
+            }
+        }
         let begun = Instant::now();
-        let mut client = self.target.connect()?;
         let stats = match client.ask(Request::Stats).map_err(Failure::error)?.0 {
             Reply::Stats(stats) => stats,
             _ => return Err(Failure::Error("the VM answered another question".into())),
@@ -74,7 +84,7 @@ impl Snapshot {
         // Whoever holds the VM has to be connected: it goes on when we end, however that is.
         let hold = self.stop || self.disks == Disks::Copy;
         let limit = self.timeout * 2 + COPYING;
-        let cut = client.snapshot(hold, self.timeout, "command", limit).map_err(Failure::error)?;
+        let cut = client.snapshot(hold, self.timeout, &trigger, limit).map_err(Failure::error)?;
         let held = Instant::now();
         self.fill(&mut writer, &cut)?;
         let mut still_us = cut.report.still_us;
@@ -95,6 +105,15 @@ impl Snapshot {
             stop(&mut client)?;
         }
         self.report(&cut, &manifest, still_us, begun.elapsed())
+    }
+
+    fn connect(&self) -> Result<Client, Failure> {
+        if !self.when_triggered {
+            return self.target.connect();
+        }
+        let stream = std::io::stdin().as_fd().try_clone_to_owned();
+        let stream = stream.map_err(|e| Failure::Error(format!("taking the connection over: {e}")))?;
+        Ok(Client::from_stream(stream.into()))
     }
 
     /// Everything that has to be read while the cut is held.

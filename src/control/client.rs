@@ -121,6 +121,24 @@ impl Client {
         Ok(Client { stream: BufReader::new(stream) })
     }
 
+    /// A connection that somebody else has made.
+    pub fn from_stream(stream: UnixStream) -> Client {
+        Client { stream: BufReader::new(stream) }
+    }
+
+    /// Waits until the VM says that it is time for a snapshot, and why; `None` where it ends
+    /// first.
+    pub fn await_trigger(&mut self) -> Result<Option<String>, ClientError> {
+        let asked = self.stream.get_ref().set_read_timeout(None);
+        asked.map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
+        match self.ask(Request::AwaitTrigger) {
+            Ok((Reply::Trigger { trigger }, _)) => Ok(Some(trigger).filter(|t| !t.is_empty())),
+            Ok(_) => Err(ClientError::Garbage(None)),
+            Err(ClientError::Gone | ClientError::Talk { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Sends `request` and returns the answer, with its line as it came.
     ///
     /// # Errors

@@ -63,6 +63,10 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         trigger: Option<String>,
     },
+    /// Put a restored VM back to its snapshot, in place.
+    Reset,
+    /// Be answered when the VM is to take a snapshot by itself.
+    AwaitTrigger,
     /// Turn this connection into a stream of events.
     Events,
 }
@@ -96,6 +100,21 @@ pub enum Reply {
     },
     /// The cut is made.
     Snapshot(SnapshotReport),
+    /// The VM is where its snapshot is, and goes on.
+    Reset {
+        /// Number of the pause it was done in.
+        epoch: u64,
+        /// From the request until the guest ran on, in microseconds.
+        took_us: u64,
+        /// Pages of guest memory that were put back.
+        pages: u64,
+    },
+    /// It is time.
+    Trigger {
+        /// `heartbeat`, `pre-exec`, `listener`, `parked`, `after-ms`; empty where the VM has
+        /// ended first.
+        trigger: String,
+    },
     /// What the disk may do from now on.
     Throttle {
         /// Id of the disk.
@@ -412,6 +431,15 @@ pub enum EventKind {
         who: String,
         /// What went wrong.
         why: String,
+    },
+    /// The VM was put back to its snapshot.
+    Reset {
+        /// Number of the pause it was done in.
+        epoch: u64,
+        /// From the request until the guest ran on, in microseconds.
+        took_us: u64,
+        /// Pages of guest memory that were put back.
+        pages: u64,
     },
     /// The guest reported readiness.
     Marker {

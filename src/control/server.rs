@@ -103,7 +103,8 @@ impl Remedy for ServerError {
 #[derive(Debug)]
 pub struct ControlServer {
     epoll: Epoll,
-    listener: UnixListener,
+    /// None where nobody can connect.
+    listener: Option<UnixListener>,
     /// Dropped first when the VM ends, so that nobody finds the path any more.
     node: Option<Node>,
     /// Given up for a moment to turn a client away when the process has no fds left.
@@ -147,16 +148,32 @@ impl ControlServer {
             .add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))
             .map_err(ServerError::Watch)?;
         Ok(ControlServer {
-            epoll,
-            listener,
+            listener: Some(listener),
             node: Some(node),
             spare: Some(spare),
+            epoll,
+            ..ControlServer::without_socket()?
+        })
+    }
+
+    /// Serves those it is handed, and nobody else.
+    pub fn without_socket() -> Result<ControlServer, ServerError> {
+        Ok(ControlServer {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(ServerError::Watch)?,
+            listener: None,
+            node: None,
+            spare: None,
             uid: geteuid().as_raw(),
             clients: HashMap::new(),
             next_client: LISTENER + 1,
             next_event: 1,
             history: VecDeque::with_capacity(HISTORY),
         })
+    }
+
+    /// Serves a connection that somebody else has made.
+    pub fn adopt(&mut self, stream: UnixStream) {
+        self.admit(stream);
     }
 
     /// Does what can be done now for every client that needs something. To be called
@@ -248,15 +265,21 @@ impl ControlServer {
     }
 
     fn accept(&mut self) {
+        let Some(listener) = self.listener.take() else { return };
+        self.accept_from(&listener);
+        self.listener = Some(listener);
+    }
+
+    fn accept_from(&mut self, listener: &UnixListener) {
         // A bounded number a round; the listener stays readable if there are more.
         for _ in 0..ROUND {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                     tracing::warn!("a control client was turned away: no file descriptors left");
                     self.spare = None;
-                    drop(self.listener.accept());
-                    self.spare = self.listener.as_fd().try_clone_to_owned().ok();
+                    drop(listener.accept());
+                    self.spare = listener.as_fd().try_clone_to_owned().ok();
                     return;
                 }
                 Err(_) => return,

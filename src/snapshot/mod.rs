@@ -6,9 +6,11 @@
 //! | [`eager`] | guest memory filled from a snapshot, all of it, before the guest runs |
 //! | [`format`] | the directory a snapshot is on disk: writing, reading, checking |
 //! | [`state`] | everything of a VM but its memory and disks, as one value |
+//! | [`trigger`] | when a VM is to be written down by itself |
 
 pub mod coordinator;
 pub mod eager;
 pub mod format;
 mod random;
 pub mod state;
+pub mod trigger;

@@ -5,6 +5,7 @@
 //! vCPUs are set up while the jails are being built; last the two halves meet.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -24,11 +25,12 @@ use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use super::snapshot::Snapshots;
+use super::triggers::Triggers;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
 use crate::cell::{Cell, blk};
-use crate::config::{Opened, VmConfig};
+use crate::config::{OpenError, Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
 use crate::event;
@@ -42,6 +44,7 @@ use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
@@ -64,7 +67,12 @@ pub(super) struct Parts {
 }
 
 /// A machine that boots a kernel.
-pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
+///
+/// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
+pub(super) fn assemble(
+    mut config: VmConfig,
+    scribe: Option<UnixStream>,
+) -> Result<Vm, VmmError> {
     let started = Instant::now();
     let (spawner, signals) = begin(&config.serial)?;
 
@@ -73,7 +81,18 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
-    let Opened { kernel, initrd, disks, control, console } = config.open()?;
+    let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
+    let mut triggers = None;
+    if let Some(stream) = scribe {
+        let made = |source| VmmError::System { what: "watching for a snapshot's time", source };
+        let server = match control.take() {
+            Some(server) => server,
+            None => ControlServer::without_socket().map_err(OpenError::Control)?,
+        };
+        control.insert(server).adopt(stream);
+        let resources = std::mem::take(&mut config.snapshot);
+        triggers = Some(Triggers::new(resources).map_err(|e| made(e.into()))?);
+    }
     let kvm = kvm::open()?;
     let model = CpuModel::new(&kvm, config.cpus)?;
     let host = Host::new(&kvm, &model)?;
@@ -94,13 +113,15 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         host,
         ram,
     };
-    build(parts, |machine, model, slots| {
+    let mut vm = build(parts, |machine, model, slots| {
         let ram = machine.ram();
         let rsdp = acpi::write(ram, model.cpus(), slots)?;
         let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(slots)].join(" ");
         let entry = boot::load(ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
         create_vcpus(machine, model, &entry)
-    })
+    })?;
+    vm.triggers = triggers;
+    Ok(vm)
 }
 
 /// What has to come before everything else, while there is one thread and nothing to inherit.
@@ -171,6 +192,8 @@ pub(super) fn build(
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let vcpu_fds = guest(&machine, &model, &slots)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
+    let vmgenid = VmGenId::new(&machine)?;
+    vmgenid.set(&ram, vmgenid.fresh()?)?;
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
@@ -207,6 +230,7 @@ pub(super) fn build(
     Ok(Vm {
         started,
         machine,
+        vmgenid,
         ram,
         vcpus,
         ended,
@@ -227,6 +251,8 @@ pub(super) fn build(
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
         snapshots,
+        triggers: None,
+        origin: None,
     })
 }
 

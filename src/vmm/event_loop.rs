@@ -18,7 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
-use super::snapshot::Snapshots;
+use super::snapshot::{Origin, Snapshots};
+use super::triggers::Triggers;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
@@ -32,12 +33,14 @@ use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 
 /// A machine that is ready to run, or runs.
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) machine: Machine,
+    pub(super) vmgenid: VmGenId,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
@@ -61,6 +64,9 @@ pub(super) struct Vm {
     pub(super) asked_to_stop: bool,
     pub(super) asked_for_processes: Vec<Token>,
     pub(super) snapshots: Snapshots,
+    pub(super) triggers: Option<Triggers>,
+    /// Of a restored machine: what it can be put back to.
+    pub(super) origin: Option<Origin>,
 }
 
 /// A back end that is another program.
@@ -104,6 +110,7 @@ enum Source {
     Vcpus,
     Notices,
     Ring,
+    Triggers,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -118,6 +125,7 @@ impl Source {
             Source::Vcpus => 3,
             Source::Notices => 4,
             Source::Ring => 5,
+            Source::Triggers => 6,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -133,6 +141,7 @@ impl Source {
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
+            (0, 6) => Some(Source::Triggers),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -159,6 +168,9 @@ impl Vm {
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
         self.event(EventKind::Start);
+        if let Some(triggers) = &mut self.triggers {
+            triggers.begin();
+        }
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];
@@ -186,6 +198,9 @@ impl Vm {
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
         add(self.ring.fault_event(), Source::Ring)?;
+        if let Some(triggers) = &self.triggers {
+            add(triggers.as_fd(), Source::Triggers)?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -226,6 +241,7 @@ impl Vm {
             }
             Source::Notices => self.port_markers(),
             Source::Ring => self.ring_fault(),
+            Source::Triggers => self.trigger_timer(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -284,7 +300,8 @@ impl Vm {
                 self.asked_to_stop = true;
             }
             FromCell::Marker(marker) if is_serial => {
-                self.event(requests::marker_event(marker, "console"))
+                self.event(requests::marker_event(marker, "console"));
+                self.seen(marker);
             }
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             // The rest is said only when asked for, and then waited for.
@@ -295,6 +312,7 @@ impl Vm {
     fn port_markers(&mut self) {
         for Notice::Marker(marker) in self.notifier.take() {
             self.event(requests::marker_event(marker, "port"));
+            self.seen(marker);
         }
     }
 
@@ -403,6 +421,7 @@ impl Vm {
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
         };
         self.event(EventKind::Shutdown { reason, message });
+        self.give_triggers_up();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
             tracing::warn!("the spawner is slow to end");
@@ -463,6 +482,9 @@ impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
         if let Request::Snapshot { hold, timeout_us, trigger } = request {
             return self.0.snapshot(hold, timeout_us, trigger, token);
+        }
+        if request == Request::AwaitTrigger {
+            return self.0.await_trigger(token).map_or(Response::Later, Response::Now);
         }
         match self.0.answer(request) {
             Some(reply) => Response::Now(reply),

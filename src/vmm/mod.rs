@@ -7,6 +7,7 @@
 //! | `requests` | what the control socket can ask for |
 //! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `snapshot` | one cut through all processes |
+//! | `triggers` | snapshots that the VM takes by itself |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -19,6 +20,7 @@ mod requests;
 pub mod restore;
 pub(crate) mod signals;
 mod snapshot;
+mod triggers;
 
 use std::time::Duration;
 
@@ -65,6 +67,8 @@ pub enum VmmError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error(transparent)]
+    VmGenId(#[from] crate::vm::vmgenid::VmGenIdError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]
@@ -114,8 +118,15 @@ pub enum VmmError {
 /// Runs a VM from start to end. The caller must still be single-threaded: the
 /// spawner is forked before anything else happens.
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
-    let mut vm = assemble::assemble(config)?;
+    let mut scribe = triggers::Scribe::start(&config.snapshot).map_err(|source| {
+        VmmError::System { what: "starting the process that writes snapshots", source }
+    })?;
+    let stream = scribe.as_mut().and_then(|scribe| scribe.stream.take());
+    let mut vm = assemble::assemble(config, stream)?;
     let end = vm.run();
     vm.shut_down(&end);
+    if let Some(scribe) = scribe {
+        scribe.finish();
+    }
     end
 }

@@ -27,6 +27,7 @@ impl Vm {
         match request {
             Request::Pause => Some(self.pause()),
             Request::Resume => Some(self.resume()),
+            Request::Reset => Some(self.reset()),
             Request::Stop => {
                 self.asked_to_stop = true;
                 Some(Reply::Stop)
@@ -40,8 +41,10 @@ impl Vm {
                 Ok(()) => None,
                 Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
             },
-            // Carried out where its file descriptors go.
-            Request::Snapshot { .. } | Request::Events => Some(Reply::Events),
+            // Carried out where their answers go.
+            Request::Snapshot { .. } | Request::AwaitTrigger | Request::Events => {
+                Some(Reply::Events)
+            }
         }
     }
 

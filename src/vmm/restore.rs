@@ -3,15 +3,17 @@
 //! Everything is opened and checked first, then the shell is built: processes start in their
 //! jails while memory is filled and KVM set up. Last, what the state says is set in it.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
-use super::snapshot::LoadError;
+use super::snapshot::{LoadError, Origin};
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
 use crate::cell::overlay::{OverlayError, Place};
@@ -159,6 +161,7 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         ram,
     };
     let state = Arc::new(state);
+    let written = written(&state, &chain)?;
     let mut vm = assemble::build(parts, |machine, _, _| {
         progress.begin(chain.chunks());
         let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
@@ -176,7 +179,26 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     })?;
     vm.load(&state).map_err(RestoreError::from)?;
     vm.nudge();
+    vm.origin = Some(Origin { chain, state, written });
     Ok(vm)
+}
+
+/// What had been written to each `cow` disk, for a reset.
+fn written(
+    state: &MicrovmState,
+    chain: &Chain,
+) -> Result<Vec<(String, Vec<Extent>, File)>, RestoreError> {
+    let at = || chain.snapshot().path().to_path_buf();
+    let mut all = Vec::new();
+    for device in &state.device_states {
+        let disk = device.as_disk().map_err(|e| RestoreError::State(at(), e))?;
+        if let Some(extents) = disk.and_then(|disk| disk.written) {
+            let data = chain.snapshot().disk(&device.id)?;
+            let data = data.ok_or_else(|| RestoreError::NoWrites(device.id.clone()))?;
+            all.push((device.id.clone(), extents, data));
+        }
+    }
+    Ok(all)
 }
 
 fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {

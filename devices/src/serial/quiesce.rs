@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use cellblock_wire::Channel;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::{Serial, SerialError};
 use crate::protocol::FromCell;
@@ -54,10 +54,17 @@ impl Serial {
     /// Waits for the VMM, and for nothing else but the output that is on its way.
     pub(super) fn stand_still(&mut self, cell: &Channel) -> Result<(), SerialError> {
         let to_send = if self.outbox.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
-        let mut fds = [PollFd::new(cell.as_fd(), PollFlags::POLLIN | to_send)];
-        match poll(&mut fds, PollTimeout::NONE) {
+        let mut fds = vec![PollFd::new(cell.as_fd(), PollFlags::POLLIN | to_send)];
+        fds.extend(self.output.iter().map(|out| PollFd::new(out.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut fds, self.drain_time()) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(SerialError::Poll(error)),
+        }
+        if let Some(output) = &self.output {
+            output.acknowledge();
+            if let Some(reader) = output.lost() {
+                self.endpoint.lost(&reader);
+            }
         }
         if let Some((message, _)) = cell.try_recv().map_err(SerialError::Channel)? {
             self.obey(message, cell)?;

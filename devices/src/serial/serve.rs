@@ -135,6 +135,14 @@ impl Serial {
         Some(until.saturating_duration_since(Instant::now()))
     }
 
+    /// How long to wait at most for what has to be answered by then.
+    pub(super) fn drain_time(&self) -> PollTimeout {
+        let until = self.drains.iter().map(|drain| drain.until).min();
+        until.map_or(PollTimeout::NONE, |until| {
+            milliseconds(until.saturating_duration_since(Instant::now()))
+        })
+    }
+
     fn wait(&self, cell: &Channel, limit: Option<Duration>) -> Result<Events, SerialError> {
         let none = PollFlags::empty();
         let to_send = if self.outbox.is_empty() { none } else { PollFlags::POLLOUT };

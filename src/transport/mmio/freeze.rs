@@ -136,6 +136,16 @@ impl VirtioMmio {
         }
     }
 
+    /// The device is to go on from elsewhere: nothing is left of what was frozen.
+    pub fn forget_frozen(&self) -> Result<(), FreezeError> {
+        let answer = self.front_end.reset();
+        self.front_end.wait(&answer)?;
+        let mut state = self.lock();
+        state.frozen = None;
+        state.config.clone_from(&self.info.config);
+        Ok(())
+    }
+
     /// The state of a frozen device.
     pub fn save(&self) -> TransportState {
         let state = self.lock();

@@ -145,11 +145,7 @@ impl Vm {
             .map(|(n, stopped)| (*n, *stopped, self.devices[*n].1.begin_thaw()))
             .collect();
         if frozen.told {
-            let epoch = self.snapshots.cut.epoch();
-            for cell in self.cells.iter().filter(|cell| cell.is_open()) {
-                // It reads what is before this first, and then this.
-                let _ = cell.channel().try_send(&ToCell::Thaw { epoch }, &[]);
-            }
+            self.release_processes();
         }
         for (n, stopped, answer) in begun {
             let (id, device) = &self.devices[n];
@@ -160,6 +156,17 @@ impl Vm {
                     "going on after a snapshot"
                 );
             }
+        }
+    }
+}
+
+impl Vm {
+    /// Has the processes go on that were told to come to rest.
+    pub(super) fn release_processes(&self) {
+        let epoch = self.snapshots.cut.epoch();
+        for cell in self.cells.iter().filter(|cell| cell.is_open()) {
+            // It reads what is before this first, and then this.
+            let _ = cell.channel().try_send(&ToCell::Thaw { epoch }, &[]);
         }
     }
 }

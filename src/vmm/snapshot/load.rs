@@ -124,6 +124,7 @@ impl Vm {
             device.nudge();
         }
         let _ = self.com1_irq.write(1); // a full eventfd is an interrupt all the same
+        let _ = self.vmgenid.raise(); // the same holds
     }
 }
 

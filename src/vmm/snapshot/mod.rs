@@ -9,10 +9,12 @@
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
 //! | `load` | brings a machine to where a state is |
+//! | `reset` | puts a restored machine back to its snapshot |
 
 mod capture;
 mod devices;
 mod load;
+mod reset;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -25,6 +27,7 @@ use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use devices::Frozen;
 pub use load::LoadError;
+pub use reset::Origin;
 
 /// How long each phase may take where the request does not say.
 const PHASE_LIMIT: Duration = Duration::from_secs(5);

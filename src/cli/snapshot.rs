@@ -112,7 +112,8 @@ impl Snapshot {
             return self.target.connect();
         }
         let stream = std::io::stdin().as_fd().try_clone_to_owned();
-        let stream = stream.map_err(|e| Failure::Error(format!("taking the connection over: {e}")))?;
+        let stream =
+            stream.map_err(|e| Failure::Error(format!("taking the connection over: {e}")))?;
         Ok(Client::from_stream(stream.into()))
     }
 

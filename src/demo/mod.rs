@@ -119,7 +119,10 @@ pub fn run() -> Result<(), DemoError> {
     if number_after(&line, "ticks=") < number_after(&ready, "ticks=") {
         return Err(bad(format!("the clone's clock stepped back: {ready:?}, then {line:?}")));
     }
-    rows.push(Row::new("restore, start to first guest output", ms(at.duration_since(clone.started))));
+    rows.push(Row::new(
+        "restore, start to first guest output",
+        ms(at.duration_since(clone.started)),
+    ));
     let clones = match clone.ask(Request::Ps)? {
         Reply::Ps { processes } => processes,
         other => return Err(unexpected(&other)),

@@ -69,10 +69,7 @@ pub(super) struct Parts {
 /// A machine that boots a kernel.
 ///
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
-pub(super) fn assemble(
-    mut config: VmConfig,
-    scribe: Option<UnixStream>,
-) -> Result<Vm, VmmError> {
+pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
     let started = Instant::now();
     let (spawner, signals) = begin(&config.serial)?;
 

@@ -18,6 +18,7 @@ pub use self::file::{ConfigFile, ConfigFileError};
 use crate::console::{self, ConsoleError, OpenedConsole};
 use crate::control::server::{ControlServer, ServerError};
 use crate::remedy::Remedy;
+use crate::snapshot::trigger::SnapshotResources;
 use crate::spec::{Backing, DiskError, DiskSpec, SerialSpec};
 
 /// Most vCPUs of a VM.
@@ -54,6 +55,8 @@ pub struct VmConfig {
     pub seccomp: SeccompMode,
     /// What is logged, here and by the device processes.
     pub log: LogLevel,
+    /// When the VM is to be written down by itself.
+    pub snapshot: SnapshotResources,
 }
 
 /// Reads a number of vCPUs.
@@ -240,6 +243,7 @@ mod tests {
             sandbox: true,
             seccomp: SeccompMode::Kill,
             log: LogLevel::Warn,
+            snapshot: SnapshotResources::default(),
         }
     }
 

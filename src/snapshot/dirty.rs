@@ -72,6 +72,11 @@ impl Tracker {
         self.base.filter(|_| self.tracking)
     }
 
+    /// Number of chunks, which is the length of every set of pages.
+    pub fn chunks(&self) -> usize {
+        self.since.len()
+    }
+
     /// Has KVM log from now on. What was written before is not known.
     pub fn begin(&mut self, machine: &Machine) -> Result<(), KvmError> {
         if !self.tracking {

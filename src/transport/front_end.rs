@@ -10,6 +10,8 @@
 //!
 //! Only control messages pass here. Requests and interrupts never do.
 
+mod freeze;
+
 use std::collections::BTreeSet;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -113,6 +115,8 @@ pub struct QueueSetup {
     pub index: usize,
     /// As the driver set it up, checked.
     pub config: QueueConfig,
+    /// The first available entry that the device has not taken.
+    pub base: u16,
     /// Rung by the guest.
     pub kick: Arc<EventFd>,
     /// Rung by the device: the interrupt.
@@ -137,6 +141,8 @@ enum Job {
     Open(Answer<DeviceInfo>),
     Activate(Activation, Answer<()>),
     SetConfig(u32, Vec<u8>, Answer<()>),
+    Freeze(Answer<Vec<(usize, u16)>>),
+    Thaw(Vec<QueueSetup>, Answer<()>),
     Reset(Answer<()>),
 }
 
@@ -167,6 +173,7 @@ impl FrontEnd {
             ram,
             needs,
             live: Vec::new(),
+            frozen: Vec::new(),
             config: Vec::new(),
             written: BTreeSet::new(),
         };
@@ -250,6 +257,8 @@ struct Worker {
     ram: GuestRam,
     needs: Needs,
     live: Vec<usize>,
+    /// Where the queues stand that are stopped for a snapshot.
+    frozen: Vec<(usize, u16)>,
     /// The configuration as it was found.
     config: Vec<u8>,
     /// Where the driver has written to it.
@@ -265,6 +274,8 @@ impl Worker {
                 Job::SetConfig(offset, bytes, answer) => {
                     answer.complete(self.set_config(offset, &bytes));
                 }
+                Job::Freeze(answer) => answer.complete(self.freeze()),
+                Job::Thaw(queues, answer) => answer.complete(self.thaw(queues)),
                 Job::Reset(answer) => answer.complete(self.reset()),
             }
         }
@@ -275,9 +286,11 @@ impl Worker {
         while let Ok(job) = inbox.recv() {
             match job {
                 Job::Open(answer) => answer.complete(Err(gone())),
-                Job::Activate(_, answer) | Job::SetConfig(_, _, answer) | Job::Reset(answer) => {
-                    answer.complete(Err(gone()));
-                }
+                Job::Freeze(answer) => answer.complete(Err(gone())),
+                Job::Activate(_, answer)
+                | Job::SetConfig(_, _, answer)
+                | Job::Thaw(_, answer)
+                | Job::Reset(answer) => answer.complete(Err(gone())),
             }
         }
     }
@@ -354,10 +367,14 @@ impl Worker {
         for queue in &activation.queues {
             self.set_up(queue)?;
         }
+        self.enable(&activation.queues)
+    }
+
+    fn enable(&mut self, queues: &[QueueSetup]) -> Result<(), FrontEndError> {
         // The stream keeps its order and a back end that fails a message closes the
         // connection, so the answer to the last message vouches for all of them.
-        for (n, queue) in activation.queues.iter().enumerate() {
-            if n + 1 == activation.queues.len() {
+        for (n, queue) in queues.iter().enumerate() {
+            if n + 1 == queues.len() {
                 self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
             }
             let enabled = self.frontend.set_vring_enable(queue.index, true);
@@ -382,7 +399,7 @@ impl Worker {
         let index = queue.index;
         self.exchange("sizing a queue", frontend.set_vring_num(index, queue.config.size))?;
         self.exchange("placing a queue", frontend.set_vring_addr(index, &vring))?;
-        self.exchange("positioning a queue", frontend.set_vring_base(index, 0))?;
+        self.exchange("positioning a queue", frontend.set_vring_base(index, queue.base))?;
         self.exchange("connecting an interrupt", frontend.set_vring_call(index, &queue.call))?;
         self.exchange("connecting an error event", frontend.set_vring_err(index, &queue.err))?;
         self.exchange("connecting a doorbell", frontend.set_vring_kick(index, &queue.kick))
@@ -397,6 +414,7 @@ impl Worker {
     }
 
     fn reset(&mut self) -> Result<(), FrontEndError> {
+        self.frozen.clear();
         for index in std::mem::take(&mut self.live) {
             let base = self.frontend.get_vring_base(index);
             self.exchange("stopping a queue", base)?;

@@ -99,7 +99,13 @@ impl Triggers {
         }
         self.signs.elapsed = self.started.map_or(Duration::ZERO, |started| started.elapsed());
         if self.due.is_none() {
-            let trigger = trigger::due(&self.resources, &self.signs)?;
+            let Some(trigger) = trigger::due(&self.resources, &self.signs) else {
+                // There is one timer, and it rang for something else.
+                if let Some(after) = self.resources.after_ms.filter(|_| self.started.is_some()) {
+                    self.wake_in(Duration::from_millis(after).saturating_sub(self.signs.elapsed));
+                }
+                return None;
+            };
             let settle = trigger.settle(&self.resources);
             self.due = Some((trigger, Instant::now() + settle));
         }

@@ -128,6 +128,11 @@ impl Tracker {
         self.base = Some(id);
     }
 
+    /// What memory is now, no snapshot that is known has been: it was put back.
+    pub fn lose(&mut self) {
+        self.base = None;
+    }
+
     /// The cut became nothing: `since`, what [`Tracker::cut`] gave, still counts.
     pub fn forget(&mut self, since: &[u64]) {
         for (all, old) in self.since.iter_mut().zip(since) {

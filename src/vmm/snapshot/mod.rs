@@ -26,10 +26,11 @@ use crate::control::protocol::{EventKind, Reply, SnapshotDisk, SnapshotReport};
 use crate::control::server::{Response, Token};
 use crate::snapshot::coordinator::{Coordinator, CutError, Input, Phase};
 use crate::snapshot::dirty::Tracker;
-use crate::snapshot::format::SnapshotId;
+use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use crate::vm::kvm::KvmError;
+use crate::vm::layout;
 use devices::Frozen;
 pub use load::LoadError;
 pub use reset::Origin;
@@ -215,6 +216,8 @@ impl Vm {
         self.snapshots.tracker.begin(&self.machine)?;
         self.snapshots.tracker.cut(&self.machine)?;
         self.snapshots.tracker.keep(id);
+        // The new generation id is in memory already.
+        self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
         Ok(())
     }
 

@@ -120,6 +120,8 @@ impl Vm {
 
     /// Puts memory, disks and state back; returns how many pages were put back.
     fn go_back(&mut self, origin: &Origin) -> Result<u64, ResetError> {
+        self.snapshots.tracker.lose();
+        self.snapshots.unkept = None;
         let pages = put_back(&origin.chain, &self.ram)?;
         for disk in &self.disks {
             let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())

@@ -298,13 +298,24 @@ fn refused_requests_are_counted_as_errors() {
 /// guest to deal with.
 #[test]
 fn an_image_cut_short_is_an_error_to_the_guest() {
-    let mut vm = Vm::with("mode=blk mib=2 rounds=1000 seed=7 qd=4").disk(3).start();
-    vm.wait_for("blk: verified=");
-    File::options().write(true).open(vm.path("disk0")).unwrap().set_len(MIB).unwrap();
-    let line = vm.wait_for_line("status: 1");
-    assert!(line.contains("request type 0"), "a read failed: {line}");
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(4 * MIB).unwrap();
+    let spec = image.to_str().unwrap();
+    let mut vm = Vm::with("mode=blk mib=4 seed=3 qd=8").arg("--disk").arg(spec).start();
+    vm.wait_for("blk: ok");
+    vm.ends_well();
+
+    // Slow enough to be still reading when the end goes.
+    let slow = format!("{spec},iops=100,iops-burst=100");
+    let mut vm = Vm::with("mode=blk mib=4 seed=3 qd=8 keep").arg("--disk").arg(slow).start();
+    vm.wait_for("blk: capacity=");
+    File::options().write(true).open(&image).unwrap().set_len(MIB / 2).unwrap();
+    let line = vm.console.wait_for("FAIL: ", LIMIT).expect("a request that fails");
+    assert!(line.contains("request type 0") && line.contains("status 1"), "{line}");
+    vm.wait_exit();
     let text = vm.stderr.text();
-    assert!(!text.contains("died"), "{text}");
+    assert!(!text.contains("died") && !text.contains("panic"), "{text}");
 }
 
 /// What was counted is known, whatever became of who counted.

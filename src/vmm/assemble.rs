@@ -94,7 +94,13 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     let model = CpuModel::new(&kvm, config.cpus)?;
     let host = Host::new(&kvm, &model)?;
     let ram = GuestRam::new(config.memory)?;
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     let specs = std::mem::take(&mut config.disks);
     let parts = Parts {
         started,

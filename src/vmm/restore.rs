@@ -145,7 +145,13 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     let control = control.map_err(OpenError::Control)?;
     let console = console::open(&config.serial).map_err(OpenError::Console)?;
     let ram = GuestRam::new(state.vm_info.memory)?;
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     let parts = Parts {
         started,
         spawner,

@@ -56,12 +56,21 @@ pub enum Request {
         /// guest memory is then not copied.
         #[serde(default)]
         hold: bool,
+        /// Copy memory while the guest runs, and only what it wrote meanwhile in the cut.
+        #[serde(default)]
+        live: bool,
         /// How long each phase may take, in microseconds; 5 s where not given.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         timeout_us: Option<u64>,
         /// What asks for it, as the state will say.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         trigger: Option<String>,
+    },
+    /// The last cut that this VM made was written down as the snapshot of this id: what is
+    /// written from then on can be a diff to it.
+    Kept {
+        /// 32 hexadecimal digits.
+        id: String,
     },
     /// Put a restored VM back to its snapshot, in place.
     Reset,
@@ -89,6 +98,8 @@ pub enum Reply {
         /// From the request to the last vCPU released, in microseconds.
         took_us: u64,
     },
+    /// The VM knows that its cut was kept.
+    Kept,
     /// The VM stops; the socket goes away when it has.
     Stop,
     /// State and counters.
@@ -155,6 +166,20 @@ pub struct SnapshotReport {
     pub capture_us: u64,
     /// Copying guest memory.
     pub memory_us: u64,
+    /// Before everything else, with the guest running: copying memory in rounds. 0 where
+    /// the cut is not a live one.
+    #[serde(default)]
+    pub rounds_us: u64,
+    /// How many rounds there were.
+    #[serde(default)]
+    pub rounds: u32,
+    /// Pages copied while the guest stood still; all that have anything, but for a live cut.
+    #[serde(default)]
+    pub last_pages: u64,
+    /// The snapshot since which all that was written is known: a set of pages then follows the
+    /// other descriptors, a bit for each, and the cut can be written down as a diff to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Letting everyone go on; 0 where the VM is held.
     pub thaw_us: u64,
     /// From the request until the guest ran on: all of the above.

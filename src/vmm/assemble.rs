@@ -35,6 +35,7 @@ use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
+use crate::snapshot::dirty::{Tracker, WriteLogs};
 use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
@@ -99,7 +100,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         sandbox: config.sandbox,
         log: config.log,
         lazy: None,
-        writes: None,
+        writes: Some(write_logs(ram.len())),
     };
     let specs = std::mem::take(&mut config.disks);
     let parts = Parts {
@@ -155,11 +156,9 @@ pub(super) fn build(
         host,
         ram,
     } = parts;
-    let seccomp = common.sandbox.then_some(match common.seccomp {
-        SeccompMode::Kill => filter::Mode::Kill,
-        SeccompMode::Log => filter::Mode::Log,
-    });
-    let snapshots = Snapshots::new(host, boot_id());
+    let seccomp = filter_mode(common);
+    let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
+    let snapshots = Snapshots::new(host, boot_id(), Tracker::new(logs));
 
     // Every cell is asked for, and its jail is built beside what follows.
     let cpus = model.cpus();
@@ -254,9 +253,23 @@ pub(super) fn build(
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
         snapshots,
+        pager: None,
         triggers: None,
         origin: None,
     })
+}
+
+/// What a refused system call does, where there are filters.
+pub(super) fn filter_mode(common: Common) -> Option<filter::Mode> {
+    common.sandbox.then_some(match common.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
+    })
+}
+
+/// Where device processes note what they write: one VM's, which is the process's only one.
+pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
+    Box::leak(Box::new(WriteLogs::new(memory)))
 }
 
 /// Has to come first: what the spawner forks from, it has in it.

@@ -28,6 +28,7 @@ use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::snapshot::pager::Pager;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -65,6 +66,8 @@ pub(super) struct Vm {
     pub(super) asked_for_processes: Vec<Token>,
     pub(super) snapshots: Snapshots,
     pub(super) triggers: Option<Triggers>,
+    /// Of a machine whose memory still comes, or came while it ran.
+    pub(super) pager: Option<Pager>,
     /// Of a restored machine: what it can be put back to.
     pub(super) origin: Option<Origin>,
 }
@@ -111,6 +114,7 @@ enum Source {
     Notices,
     Ring,
     Triggers,
+    Pager,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -126,6 +130,7 @@ impl Source {
             Source::Notices => 4,
             Source::Ring => 5,
             Source::Triggers => 6,
+            Source::Pager => 7,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -142,6 +147,7 @@ impl Source {
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
             (0, 6) => Some(Source::Triggers),
+            (0, 7) => Some(Source::Pager),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -201,6 +207,10 @@ impl Vm {
         if let Some(triggers) = &self.triggers {
             add(triggers.as_fd(), Source::Triggers)?;
         }
+        if let Some(pager) = &self.pager {
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -242,6 +252,11 @@ impl Vm {
             Source::Notices => self.port_markers(),
             Source::Ring => self.ring_fault(),
             Source::Triggers => self.trigger_timer(),
+            Source::Pager => {
+                if let Some(error) = self.pager.as_ref().and_then(Pager::take_failure) {
+                    return Flow::Break(Err(VmmError::Pager(error)));
+                }
+            }
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -480,8 +495,8 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
-        if let Request::Snapshot { hold, timeout_us, trigger } = request {
-            return self.0.snapshot(hold, timeout_us, trigger, token);
+        if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
+            return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }
         if request == Request::AwaitTrigger {
             return self.0.await_trigger(token).map_or(Response::Later, Response::Now);

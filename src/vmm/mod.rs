@@ -107,6 +107,8 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    #[error("guest memory does not come any more; the VM was stopped")]
+    Pager(#[source] crate::snapshot::pager::PagerError),
     #[error("{0}")]
     Guest(String),
     #[error(

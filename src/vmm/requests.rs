@@ -28,6 +28,7 @@ impl Vm {
             Request::Pause => Some(self.pause()),
             Request::Resume => Some(self.resume()),
             Request::Reset => Some(self.reset()),
+            Request::Kept { id } => Some(self.kept(&id)),
             Request::Stop => {
                 self.asked_to_stop = true;
                 Some(Reply::Stop)

@@ -119,6 +119,10 @@ impl<'m> Ring<'m> {
         }
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(setup)?;
         queue.set_next_used(used.0);
+        // It is set up anew after every cut, before anything is written to it.
+        for slice in memory.slices(layout.used, 6 + 8 * usize::from(size)).flatten() {
+            memory.will_write(&slice);
+        }
         Ok(Ring { memory, queue, promised: false })
     }
 

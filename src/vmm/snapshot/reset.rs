@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Where a restored machine came from.
 pub struct Origin {
     /// Its memory.
-    pub chain: Chain,
+    pub chain: Arc<Chain>,
     /// All but its memory.
     pub state: Arc<MicrovmState>,
     /// What had been written to each `cow` disk, by id.
@@ -120,6 +120,8 @@ impl Vm {
 
     /// Puts memory, disks and state back; returns how many pages were put back.
     fn go_back(&mut self, origin: &Origin) -> Result<u64, ResetError> {
+        self.snapshots.tracker.lose();
+        self.snapshots.unkept = None;
         let pages = put_back(&origin.chain, &self.ram)?;
         for disk in &self.disks {
             let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vhost::vhost_user::message::{
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserInflight, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
     VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Error, Result};
@@ -26,6 +26,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::config::{self, CONFIG_BYTES, QUEUE_SIZE, SECTOR, WRITEBACK, has};
 use super::execute::Disk;
+use super::inflight::{Offer, Record, Records};
 use super::memory::MemTable;
 use super::request::Limits;
 use super::ring::{Layout, Ring};
@@ -66,12 +67,14 @@ pub(super) struct Backend {
     protocol: VhostUserProtocolFeatures,
     memory: Option<MemTable>,
     vrings: Vec<Vring>,
+    offer: Offer,
+    records: Option<Records>,
     refused: bool,
 }
 
 impl Backend {
-    /// A device with one ring for each of `workers`.
-    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>) -> Backend {
+    /// A device with one ring for each of `workers`, and a record to give away.
+    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>, offer: Offer) -> Backend {
         let queues = workers.len() as u16;
         let vring = |worker| Vring {
             worker,
@@ -90,6 +93,8 @@ impl Backend {
             protocol: VhostUserProtocolFeatures::empty(),
             memory: None,
             vrings: workers.into_iter().map(vring).collect(),
+            offer,
+            records: None,
             refused: false,
             disk,
         }
@@ -184,9 +189,12 @@ impl Backend {
             used,
             next_avail: vring.next_avail,
             event_idx: has(self.acked, VIRTIO_RING_F_EVENT_IDX),
+            record: self.records.as_ref().and_then(|records| records.queue(index)),
         };
         let view = View::new(table.memory()).map_err(internal)?;
-        Ring::new(&view, &layout).map_err(internal)?;
+        Ring::check(&view, &layout).map_err(internal)?;
+        // A process that died may have published an answer and not said so.
+        let interrupt = interrupt || layout.record.as_ref().is_some_and(Record::is_used);
         let start = Start {
             memory: table.memory().clone(),
             layout,
@@ -259,6 +267,15 @@ impl Backend {
         (0..self.vrings.len()).try_for_each(|index| self.settle(index, false))
     }
 
+    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: &File) -> Result<()> {
+        if self.any_running() {
+            return Err(Error::InvalidOperation("the record cannot change while a ring runs"));
+        }
+        let queues = self.vrings.len() as u16;
+        self.records = Some(Records::map(told, file, queues).map_err(internal)?);
+        Ok(())
+    }
+
     fn try_set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let vring = self.stopped(index)?;
         match u16::try_from(num) {
@@ -303,6 +320,7 @@ impl Backend {
     fn reset(&mut self) -> Result<()> {
         self.stop()?;
         self.acked = 0;
+        self.records = None;
         self.config = config::space(&self.disk, self.vrings.len() as u16);
         for vring in &mut self.vrings {
             vring.forget();

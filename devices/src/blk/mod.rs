@@ -16,6 +16,8 @@
 //! | `memory`, `view` | the memory table, checked and mapped; how the data path looks at it |
 //! | `backend` | vhost-user messages and the state of each ring |
 //! | `worker`, `server` | the thread of a queue, and what it does |
+//! | `chain` | the descriptors of a chain |
+//! | `inflight` | the record of requests in flight, and recovery from it |
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
@@ -28,11 +30,13 @@
 //! guest waits for it, and a ring whose driver breaks it is stopped by itself.
 
 mod backend;
+mod chain;
 mod clear;
 mod config;
 mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod inflight;
 mod memory;
 mod poll;
 mod request;
@@ -64,6 +68,7 @@ use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
 use execute::{Disk, ID_BYTES};
+use inflight::Offer;
 use throttle::Throttle;
 use worker::Worker;
 pub use worker::WorkerError;
@@ -77,6 +82,9 @@ pub enum BlkError {
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
+    /// The record of requests in flight cannot be made.
+    #[error("making the record of requests in flight")]
+    Record(#[source] ShmError),
     /// The disk would be empty, or its last sector cut short.
     #[error("disk size of {0} bytes is not a positive multiple of 512")]
     Size(u64),
@@ -149,7 +157,8 @@ pub fn prepare(
         let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
-    let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));
+    let offer = Offer::new(config.queues).map_err(BlkError::Record)?;
+    let backend = Arc::new(Mutex::new(Backend::new(disk, workers, offer)));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
     Ok(Blk { backend, handler, socket, throttle })

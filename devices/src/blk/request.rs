@@ -10,7 +10,6 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
@@ -175,7 +174,7 @@ impl<'m> Parser<'m> {
     /// Walks and checks one chain.
     pub fn parse(
         &mut self,
-        chain: DescriptorChain<&'m View<'m>>,
+        chain: impl Iterator<Item = Descriptor>,
     ) -> Result<Request<'_, 'm>, Broken> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
@@ -193,7 +192,7 @@ impl<'m> Parser<'m> {
         Ok(Request { status, writable, ranges: &this.ranges, body })
     }
 
-    fn walk(&mut self, mut chain: DescriptorChain<&'m View<'m>>) -> Result<Walk, Broken> {
+    fn walk(&mut self, mut chain: impl Iterator<Item = Descriptor>) -> Result<Walk, Broken> {
         self.readable.clear();
         self.writable.clear();
         self.ranges.clear();

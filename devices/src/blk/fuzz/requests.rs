@@ -102,6 +102,7 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         used: GuestAddress(guest::USED),
         next_avail: if shape & 0x10 != 0 { 0xfffe } else { 0 },
         event_idx: shape & 0x20 != 0,
+        record: None,
     };
     if shape & 0x40 != 0 {
         let mut anywhere = || input.u16().map(|code| GuestAddress(guest::address(code)));

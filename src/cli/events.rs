@@ -45,6 +45,13 @@ fn text(event: &Event) -> String {
         EventKind::DeviceDied { role, id, pid, how } => {
             format!("device process {role} {id} (pid {pid}) died: {how}")
         }
+        EventKind::DeviceReplaced { role, id, pid, took_us, .. } => {
+            let took = duration(*took_us);
+            format!("another process (pid {pid}) took over {role} {id} after {took}")
+        }
+        EventKind::DeviceFailed { role, id, deaths } => {
+            format!("{role} {id} has failed: {deaths} of its processes died within 10 s")
+        }
         EventKind::DeviceStalled { role, id } => {
             format!("device process {role} {id} does not answer the guest")
         }

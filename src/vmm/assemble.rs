@@ -23,6 +23,7 @@ use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::supervise::{Kind, Supervisor};
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -109,10 +110,19 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        if let Some(recipe) = recipe {
+            supervisor.add(&devices[device].0, Kind::Blk { device, recipe: Box::new(recipe) });
+        }
     }
     let facts = facts(&config.disks, &disks, &devices);
     drop(disks);
@@ -133,7 +143,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
         _machine: machine,
         ram,
@@ -145,6 +155,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disks: facts,
         back_ends,
         spawner,
+        supervisor,
         control,
         notifier,
         signals,
@@ -154,7 +165,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
-    })
+    };
+    vm.watch_links();
+    Ok(vm)
 }
 
 /// Has to come first: what the spawner forks from, it has in it.

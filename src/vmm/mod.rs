@@ -5,6 +5,7 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -15,6 +16,7 @@ mod ports;
 mod remedy;
 mod requests;
 pub(crate) mod signals;
+mod supervise;
 
 use std::time::Duration;
 

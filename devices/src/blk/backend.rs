@@ -70,6 +70,8 @@ pub(super) struct Backend {
     offer: Offer,
     records: Option<Records>,
     refused: bool,
+    /// Every request is answered with an I/O error.
+    failed: bool,
 }
 
 impl Backend {
@@ -96,8 +98,14 @@ impl Backend {
             offer,
             records: None,
             refused: false,
+            failed: false,
             disk,
         }
+    }
+
+    /// From now on every request is answered with an I/O error.
+    pub fn fail(&mut self) {
+        self.failed = true;
     }
 
     /// True if the last message was well-formed but refused, and its sender was
@@ -198,7 +206,7 @@ impl Backend {
         let start = Start {
             memory: table.memory().clone(),
             layout,
-            limits: limits(self.acked, &self.disk),
+            limits: Limits { failed: self.failed, ..limits(self.acked, &self.disk) },
             write_through: write_through(self.acked, self.writeback()),
             kick: kick.clone(),
             call: vring.call.clone(),
@@ -346,6 +354,7 @@ fn limits(acked: u64, disk: &Disk) -> Limits {
         size_max: has(acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX),
         discard: has(acked, VIRTIO_BLK_F_DISCARD),
         write_zeroes: has(acked, VIRTIO_BLK_F_WRITE_ZEROES),
+        failed: false,
     }
 }
 

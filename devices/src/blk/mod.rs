@@ -56,7 +56,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cellblock_wire::{Access, Channel, ChannelError, ShmError};
+use cellblock_wire::{Access, Channel, ChannelError, ShmError, sealed_memfd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
@@ -158,7 +158,11 @@ pub fn prepare(
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let offer = Offer::new(config.queues).map_err(BlkError::Record)?;
-    let backend = Arc::new(Mutex::new(Backend::new(disk, workers, offer)));
+    let mut backend = Backend::new(disk, workers, offer);
+    if config.failed {
+        backend.fail();
+    }
+    let backend = Arc::new(Mutex::new(backend));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
     Ok(Blk { backend, handler, socket, throttle })
@@ -185,6 +189,10 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
         Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
         _ => SECTOR as u32,
     };
+    if config.failed {
+        // Looked at for what the guest was told of it, and not to be touched.
+        file = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?.into();
+    }
     Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id })
 }
 

@@ -46,6 +46,9 @@ pub(super) enum Refusal {
     /// More descriptors than `seg_max` allows.
     #[error("request has more than {MAX_DESCRIPTORS} descriptors")]
     TooManyDescriptors,
+    /// The device does nothing any more.
+    #[error("the device has failed")]
+    Failed,
     /// A readable descriptor behind a writable one.
     #[error("request has a readable descriptor behind a writable one")]
     Order,
@@ -129,6 +132,8 @@ pub(super) struct Limits {
     pub discard: bool,
     /// The driver may zero ranges.
     pub write_zeroes: bool,
+    /// Nothing may be done: the device has failed.
+    pub failed: bool,
 }
 
 /// A request that can be answered.
@@ -235,6 +240,9 @@ impl<'m> Parser<'m> {
         }
         let header = if walk.bad_readable { None } else { self.take_header() };
         let header = header.ok_or(Refusal::Header)?;
+        if self.limits.failed {
+            return Err(Refusal::Failed);
+        }
         if walk.misordered {
             return Err(Refusal::Order);
         }

@@ -71,6 +71,9 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// Answer every request with an I/O error, and do not keep the image: processes of
+    /// this disk died too often.
+    pub failed: bool,
 }
 
 /// What a disk may do at most, over all its queues.

@@ -94,6 +94,7 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         size_max: bit(1).then_some(2048),
         discard: bit(2) && !disk.read_only,
         write_zeroes: bit(3) && !disk.read_only,
+        failed: false,
     };
     let mut layout = Layout {
         size: 1 << (shape & 0xf).min(8),

@@ -14,6 +14,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
 use super::counters::BlkCounters;
 use super::launch::{Common, launch};
+use super::overlay::Overlay;
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
@@ -78,14 +79,19 @@ pub struct Recipe {
     start: BlkStart,
     /// Its lock is held for as long as the machine lives, whoever else has it.
     image: OwnedFd,
+    /// Of a `cow` disk.
+    overlay: Vec<OwnedFd>,
 }
 
 impl Recipe {
     /// For `disk`, with so many queues.
     pub fn new(spec: &DiskSpec, disk: &OpenedDisk, queues: u16) -> Result<Recipe, CellError> {
         let id = spec.id().to_string();
-        let image =
-            disk.fd.try_clone().map_err(|source| CellError::Image { id: id.clone(), source })?;
+        let keep = |source| CellError::Image { id: id.clone(), source };
+        let image = disk.fd.try_clone().map_err(keep)?;
+        let overlay = disk.overlay.iter().flat_map(Overlay::fds);
+        let overlay = overlay.map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>();
+        let overlay = overlay.map_err(keep)?;
         let start = BlkStart {
             read_only: disk.read_only,
             size: disk.size,
@@ -94,8 +100,9 @@ impl Recipe {
             poll_us: spec.poll_us,
             throttle: spec.throttle,
             failed: false,
+            cow: disk.overlay.is_some(),
         };
-        Ok(Recipe { id, start, image })
+        Ok(Recipe { id, start, image, overlay })
     }
 
     /// Asks for a process that serves the front end at the other end of `socket` under
@@ -110,7 +117,8 @@ impl Recipe {
         socket: UnixStream,
     ) -> Result<Cell, CellError> {
         let start = Start::Blk(BlkStart { throttle, failed, ..self.start.clone() });
-        let fds = [self.image.as_fd(), counters.fd()];
+        let mut fds = vec![self.image.as_fd(), counters.fd()];
+        fds.extend(self.overlay.iter().map(OwnedFd::as_fd));
         launch(spawner, common, &self.id, start, &fds, Some(socket))
     }
 

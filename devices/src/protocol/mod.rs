@@ -6,6 +6,7 @@
 //! and with it the process; never the VM.
 
 pub mod counters;
+pub mod overlay;
 pub mod ring;
 
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,8 @@ pub enum SeccompMode {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
     /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
-    /// [`counters`].
+    /// [`counters`]; with [`BlkStart::cow`], and an image opened read-only, the overlay,
+    /// and its map, as [`overlay`] describes them.
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -74,6 +76,8 @@ pub struct BlkStart {
     /// Answer every request with an I/O error, and do not keep the image: processes of
     /// this disk died too often.
     pub failed: bool,
+    /// What the guest writes goes to a private overlay.
+    pub cow: bool,
 }
 
 /// What a disk may do at most, over all its queues.

@@ -68,8 +68,8 @@ fn replaced(vm: &mut Vm, events: &Events, device: &str) -> u64 {
 /// Kills disk0's process at random moments, spread over the storm as far as `kills` goes.
 fn weather(vm: &mut Vm, kills: u32, requests: u64) {
     let mut dice = Dice::new();
-    let events = vm.events();
     vm.wait_for("storm: begins");
+    let events = vm.events();
     let mut delays = Vec::new();
     for kill in 0..kills {
         // Not before its share of the requests is done.
@@ -148,8 +148,8 @@ fn storm_of_reads_writes_and_flushes_with_interrupts() {
 #[test]
 fn a_process_that_dies_too_often_fails_its_device_with_errors() {
     let mut vm = Vm::with("mode=storm n=20000000 qd=8 mib=1 errors").disk(1).disk(1).start();
-    let events = vm.events();
     vm.wait_for("storm: begins");
+    let events = vm.events();
     for _ in 0..4 {
         kill_and_wait(&mut vm, &events, "blk", "disk0");
     }
@@ -185,8 +185,8 @@ fn deaths_while_the_driver_starts_and_resets() {
         .arg("--max-deaths")
         .arg("1000")
         .start();
-    let events = vm.events();
     vm.wait_for("storm: resets");
+    let events = vm.events();
     let mut kills = 0;
     while !vm.console.text().contains("storm: begins") && kills < 40 {
         std::thread::sleep(Duration::from_micros(dice.below(3000)));
@@ -202,8 +202,8 @@ fn deaths_while_the_driver_starts_and_resets() {
 #[test]
 fn a_death_while_paused_is_repaired_while_paused() {
     let mut vm = storm("", 20_000, "").start();
-    let events = vm.events();
     vm.wait_for("storm: begins");
+    let events = vm.events();
     for _ in 0..3 {
         vm.pause();
         kill_and_wait(&mut vm, &events, "blk", "disk0");
@@ -223,8 +223,8 @@ fn a_death_while_paused_is_repaired_while_paused() {
 fn a_stopped_process_is_ended_and_replaced() {
     // Nothing moves until the driver's reset has waited long enough.
     let mut vm = storm("", 2000, "").start();
-    let events = vm.events();
     vm.wait_for("storm: begins");
+    let events = vm.events();
     let pid = vm.pid_of("blk", "disk0");
     send(pid, Signal::SIGSEGV);
     replaced(&mut vm, &events, "disk0");
@@ -239,8 +239,8 @@ fn a_stopped_process_is_ended_and_replaced() {
 #[test]
 fn a_death_is_no_gift_to_a_throttled_disk() {
     let mut vm = storm("", 4000, ",iops=1000,iops-burst=1000").start();
-    let events = vm.events();
     vm.wait_for("storm: begins");
+    let events = vm.events();
     let begun = Instant::now();
     for _ in 0..5 {
         std::thread::sleep(Duration::from_millis(150));

@@ -208,6 +208,15 @@ fn what_cannot_be_served_is_said() {
 struct StorageDaemon(Child);
 
 impl StorageDaemon {
+    /// In the place of one that was killed.
+    #[track_caller]
+    fn again(dir: &Path) -> StorageDaemon {
+        for name in ["pid", "socket"] {
+            std::fs::remove_file(dir.join(name)).unwrap();
+        }
+        StorageDaemon::start(dir)
+    }
+
     /// Serves `image` at `socket`, both in `dir`.
     #[track_caller]
     fn start(dir: &Path) -> StorageDaemon {
@@ -290,7 +299,7 @@ fn a_guest_of_ours_on_a_block_process_of_ours() {
 }
 
 #[test]
-fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
+fn a_back_end_that_dies_and_comes_back_loses_nothing() {
     let dir = image_dir();
     let daemon = StorageDaemon::start(dir.path());
     let mut vm = vm_on(&dir.path().join("socket"), "mode=blk mib=2 rounds=1000000 qd=4").start();
@@ -303,6 +312,21 @@ fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
     // The machine is as alive as before.
     vm.pause();
     vm.resume();
+    // Again and again: it keeps a record of requests, and gets it back.
+    for round in 0..3 {
+        let events = vm.events();
+        let daemon = StorageDaemon::again(dir.path());
+        let back = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndBack { .. }));
+        assert_eq!(back.kind, EventKind::BackEndBack { id: "far".into(), resumed: true });
+        assert_eq!(vm.stats().disks[0].state, DeviceState::Running);
+        assert_eq!(vm.stats().disks[0].restarts, round + 1);
+        // It verifies all it wrote, in every round.
+        let before = vm.console.text().matches("verified=").count();
+        let more = |vm: &Vm| vm.console.text().matches("verified=").count() > before + 2;
+        assert!(poll(LIMIT, || more(&vm).then_some(())).is_some(), "{}", vm.console.text());
+        drop(daemon);
+        vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndGone { .. }));
+    }
     vm.signal(Signal::SIGTERM);
     vm.ends_well();
 }

@@ -56,6 +56,12 @@ fn text(event: &Event) -> String {
             format!("device process {role} {id} does not answer the guest")
         }
         EventKind::BackEndGone { id } => format!("the vhost-user back end of {id} is gone"),
+        EventKind::BackEndBack { id, resumed: true } => {
+            format!("the vhost-user back end of {id} is back")
+        }
+        EventKind::BackEndBack { id, resumed: false } => {
+            format!("the vhost-user back end of {id} is back; the driver has to reset the disk")
+        }
         EventKind::NeedsReset { id } => {
             format!("the driver of {id} broke the rules of its queue and has to reset the device")
         }

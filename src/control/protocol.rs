@@ -405,6 +405,13 @@ pub enum EventKind {
         /// Id of the disk.
         id: String,
     },
+    /// There is a connection to a back end that was gone.
+    BackEndBack {
+        /// Id of the disk.
+        id: String,
+        /// The disk went on where it was; else its driver has to reset it.
+        resumed: bool,
+    },
     /// The driver of a device broke the rules of its queue and has to reset it.
     NeedsReset {
         /// Id of the device.

@@ -151,8 +151,20 @@ enum Job {
     /// An activation that a reconnect was to make.
     Resume(Answer<()>),
     Watch(Watcher),
-    Reconnect(u64, UnixStream),
+    Reconnect(u64, Connection),
     Abandon,
+}
+
+/// A connection, and a second descriptor of it to end it by. The thread may not make one.
+struct Connection {
+    stream: UnixStream,
+    end: UnixStream,
+}
+
+impl Connection {
+    fn new(stream: UnixStream) -> std::io::Result<Connection> {
+        Ok(Connection { end: stream.try_clone()?, stream })
+    }
 }
 
 /// What becomes of a connection, which goes by its number: 0, then what
@@ -194,7 +206,7 @@ impl FrontEnd {
         let wrap = |source| FrontEndError::Thread { id: id.to_string(), source };
         let handle = socket.try_clone().map_err(wrap)?;
         let (jobs, inbox) = unbounded();
-        let worker = Worker::new(id, socket, needs, ram);
+        let worker = Worker::new(id, Connection::new(socket).map_err(wrap)?, needs, ram);
         std::thread::Builder::new()
             .name(format!("vu-{id}"))
             .spawn(move || {
@@ -239,11 +251,12 @@ impl FrontEnd {
     pub fn reconnect(&self, socket: UnixStream) -> Result<u64, FrontEndError> {
         let wrap = |source| FrontEndError::Thread { id: self.id.clone(), source };
         let handle = socket.try_clone().map_err(wrap)?;
+        let connection = Connection::new(socket).map_err(wrap)?;
         let mut current = self.lock();
         let _ = current.1.shutdown(Shutdown::Both); // its end may not have been noticed yet
         let number = current.0 + 1;
         *current = (number, handle);
-        self.send(Job::Reconnect(number, socket));
+        self.send(Job::Reconnect(number, connection));
         Ok(number)
     }
 

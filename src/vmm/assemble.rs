@@ -120,9 +120,15 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut supervisor = Supervisor::new(common, config.max_deaths.into())
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
     for (device, recipe) in recipes.into_iter().enumerate() {
-        if let Some(recipe) = recipe {
-            supervisor.add(&devices[device].0, Kind::Blk { device, recipe: Box::new(recipe) });
-        }
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&config.disks, &disks, &devices);
     drop(disks);
@@ -176,7 +182,9 @@ fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    // In the order of the machine's back ends.
+    let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
 }
 
 fn start_console(

@@ -177,10 +177,8 @@ impl Vm {
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
         }
-        for (n, back_end) in self.back_ends.iter().enumerate() {
-            // Not what it says, which is for the front end's thread, but that it is gone.
-            let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
-            epoll.add(&back_end.socket, EpollEvent::new(flags, Source::BackEnd(n).token()))?;
+        for n in 0..self.back_ends.len() {
+            self.watch_back_end(epoll, n);
         }
         for (n, (_, device)) in self.devices.iter().enumerate() {
             // Edge-triggered, because it must not be read: see there.
@@ -321,6 +319,12 @@ impl Vm {
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
                 }
+                Ok(Some(SpawnerEvent::Connected { place, socket })) => {
+                    self.back_end_there(epoll, place, socket);
+                }
+                Ok(Some(SpawnerEvent::NotConnected { place, why })) => {
+                    self.back_end_absent(place, &why);
+                }
                 Ok(None) => return ON,
                 Err(error) => {
                     tracing::error!(error = crate::remedy::chain(&error), "spawner");
@@ -350,6 +354,16 @@ impl Vm {
         self.process_over(epoll, n);
     }
 
+    /// Hears when a back end goes.
+    pub(super) fn watch_back_end(&self, epoll: &Epoll, n: usize) {
+        // Not what it says, which is for the front end's thread, but that it is gone.
+        let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
+        let event = EpollEvent::new(flags, Source::BackEnd(n).token());
+        if let Err(errno) = epoll.add(&self.back_ends[n].socket, event) {
+            tracing::error!(device = self.back_ends[n].id, %errno, "watching a back end");
+        }
+    }
+
     /// Takes messages of the process of a device, which is a new one.
     pub(super) fn watch_cell(&self, epoll: &Epoll, id: &str) {
         let Some(n) = self.cells.iter().position(|cell| cell.id() == id) else { return };
@@ -358,17 +372,6 @@ impl Vm {
             // It is too slow, then, and ended.
             tracing::error!(device = id, %errno, "watching its process");
         }
-    }
-
-    /// A back end of another program closed its connection, or was given up for silence.
-    fn back_end_gone(&mut self, n: usize) {
-        self.back_ends[n].gone = true;
-        let id = self.back_ends[n].id.clone();
-        tracing::error!(device = id, "the vhost-user back end is gone; its disk has failed");
-        if let Some((_, device)) = self.devices.iter().find(|(device, _)| *device == id) {
-            device.lost();
-        }
-        self.event(EventKind::BackEndGone { id });
     }
 
     /// Tells whoever listens on the control socket.

@@ -103,7 +103,7 @@ impl Vm {
                 Reply::error("the disk's process does not listen", Some("try again"))
             }
             // The one that takes its place is told at its start.
-            Some(Err(_)) | None if self.supervisor.is_replacing(&id) => {
+            Some(Err(_)) | None if self.supervisor.replaces(&id) => {
                 disk.throttle = limits;
                 Reply::Throttle { id, limits: limits.into() }
             }

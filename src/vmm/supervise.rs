@@ -43,7 +43,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// What a process gets to end by itself when its connection has ended.
 const GRACE: Duration = Duration::from_millis(200);
 /// The longest a successor may take until its device is as it was.
-const START_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(5);
 /// How often a failed device gets another process.
 const REST: Duration = Duration::from_secs(1);
 
@@ -87,24 +87,26 @@ impl AsFd for Links {
 pub(super) enum Kind {
     /// Behind device `n` of the machine.
     Blk { device: usize, recipe: Box<Recipe> },
+    /// The other program's back end number so many, behind device `n` of the machine.
+    BackEnd { device: usize, place: usize },
 }
 
 /// What is known of a device's processes.
 pub(super) struct Watched {
     id: String,
-    kind: Kind,
-    phase: Phase,
+    pub(super) kind: Kind,
+    pub(super) phase: Phase,
     deaths: VecDeque<Instant>,
     /// Successors that took over.
-    restarts: u64,
+    pub(super) restarts: u64,
     failed: bool,
     /// Number of the connection there is.
-    link: u64,
+    pub(super) link: u64,
     died: Instant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     Serving,
     /// Killed at this time.
     Ending(Instant),
@@ -124,7 +126,7 @@ pub(super) struct Supervisor {
     /// Deaths within [`WINDOW`] by which a device fails.
     pub(super) most_deaths: usize,
     pub(super) links: Links,
-    watched: Vec<Watched>,
+    pub(super) watched: Vec<Watched>,
 }
 
 impl Supervisor {
@@ -146,7 +148,7 @@ impl Supervisor {
         });
     }
 
-    fn find(&self, id: &str) -> Option<usize> {
+    pub(super) fn find(&self, id: &str) -> Option<usize> {
         self.watched.iter().position(|watched| watched.id == id)
     }
 
@@ -155,12 +157,9 @@ impl Supervisor {
         self.find(id).map_or((0, false), |n| (self.watched[n].restarts, self.watched[n].failed))
     }
 
-    /// Whether a process is on its way that will do what the one before was asked to.
-    pub(super) fn is_replacing(&self, id: &str) -> bool {
-        self.find(id).is_some_and(|n| {
-            let watched = &self.watched[n];
-            watched.phase != Phase::Serving && !watched.failed
-        })
+    /// Whether a process that is gone gets a successor that does what this one did.
+    pub(super) fn replaces(&self, id: &str) -> bool {
+        self.find(id).is_some_and(|n| !self.watched[n].failed)
     }
 }
 
@@ -211,6 +210,14 @@ impl Vm {
             if watched.due().is_none_or(|at| at > now) {
                 continue;
             }
+            if let Kind::BackEnd { device, .. } = watched.kind
+                && !matches!(watched.phase, Phase::Resting(_))
+            {
+                tracing::warn!(device = watched.id, "its back end does not answer");
+                self.supervisor.watched[w].phase = Phase::Ending(now + START_LIMIT);
+                self.devices[device].1.disconnect(); // which the front end then tells
+                continue;
+            }
             match watched.phase {
                 Phase::Resting(_) => self.start_successor(epoll, w),
                 Phase::Ending(_) | Phase::Starting { .. } => {
@@ -259,6 +266,10 @@ impl Vm {
         let (id, failed) = (watched.id.clone(), watched.failed);
         let result = match &watched.kind {
             Kind::Blk { device, .. } => self.start_blk(w, *device, failed),
+            Kind::BackEnd { place, .. } => {
+                let place = *place;
+                return self.ask_back_end(w, place);
+            }
         };
         let now = Instant::now();
         match result {
@@ -277,7 +288,9 @@ impl Vm {
 
     fn start_blk(&mut self, w: usize, device: usize, failed: bool) -> Result<(), ReplaceError> {
         let watched = &mut self.supervisor.watched[w];
-        let Kind::Blk { recipe, .. } = &watched.kind;
+        let Kind::Blk { recipe, .. } = &watched.kind else {
+            return Err(ReplaceError::Unknown);
+        };
         let limits = self.disks.iter().find(|disk| disk.id == watched.id);
         let limits = limits.map_or_else(ThrottleLimits::default, |disk| disk.throttle);
         let n = self.cells.iter().position(|cell| cell.id() == watched.id);
@@ -332,6 +345,10 @@ impl Vm {
             let (Link::Lost(number) | Link::Restored(number) | Link::Fresh(number)) = link;
             if number != watched.link {
                 continue; // of a connection that is over
+            }
+            if let Kind::BackEnd { place, .. } = watched.kind {
+                self.back_end_news(w, place, link);
+                continue;
             }
             match (link, &mut watched.phase) {
                 (Link::Lost(_), Phase::Serving | Phase::Starting { .. }) => {
@@ -389,7 +406,7 @@ impl Vm {
 impl Watched {
     fn role(&self) -> &'static str {
         match self.kind {
-            Kind::Blk { .. } => "blk",
+            Kind::Blk { .. } | Kind::BackEnd { .. } => "blk",
         }
     }
 }

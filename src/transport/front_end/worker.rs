@@ -14,8 +14,8 @@ use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
 use super::{
-    Activation, Answer, DeviceInfo, F_PROTOCOL_FEATURES, FrontEndError, GUEST_FEATURES, Job, Link,
-    Needs, QueueSetup, Watcher,
+    Activation, Answer, Connection, DeviceInfo, F_PROTOCOL_FEATURES, FrontEndError, GUEST_FEATURES,
+    Job, Link, Needs, QueueSetup, Watcher,
 };
 use crate::transport::queue::QUEUE_SIZE_MAX;
 use crate::vm::memory::GuestRam;
@@ -26,7 +26,7 @@ pub(super) struct Worker {
     needs: Needs,
     /// Number of the connection.
     number: u64,
-    socket: Option<UnixStream>,
+    end: UnixStream,
     frontend: Frontend,
     state: State,
     watcher: Option<Watcher>,
@@ -59,12 +59,12 @@ struct Active {
 }
 
 impl Worker {
-    pub(super) fn new(id: &str, socket: UnixStream, needs: Needs, ram: GuestRam) -> Worker {
+    pub(super) fn new(id: &str, to: Connection, needs: Needs, ram: GuestRam) -> Worker {
         Worker {
             id: id.to_string(),
             number: 0,
-            socket: socket.try_clone().ok(),
-            frontend: Frontend::from_stream(socket, needs.queues.into()),
+            end: to.end,
+            frontend: Frontend::from_stream(to.stream, needs.queues.into()),
             ram,
             needs,
             state: State::Connected,
@@ -90,7 +90,7 @@ impl Worker {
             match job {
                 Job::Watch(watcher) => self.watcher = Some(watcher),
                 Job::Reconnect(..) if self.state == State::Over => {}
-                Job::Reconnect(number, socket) => self.reconnect(number, socket),
+                Job::Reconnect(number, to) => self.reconnect(number, to),
                 Job::Abandon => self.abandon(),
                 job => match self.state {
                     State::Connected => self.work(job),
@@ -148,9 +148,7 @@ impl Worker {
     fn lose(&mut self) {
         self.state = State::Lost;
         // One that is only confused has to see that it is over.
-        if let Some(socket) = self.socket.take() {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
+        let _ = self.end.shutdown(Shutdown::Both);
         self.tell(Link::Lost(self.number));
     }
 
@@ -183,10 +181,10 @@ impl Worker {
     }
 
     /// Sets everything up over another connection, and goes on with the jobs.
-    fn reconnect(&mut self, number: u64, socket: UnixStream) {
+    fn reconnect(&mut self, number: u64, to: Connection) {
         self.number = number;
-        self.socket = socket.try_clone().ok();
-        self.frontend = Frontend::from_stream(socket, self.needs.queues.into());
+        self.end = to.end;
+        self.frontend = Frontend::from_stream(to.stream, self.needs.queues.into());
         // A driver that is resetting the device wants nothing of what was.
         if self.waiting.iter().any(|job| matches!(job, Job::Reset(_))) {
             self.active = None;

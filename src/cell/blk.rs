@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{BlkStart, Start, ThrottleLimits};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
@@ -232,6 +232,9 @@ impl StartingDisk {
             // Writes to the configuration end here, and a driver that switched the cache
             // off in vain would take for durable what is not.
             info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+            // However many queues there are, this device has one, and a driver that was
+            // told of more would fail at the second.
+            info.features &= !(1 << VIRTIO_BLK_F_MQ);
         }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(

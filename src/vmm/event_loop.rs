@@ -29,12 +29,14 @@ use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 
 /// A machine that is ready to run, or runs.
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) _machine: Machine,
+    pub(super) _vmgenid: VmGenId,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,

@@ -230,7 +230,7 @@ fn a_death_while_paused_is_repaired_while_paused() {
 #[test]
 fn a_process_that_hangs_is_ended_and_replaced() {
     // Nothing moves until the driver's reset has waited long enough.
-    let mut vm = Vm::with("mode=storm resets=1000 n=1000 mib=1").disk(1).start();
+    let mut vm = Vm::with("mode=storm resets=300 n=1000 mib=1").disk(1).start();
     vm.wait_for("storm: resets");
     let events = vm.events();
     let pid = vm.pid_of("blk", "disk0");
@@ -238,7 +238,7 @@ fn a_process_that_hangs_is_ended_and_replaced() {
     replaced(&mut vm, &events, "disk0", 1);
     let gone = proc::Identity::of(pid).is_none_or(|process| !process.is_alive());
     assert!(gone, "the one before is still there");
-    tally(&mut vm, LIMIT);
+    tally(&mut vm, 2 * LIMIT);
     vm.ends_well();
 }
 

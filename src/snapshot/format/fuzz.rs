@@ -2,8 +2,8 @@
 //! corpus. Checksums are made right, or nothing behind them would ever be reached.
 
 use super::checksum::crc64;
-use crate::snapshot::state::MicrovmState;
 use super::{MAX_MEMORY, Manifest, SnapshotId, Suspect, table};
+use crate::snapshot::state::MicrovmState;
 
 /// Decodes `input` as a manifest, as it is and with a checksum that fits. True if that was
 /// taken.

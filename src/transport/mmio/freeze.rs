@@ -112,9 +112,7 @@ impl VirtioMmio {
     pub fn begin_thaw(&self) -> Answer<()> {
         let mut state = self.lock();
         state.frozen = None;
-        let ready = state.registers.queues.iter().enumerate().filter(|(_, queue)| queue.ready);
-        let queues = ready.map(|(index, queue)| self.setup(index, *queue, 0)).collect();
-        self.front_end.thaw(queues)
+        self.front_end.thaw()
     }
 
     /// Waits until it goes on. Where it cannot, its driver has to reset it.

@@ -144,6 +144,13 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// The rings that the device process writes, by address and length.
+    pub fn used_rings(&self) -> Vec<(u64, u64)> {
+        let state = self.lock();
+        let live = state.registers.queues.iter().filter(|queue| queue.ready);
+        live.map(|queue| (queue.used, 6 + 8 * u64::from(queue.size))).collect()
+    }
+
     /// The state of a frozen device.
     pub fn save(&self) -> TransportState {
         let state = self.lock();

@@ -25,6 +25,7 @@ use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use super::snapshot::Snapshots;
+use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
@@ -65,6 +66,8 @@ pub(super) struct Parts {
     pub(super) model: CpuModel,
     pub(super) host: Host,
     pub(super) ram: GuestRam,
+    /// Deaths of its process by which a device fails.
+    pub(super) max_deaths: u16,
 }
 
 /// A machine that boots a kernel.
@@ -72,7 +75,7 @@ pub(super) struct Parts {
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
 pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = begin(&config.serial)?;
+    let (spawner, signals) = begin(&config.serial, &config.disks)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
@@ -116,6 +119,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         model,
         host,
         ram,
+        max_deaths: config.max_deaths,
     };
     let mut vm = build(parts, |machine, model, slots| {
         let ram = machine.ram();
@@ -129,8 +133,11 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
 }
 
 /// What has to come before everything else, while there is one thread and nothing to inherit.
-pub(super) fn begin(serial: &spec::SerialSpec) -> Result<(Spawner, Signals), VmmError> {
-    let spawner = fork_spawner(serial)?;
+pub(super) fn begin(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+) -> Result<(Spawner, Signals), VmmError> {
+    let spawner = fork_spawner(serial, disks)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
     Ok((spawner, signals))
@@ -155,6 +162,7 @@ pub(super) fn build(
         model,
         host,
         ram,
+        max_deaths,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -206,10 +214,25 @@ pub(super) fn build(
     let ring = Arc::new(ring);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
@@ -229,7 +252,7 @@ pub(super) fn build(
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
         machine,
         vmgenid,
@@ -243,6 +266,7 @@ pub(super) fn build(
         disks: facts,
         back_ends,
         spawner,
+        supervisor,
         control,
         notifier,
         signals,
@@ -256,7 +280,9 @@ pub(super) fn build(
         pager: None,
         triggers: None,
         origin: None,
-    })
+    };
+    vm.watch_links();
+    Ok(vm)
 }
 
 /// What a refused system call does, where there are filters.
@@ -273,12 +299,17 @@ pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(serial: &spec::SerialSpec) -> Result<Spawner, SpawnError> {
+fn fork_spawner(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+) -> Result<Spawner, SpawnError> {
     let restore_terminal = match serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    // In the order of the machine's back ends.
+    let connect = disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
 }
 
 fn start_console(

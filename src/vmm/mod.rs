@@ -8,6 +8,8 @@
 //! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
+//! | `reconnect` | back ends of other programs that go away and come back |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -15,11 +17,13 @@ mod assemble;
 mod event_loop;
 mod notice;
 mod ports;
+mod reconnect;
 mod remedy;
 mod requests;
 pub mod restore;
 pub(crate) mod signals;
 mod snapshot;
+mod supervise;
 mod triggers;
 
 use std::time::Duration;

@@ -157,7 +157,7 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 
 fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = assemble::begin(&config.serial)?;
+    let (spawner, signals) = assemble::begin(&config.serial, &[])?;
     let path = &config.snapshot;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
@@ -193,6 +193,7 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         model,
         host,
         ram,
+        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;

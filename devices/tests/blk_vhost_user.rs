@@ -303,10 +303,10 @@ fn stopping_under_load_loses_and_repeats_nothing() {
         assert_eq!(queue.call.read().is_ok(), base != from, "and the driver is told");
         partial += u32::from(base != from && base != queue.avail);
         queue.connect(&mut device, base);
-        for n in 0..2 * WRITES {
-            let want = if n % 2 == 0 { 1 } else { (1 << 20) + 1 };
-            assert_eq!(queue.next_used(&memory).expect("an answer").1, want);
-        }
+        // Answers come in any order.
+        let answer = |_| queue.next_used(&memory).expect("an answer").1;
+        let reads = (0..2 * WRITES).map(answer).filter(|len| *len == (1 << 20) + 1).count();
+        assert_eq!(reads, WRITES as usize);
         // The interrupt for the rest comes behind its used entries.
         device.front.get_vring_base(0).expect("base");
         let _ = queue.call.read();
@@ -568,6 +568,7 @@ fn prepare_names_what_is_wrong() {
         queues: 1,
         poll_us: 0,
         throttle: Default::default(),
+        engine: Default::default(),
     };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");

@@ -90,6 +90,7 @@ pub fn process(
         queues,
         poll_us: spec.poll_us,
         throttle: spec.throttle,
+        engine: spec.engine,
     });
     let fds = [disk.fd.as_fd(), counters.fd()];
     let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;

@@ -8,8 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::MAX_QUEUES;
+use cellblock_devices::protocol::{EngineKind, ThrottleLimits};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -34,7 +34,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] = &["direct", "cow", "engine"];
+const LATER: &[&str] = &["direct", "cow"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -67,6 +67,8 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// What carries requests out.
+    pub engine: EngineKind,
     /// The socket of another program's vhost-user-blk back end, which has the image.
     pub vhost_user: Option<PathBuf>,
 }
@@ -100,6 +102,7 @@ impl FromStr for DiskSpec {
             poll_us: POLL_US,
             queues: None,
             throttle: ThrottleLimits::default(),
+            engine: EngineKind::default(),
             vhost_user: None,
         };
         let mut throttle = Throttle::default();
@@ -130,6 +133,13 @@ impl FromStr for DiskSpec {
                         .ok_or_else(|| {
                             field.bad(format!("it is a number of microseconds up to {POLL_US_MAX}"))
                         })?;
+                }
+                "engine" => {
+                    disk.engine = match field.value("ENGINE")? {
+                        "sync" => EngineKind::Sync,
+                        "io_uring" => EngineKind::IoUring,
+                        _ => return Err(field.bad("it is sync or io_uring")),
+                    };
                 }
                 "queues" => {
                     let queues = field.value("N")?.parse();
@@ -416,7 +426,8 @@ mod tests {
 
     #[test]
     fn every_key_of_this_version() {
-        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50,queues=32").unwrap();
+        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50,queues=32,engine=io_uring")
+            .unwrap();
         assert_eq!(
             disk,
             DiskSpec {
@@ -427,6 +438,7 @@ mod tests {
                 poll_us: 50,
                 queues: Some(32),
                 throttle: ThrottleLimits::default(),
+                engine: EngineKind::IoUring,
                 vhost_user: None,
             }
         );
@@ -472,6 +484,7 @@ mod tests {
             ("d,serial=a b", "1 to 20"),
             ("d,poll-us=-1", "microseconds"),
             ("d,poll-us=100001", "up to 100000"),
+            ("d,engine=aio", "'engine' cannot be 'aio': it is sync or io_uring"),
             ("d,queues=0", "'queues' cannot be '0': it is 1 to 32"),
             ("d,queues=33", "it is 1 to 32"),
             ("d,bw=fast", "'bw' cannot be 'fast': 'fast' is not a size"),

@@ -17,7 +17,7 @@ use super::request::Operation;
 /// Bytes of a serial number.
 pub(super) const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Most buffers of one system call (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// The image and what the device says about it.
 #[derive(Debug)]
@@ -50,15 +50,15 @@ pub(super) enum ExecuteError {
 
 /// Executes requests one at a time on the calling thread.
 #[derive(Debug)]
-pub(super) struct Engine {
+pub(super) struct Executor {
     iovecs: Vec<iovec>,
     /// Every write is durable before it is answered.
     write_through: bool,
 }
 
-impl Engine {
-    pub fn new(write_through: bool) -> Engine {
-        Engine { iovecs: Vec::with_capacity(MAX_IOVECS), write_through }
+impl Executor {
+    pub fn new(write_through: bool) -> Executor {
+        Executor { iovecs: Vec::with_capacity(MAX_IOVECS), write_through }
     }
 
     /// Does `operation`; `filled` is how many bytes from the start of `data` were
@@ -89,6 +89,37 @@ impl Engine {
         }
     }
 
+    /// Does what is left of a read or write of `iovecs`, of which `done` bytes are moved;
+    /// returns how many are then, in case of an error too.
+    ///
+    /// # Safety
+    /// The iovecs, at most [`MAX_IOVECS`], must name mapped guest memory.
+    pub unsafe fn go_on(
+        &self,
+        disk: &Disk,
+        operation: Operation,
+        iovecs: &mut [iovec],
+        mut done: u64,
+    ) -> (u64, Result<(), ExecuteError>) {
+        let left = advance(iovecs, usize::try_from(done).unwrap_or(usize::MAX));
+        let flags = self.flags();
+        let result = match operation {
+            Operation::Read(at) => {
+                drive(left, |left, done| preadv2(disk, left, at + done, flags), at, &mut done)
+            }
+            Operation::Write(at) => {
+                drive(left, |left, done| pwritev2(disk, left, at + done, flags), at, &mut done)
+            }
+            Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
+            Operation::GetId | Operation::Clear(_) => Ok(()),
+        };
+        (done, result)
+    }
+
+    fn flags(&self) -> c_int {
+        if self.write_through { libc::RWF_DSYNC } else { 0 }
+    }
+
     fn transfer(
         &mut self,
         disk: &Disk,
@@ -97,29 +128,46 @@ impl Engine {
         done: &mut u64,
         call: impl Fn(&Disk, &[iovec], u64, c_int) -> io::Result<usize>,
     ) -> Result<(), ExecuteError> {
-        let flags = if self.write_through { libc::RWF_DSYNC } else { 0 };
+        let flags = self.flags();
         for chunk in data.chunks(MAX_IOVECS) {
-            self.iovecs.clear();
-            self.iovecs.extend(chunk.iter().map(|slice| iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            }));
-            let mut left = self.iovecs.as_mut_slice();
-            while !left.is_empty() {
-                let at = offset + *done;
-                match call(disk, left, at, flags) {
-                    Ok(0) => return Err(ExecuteError::EndOfFile(at)),
-                    Ok(n) => {
-                        *done += n as u64;
-                        left = advance(left, n);
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(ExecuteError::Io(e)),
-                }
-            }
+            fill_iovecs(&mut self.iovecs, chunk);
+            let call = |left: &[iovec], done| call(disk, left, offset + done, flags);
+            drive(&mut self.iovecs, call, offset, done)?;
         }
         Ok(())
     }
+}
+
+/// Makes `iovecs` name `data`, which is at most [`MAX_IOVECS`] slices.
+#[inline]
+pub(super) fn fill_iovecs(iovecs: &mut Vec<iovec>, data: &[Slice<'_>]) {
+    iovecs.clear();
+    iovecs.extend(data.iter().map(|slice| iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }));
+}
+
+/// Makes system calls until all of `left` is moved, to or from `offset` on. `done` counts
+/// all bytes of the request.
+fn drive(
+    mut left: &mut [iovec],
+    call: impl Fn(&[iovec], u64) -> io::Result<usize>,
+    offset: u64,
+    done: &mut u64,
+) -> Result<(), ExecuteError> {
+    while !left.is_empty() {
+        match call(left, *done) {
+            Ok(0) => return Err(ExecuteError::EndOfFile(offset + *done)),
+            Ok(n) => {
+                *done += n as u64;
+                left = advance(left, n);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(ExecuteError::Io(e)),
+        }
+    }
+    Ok(())
 }
 
 /// What is left of `iovecs` after `n` bytes.
@@ -140,27 +188,30 @@ fn advance(iovecs: &mut [iovec], mut n: usize) -> &mut [iovec] {
     left
 }
 
+/// Reads into guest memory. The callers' iovecs name parts of slices of it, which they
+/// borrow until after the call.
 fn preadv2(disk: &Disk, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
-    // SAFETY: every iovec names a part of a slice of mapped guest memory, and
-    // `transfer` borrows the slices until after the call. Guest memory is shared
-    // with the guest, so it is never behind a Rust reference that these stores
-    // could invalidate. The count is at most MAX_IOVECS.
+    let fd = disk.file.as_raw_fd();
+    // SAFETY: see above. Guest memory is shared with the guest, so it is never behind a
+    // Rust reference that these stores could invalidate. The count is at most MAX_IOVECS.
     let n = unsafe {
-        libc::preadv2(disk.file.as_raw_fd(), to.as_ptr(), to.len() as c_int, offset as i64, 0)
+        match to {
+            // Spares the kernel a look at the iovec.
+            [one] => libc::pread(fd, one.iov_base, one.iov_len, offset as i64),
+            _ => libc::preadv2(fd, to.as_ptr(), to.len() as c_int, offset as i64, 0),
+        }
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
 fn pwritev2(disk: &Disk, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
+    let fd = disk.file.as_raw_fd();
     // SAFETY: as for `preadv2`; the kernel only reads through these.
     let n = unsafe {
-        libc::pwritev2(
-            disk.file.as_raw_fd(),
-            from.as_ptr(),
-            from.len() as c_int,
-            offset as i64,
-            flags,
-        )
+        match from {
+            [one] if flags == 0 => libc::pwrite(fd, one.iov_base, one.iov_len, offset as i64),
+            _ => libc::pwritev2(fd, from.as_ptr(), from.len() as c_int, offset as i64, flags),
+        }
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
@@ -199,16 +250,16 @@ mod tests {
     #[test]
     fn data_is_scattered_and_gathered() {
         let (disk, memory) = (disk(8192), memory());
-        let mut engine = Engine::new(false);
+        let mut executor = Executor::new(false);
         // Parts that end inside sectors, more of them than one call takes.
         let parts: Vec<(u64, usize)> = (0..1100u64).map(|i| (i * 16, 3)).collect();
         let (to, mut filled) = (slices(&memory, &parts), 0);
-        engine.execute(&disk, Operation::Read(512), &to, &[], &mut filled).expect("read");
+        executor.execute(&disk, Operation::Read(512), &to, &[], &mut filled).expect("read");
         assert_eq!(filled, 3300);
         let last: u8 = memory.read_obj(GuestAddress(1099 * 16 + 2)).expect("byte");
         assert_eq!(last, ((512 + 3299) / 512) as u8);
 
-        engine.execute(&disk, Operation::Write(4096), &to, &[], &mut 0).expect("write");
+        executor.execute(&disk, Operation::Write(4096), &to, &[], &mut 0).expect("write");
         let (mut a, mut b) = (vec![0; 3300], vec![0; 3300]);
         disk.file.read_exact_at(&mut a, 512).expect("read");
         disk.file.read_exact_at(&mut b, 4096).expect("read");
@@ -230,7 +281,7 @@ mod tests {
             preadv2(disk, &[first], at, flags)
         };
         let mut done = 0;
-        Engine::new(false).transfer(&disk, &to, 300, &mut done, stingy).expect("read");
+        Executor::new(false).transfer(&disk, &to, 300, &mut done, stingy).expect("read");
         assert_eq!(done, 600);
         assert!(calls.get() > 10);
         let mut want = vec![0; 600];
@@ -253,7 +304,7 @@ mod tests {
                 assert_eq!(flags, want);
                 pwritev2(disk, from, at, flags)
             };
-            Engine::new(write_through).transfer(&disk, &from, 0, &mut 0, seen).expect("write");
+            Executor::new(write_through).transfer(&disk, &from, 0, &mut 0, seen).expect("write");
         }
     }
 
@@ -262,9 +313,10 @@ mod tests {
         let (disk, memory) = (disk(8192), memory());
         disk.file.set_len(5000).expect("truncate");
         let (to, mut filled) = (slices(&memory, &[(0, 4096)]), 0);
-        let mut engine = Engine::new(false);
-        let error =
-            engine.execute(&disk, Operation::Read(4096), &to, &[], &mut filled).expect_err("short");
+        let mut executor = Executor::new(false);
+        let error = executor
+            .execute(&disk, Operation::Read(4096), &to, &[], &mut filled)
+            .expect_err("short");
         assert!(matches!(error, ExecuteError::EndOfFile(5000)), "{error}");
         assert_eq!(filled, 904);
     }
@@ -275,7 +327,7 @@ mod tests {
         let file = File::open("/dev/null").expect("open");
         let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id: [0; ID_BYTES] };
         let from = slices(&memory, &[(0, 512)]);
-        let error = Engine::new(false)
+        let error = Executor::new(false)
             .execute(&disk, Operation::Write(0), &from, &[], &mut 0)
             .expect_err("read-only fd");
         assert!(matches!(error, ExecuteError::Io(_)), "{error}");
@@ -289,7 +341,7 @@ mod tests {
         {
             memory.write_slice(&[0xee; 64], GuestAddress(0)).expect("clear");
             let mut filled = 0;
-            Engine::new(false)
+            Executor::new(false)
                 .execute(&disk, Operation::GetId, &slices(&memory, parts), &[], &mut filled)
                 .expect("id");
             assert_eq!(filled, want);

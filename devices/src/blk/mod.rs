@@ -18,7 +18,8 @@
 //! | `worker`, `server` | the thread of a queue, and what it does |
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
-//! | `execute` | a request done on the image |
+//! | `engine` | what carries requests out: one by one, or many at once by io_uring |
+//! | `execute` | a request done on the image by system calls |
 //! | `throttle` | how much the disk may do |
 //! | `clear` | ranges discarded or zeroed |
 //! | `poll` | how long to look at a ring before sleeping |
@@ -30,6 +31,7 @@
 mod backend;
 mod clear;
 mod config;
+mod engine;
 mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -63,10 +65,11 @@ use crate::protocol::counters::{CountersPage, MAX_QUEUES};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
+pub use engine::UringError;
 use execute::{Disk, ID_BYTES};
 use throttle::Throttle;
-use worker::Worker;
 pub use worker::WorkerError;
+use worker::{Equipment, Worker};
 
 /// A block device that cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -145,8 +148,16 @@ pub fn prepare(
     let poll = Duration::from_micros(config.poll_us.into());
     let mut workers = Vec::new();
     for index in 0..config.queues {
-        let (counters, throttle) = (counters.queue(index), throttle.clone());
-        let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
+        let worker = Worker::spawn(
+            index,
+            Equipment {
+                disk: disk.clone(),
+                counters: counters.queue(index),
+                throttle: throttle.clone(),
+                poll,
+                engine: config.engine,
+            },
+        );
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));

@@ -71,6 +71,18 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// What carries requests out.
+    pub engine: EngineKind,
+}
+
+/// What carries a disk's requests out on its image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum EngineKind {
+    /// One system call after the other, on the queue's thread.
+    #[default]
+    Sync,
+    /// io_uring: many at once.
+    IoUring,
 }
 
 /// What a disk may do at most, over all its queues.

@@ -12,7 +12,7 @@ use cellblock_devices::blk::{self, BlkError};
 use cellblock_devices::protocol::counters::{
     CountersPage, VirtioBlkCountersSnapshot, new_counters,
 };
-use cellblock_devices::protocol::{BlkStart, ThrottleLimits};
+use cellblock_devices::protocol::{BlkStart, EngineKind, ThrottleLimits};
 use cellblock_wire::{Access, Channel, sealed_memfd};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -48,6 +48,7 @@ pub struct Options {
     pub read_only: bool,
     pub poll_us: u32,
     pub throttle: ThrottleLimits,
+    pub engine: EngineKind,
 }
 
 impl Default for Options {
@@ -58,7 +59,17 @@ impl Default for Options {
             read_only: false,
             poll_us: 0,
             throttle: Default::default(),
+            engine: engine_under_test(),
         }
+    }
+}
+
+/// The engine that a test program is about: `blk_io_uring` runs other programs' tests
+/// again on the other engine.
+fn engine_under_test() -> EngineKind {
+    match env!("CARGO_CRATE_NAME") {
+        "blk_io_uring" => EngineKind::IoUring,
+        _ => EngineKind::Sync,
     }
 }
 
@@ -102,6 +113,7 @@ impl Device {
             queues: options.queues,
             poll_us: options.poll_us,
             throttle: options.throttle,
+            engine: options.engine,
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");

@@ -1,5 +1,7 @@
 //! Compiles `policies/*.json` into BPF programs embedded in the crate.
 
+#[path = "src/bpf.rs"]
+mod bpf;
 #[path = "build/policy.rs"]
 mod policy;
 #[path = "build/program.rs"]

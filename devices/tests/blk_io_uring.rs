@@ -1,4 +1,5 @@
 //! The tests of the block device once more, on the io_uring engine.
+#![allow(clippy::duplicate_mod)] // each of them brings the driver
 
 #[path = "blk_counters.rs"]
 mod counters;

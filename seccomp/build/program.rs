@@ -10,9 +10,12 @@ use std::collections::BTreeMap;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, sock_filter,
+    SeccompRule, TargetArch,
 };
 
+use crate::bpf::{
+    ARCH_OFFSET, AUDIT_ARCH_X86_64, NUMBER_OFFSET, Range, jump_equal, load, op_return, push, search,
+};
 use crate::policy::{Condition, Policy, Test};
 
 /// What happens to a call that is not in the policy.
@@ -24,15 +27,6 @@ pub enum Otherwise {
     Log,
 }
 
-// include/uapi/linux/bpf_common.h, filter.h, audit.h
-const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
-const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-const JUMP_AT_LEAST: u16 = 0x35; // BPF_JMP | BPF_JGE | BPF_K
-const RETURN: u16 = 0x06; // BPF_RET | BPF_K
-const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
-const NUMBER_OFFSET: u32 = 0;
-const ARCH_OFFSET: u32 = 4;
 /// BPF_MAXINSNS.
 const MAX_LEN: usize = 4096;
 
@@ -45,10 +39,10 @@ pub fn compile(policy: &Policy, otherwise: Otherwise) -> Result<BpfProgram, Stri
     let mut program = vec![
         // A 32-bit call (int 0x80) is named like any other violation, in both
         // modes: its numbers mean other calls.
-        op(LOAD, 0, 0, ARCH_OFFSET),
-        op(JUMP_EQUAL, 1, 0, AUDIT_ARCH_X86_64),
-        op(RETURN, 0, 0, u32::from(SeccompAction::Trap)),
-        op(LOAD, 0, 0, NUMBER_OFFSET),
+        load(ARCH_OFFSET),
+        jump_equal(AUDIT_ARCH_X86_64, 1, 0),
+        op_return(u32::from(SeccompAction::Trap)),
+        load(NUMBER_OFFSET),
     ];
     // x32 calls have bit 30 set, and so numbers beyond all of these.
     program.extend(search(&ranges(policy, &missing)?)?);
@@ -57,9 +51,6 @@ pub fn compile(policy: &Policy, otherwise: Otherwise) -> Result<BpfProgram, Stri
     }
     Ok(program)
 }
-
-/// First number, and the code for it and all numbers up to the next range.
-type Range = (u32, BpfProgram);
 
 /// What happens to every number, as ranges from 0 on.
 fn ranges(policy: &Policy, missing: &SeccompAction) -> Result<Vec<Range>, String> {
@@ -85,38 +76,8 @@ fn ranges(policy: &Policy, missing: &SeccompAction) -> Result<Vec<Range>, String
     Ok(ranges)
 }
 
-/// Adds a range; one that starts where the last does replaces it, one that does
-/// the same continues it.
-fn push(ranges: &mut Vec<Range>, start: u32, code: BpfProgram) {
-    if ranges.last().is_some_and(|(last, _)| *last == start) {
-        ranges.pop();
-    }
-    if ranges.last().is_none_or(|(_, last)| *last != code) {
-        ranges.push((start, code));
-    }
-}
-
-/// Binary search; the accumulator holds the call's number.
-fn search(ranges: &[Range]) -> Result<BpfProgram, String> {
-    let middle = ranges.len() / 2;
-    if middle == 0 {
-        return Ok(ranges.first().ok_or("no ranges")?.1.clone());
-    }
-    let (low, high) = (search(&ranges[..middle])?, search(&ranges[middle..])?);
-    let skip = u32::try_from(low.len()).map_err(|e| e.to_string())?;
-    // A conditional jump reaches 255 instructions, the plain one any number.
-    let mut program = vec![op(JUMP_AT_LEAST, 0, 1, ranges[middle].0), op(JUMP, 0, 0, skip)];
-    program.extend(low);
-    program.extend(high);
-    Ok(program)
-}
-
-fn op(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
-    sock_filter { code, jt, jf, k }
-}
-
 fn answer(action: &SeccompAction) -> BpfProgram {
-    vec![op(RETURN, 0, 0, u32::from(action.clone()))]
+    vec![op_return(u32::from(action.clone()))]
 }
 
 fn errno(number: u32) -> SeccompAction {

@@ -19,6 +19,7 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 
 pub(crate) use capabilities::{Kept, restrict};
+pub(crate) use root::{FileSystem, detached_fs, pivot};
 
 /// A step of building a jail that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +90,22 @@ pub fn enter() -> Result<(), JailError> {
     no_new_privs()?;
     landlock::deny_all()?;
     Ok(())
+}
+
+/// As [`enter`], for a plugin: `root` makes its root directory, `landlock` says what of
+/// it may be written to.
+pub(crate) fn enter_plugin(
+    root: impl FnOnce() -> Result<(), JailError>,
+    writable: &[&std::path::Path],
+) -> Result<(), JailError> {
+    in_own_namespaces()?;
+    single_threaded()?;
+    die_with_parent()?;
+    root()?;
+    limits::apply_to_plugin()?;
+    restrict(Kept::None)?;
+    no_new_privs()?;
+    landlock::root_only(writable)
 }
 
 /// Gives up what the VMM itself does not need: all capabilities, the bounding

@@ -11,8 +11,11 @@
 //! [`jail::close_others`], [`jail::enter`], [`violation::install`], then its own
 //! preparation, then [`filter::seal`].
 
+mod bpf;
 pub mod filter;
 pub mod jail;
+pub mod minijail;
+pub mod plugin;
 pub mod spawner;
 mod syscalls;
 pub mod violation;

@@ -8,7 +8,9 @@
 //! What a child looks like is fixed here and cannot be asked for otherwise: this
 //! very executable, arguments `cellblock @cell ROLE ID`, an empty environment, fds
 //! 0 to 2 on /dev/null, the request's fds from 3 on, nothing else, a session of
-//! its own; with `sandbox` seven new namespaces and unprivileged ids.
+//! its own; with `sandbox` seven new namespaces and unprivileged ids. A child of the
+//! role `plugin` has the fds of the plan that was fixed at the fork behind those of
+//! the request, and is refused where there is no plan.
 
 mod child;
 mod ids;
@@ -31,6 +33,7 @@ use nix::unistd::ForkResult;
 pub use messages::{ExitStatus, ProcessInfo, Request, ThreadInfo};
 
 use crate::jail::{self, JailError};
+use crate::plugin;
 use messages::{FromSpawner, ToSpawner};
 
 /// Most fds a child can be given (they become 3, 4, and so on).
@@ -41,11 +44,13 @@ pub const MAX_CHILDREN: usize = 128;
 pub const CELL_ARG: &str = "@cell";
 
 /// How to fork the spawner.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Options {
     /// A terminal whose present mode the spawner restores when the VMM has died and
     /// left it in raw mode (no line editing, no echo, no signal characters).
     pub restore_terminal: Option<RawFd>,
+    /// The plugin that may be asked for.
+    pub plugin: Option<plugin::Plan>,
 }
 
 /// A failed exchange with the spawner.
@@ -150,7 +155,8 @@ pub fn fork(options: Options) -> Result<Spawner, SpawnError> {
     match forked.map_err(prepare("a process (see `ulimit -u`)"))? {
         ForkResult::Child => {
             drop(near);
-            server::main(server::Inherited { channel: far, vmm, exe, null, terminal })
+            let plugin = options.plugin;
+            server::main(server::Inherited { channel: far, vmm, exe, null, terminal, plugin })
         }
         ForkResult::Parent { child } => {
             let pid = child.as_raw();

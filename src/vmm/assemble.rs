@@ -163,7 +163,7 @@ fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal })
+    spawner::fork(spawner::Options { restore_terminal, plugin: None })
 }
 
 fn start_console(

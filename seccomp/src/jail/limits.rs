@@ -31,6 +31,20 @@ pub(super) fn apply() -> Result<(), JailError> {
     Ok(())
 }
 
+/// As [`apply`], for a plugin: it may hold the memory, the events and the interrupts of a
+/// whole machine.
+pub(super) fn apply_to_plugin() -> Result<(), JailError> {
+    for (resource, most, step) in LIMITS {
+        let most = match resource {
+            Resource::RLIMIT_NOFILE => 4096,
+            Resource::RLIMIT_DATA => 4 << 30,
+            _ => most,
+        };
+        lower(resource, most).map_err(JailError::new(step, "raise no limit: this is a bug"))?;
+    }
+    Ok(())
+}
+
 /// Lowers a limit to `most`; one that is lower already stays.
 fn lower(resource: Resource, most: u64) -> Result<(), Errno> {
     let (_, hard) = getrlimit(resource)?;

@@ -27,15 +27,30 @@ const NO_TMPFS: &str = "the kernel needs tmpfs mounts in user namespaces (5.2 or
 const NO_PIVOT: &str =
     "start cellblock from a root directory that is a mount point, or use --disable-sandbox";
 
-/// Replaces the root of this mount namespace by an empty tmpfs, and lets go of
-/// everything that was mounted.
+/// A file system to be made.
+#[derive(Clone, Copy)]
+pub(crate) struct FileSystem<'a> {
+    pub(crate) name: &'a CStr,
+    pub(crate) options: &'a [(&'a CStr, &'a CStr)],
+    /// As a file system and as a mount.
+    pub(crate) read_only: bool,
+}
+
+/// Replaces the root of this mount namespace by an empty, read-only tmpfs, and lets go
+/// of everything that was mounted.
 pub(super) fn empty() -> Result<(), JailError> {
+    let options = [(c"mode", c"0555"), (c"size", c"4096")];
+    pivot(FileSystem { name: c"tmpfs", options: &options, read_only: true })
+}
+
+/// As [`empty`], with a tmpfs of the caller's choice.
+pub(crate) fn pivot(tmpfs: FileSystem<'_>) -> Result<(), JailError> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(JailError::new(
             "make mounts private",
             "the spawner must have made a mount namespace: this is a bug",
         ))?;
-    enter_tmpfs(c"/")?;
+    enter_tmpfs(tmpfs, c"/")?;
     // The new root takes the old one's place and the old one is stacked on top of
     // it, at the same path, from where it is detached.
     match pivot_root(".", ".") {
@@ -44,7 +59,7 @@ pub(super) fn empty() -> Result<(), JailError> {
         // tmpfs entered by chroot has one.
         Err(Errno::EINVAL) => {
             chroot(".").map_err(JailError::new("chroot into tmpfs", NO_PIVOT))?;
-            enter_tmpfs(c".")?;
+            enter_tmpfs(tmpfs, c".")?;
             pivot_root(".", ".").map_err(JailError::new("pivot root", NO_PIVOT))?;
         }
         Err(e) => return Err(JailError::new("pivot root", NO_PIVOT)(e)),
@@ -53,12 +68,12 @@ pub(super) fn empty() -> Result<(), JailError> {
     nix::unistd::chdir("/").map_err(JailError::new("change to new root", NO_PIVOT))
 }
 
-/// Mounts an empty, read-only tmpfs on `target` and makes it the working directory.
+/// Mounts a new tmpfs on `target` and makes it the working directory.
 ///
 /// By fds: where the root directory is mode 0700 and not ours, no path below it
 /// can be looked up, but "/" itself can be mounted on.
-fn enter_tmpfs(target: &CStr) -> Result<(), JailError> {
-    let tmpfs = tmpfs().map_err(JailError::new("create tmpfs", NO_TMPFS))?;
+fn enter_tmpfs(tmpfs: FileSystem<'_>, target: &CStr) -> Result<(), JailError> {
+    let tmpfs = detached_fs(tmpfs).map_err(JailError::new("create tmpfs", NO_TMPFS))?;
     // SAFETY: both paths are C strings; the call touches no other memory.
     Errno::result(unsafe {
         libc::syscall(
@@ -74,11 +89,11 @@ fn enter_tmpfs(target: &CStr) -> Result<(), JailError> {
     fchdir(&tmpfs).map_err(JailError::new("change to tmpfs", NO_TMPFS))
 }
 
-/// A detached mount of a new tmpfs: read-only both as a file system and as a mount.
-fn tmpfs() -> Result<OwnedFd, Errno> {
+/// A detached mount of a new file system, without programs, devices and set-id files.
+pub(crate) fn detached_fs(fs: FileSystem<'_>) -> Result<OwnedFd, Errno> {
     // SAFETY: the name is a C string; the result is a new fd that nobody else knows.
     let context = unsafe {
-        let fd = libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC);
+        let fd = libc::syscall(libc::SYS_fsopen, fs.name.as_ptr(), FSOPEN_CLOEXEC);
         OwnedFd::from_raw_fd(Errno::result(fd)? as i32)
     };
     let configure = |command: u32, key: Option<&CStr>, value: Option<&CStr>| {
@@ -94,11 +109,15 @@ fn tmpfs() -> Result<OwnedFd, Errno> {
             )
         })
     };
-    configure(FSCONFIG_SET_STRING, Some(c"mode"), Some(c"0555"))?;
-    configure(FSCONFIG_SET_STRING, Some(c"size"), Some(c"4096"))?;
-    configure(FSCONFIG_SET_FLAG, Some(c"ro"), None)?;
+    for (key, value) in fs.options {
+        configure(FSCONFIG_SET_STRING, Some(key), Some(value))?;
+    }
+    let mut attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+    if fs.read_only {
+        configure(FSCONFIG_SET_FLAG, Some(c"ro"), None)?;
+        attributes |= MOUNT_ATTR_RDONLY;
+    }
     configure(FSCONFIG_CMD_CREATE, None, None)?;
-    let attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
     // SAFETY: no memory is involved; the result is a new fd that nobody else knows.
     unsafe {
         let fd = libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, attributes);

@@ -20,11 +20,12 @@ use super::ids::Plan;
 use super::messages::Request;
 use super::{CELL_ARG, MAX_CHILD_FDS};
 use crate::jail;
+use crate::plugin;
 
 /// First fd number of a child that the request's fds get.
 const FIRST_FD: RawFd = 3;
 /// Above everything a child keeps: fds are parked here while they are arranged.
-const PARKING: RawFd = FIRST_FD + MAX_CHILD_FDS as RawFd;
+const PARKING: RawFd = FIRST_FD + (MAX_CHILD_FDS + plugin::MAX_PLAN_FDS) as RawFd;
 
 /// Signals of the terminal and of `kill` are for the VMM; the spawner ends when the
 /// VMM has. SIGTTOU, because the terminal is restored from the background.
@@ -111,6 +112,7 @@ impl Step {
                 "raise the limit on open files (`ulimit -n`)"
             }
             (Step::IdMaps, Errno::ENOENT) => "mount /proc",
+            (Step::IdMaps, Errno::EINVAL) => "check the ids and the ranges of --plugin-gid-map",
             (Step::IdMaps, _) => {
                 "run as an ordinary user or as root with CAP_SETUID and CAP_SETGID"
             }
@@ -141,6 +143,8 @@ pub(super) struct Template {
     pub(super) exe: OwnedFd,
     pub(super) null: OwnedFd,
     pub(super) plan: Plan,
+    /// For children of its role.
+    pub(super) plugin: Option<plugin::Plan>,
 }
 
 impl Template {
@@ -159,8 +163,9 @@ impl Template {
             self.child(request, fds, far, &arguments)
         };
         drop(far);
+        let gid_maps = self.plugin_of(request).map_or(&[][..], |plan| &plan.gid_maps);
         if request.sandbox
-            && let Err(e) = self.plan.write(pid)
+            && let Err(e) = self.plan.write(pid, gid_maps)
         {
             // Seeing the end of file, the child exits at once.
             drop(near);
@@ -171,6 +176,10 @@ impl Template {
         // A child that died meanwhile is noticed by its pidfd.
         let _ = socket.write(&[0]);
         Ok(Made { pid, pidfd, sync: OwnedFd::from(socket) })
+    }
+
+    fn plugin_of(&self, request: &Request) -> Option<&plugin::Plan> {
+        self.plugin.as_ref().filter(|_| request.role == plugin::ROLE)
     }
 
     fn child(
@@ -207,7 +216,9 @@ impl Template {
         default_signals();
         if request.sandbox {
             if self.plan.clears_groups() {
-                setgroups(&[]).map_err(|e| (Step::Groups, e))?;
+                let maps = self.plugin_of(request).map_or(&[][..], |plan| &plan.gid_maps);
+                let groups: Vec<_> = maps.iter().map(|map| Gid::from_raw(map.inside)).collect();
+                setgroups(&groups).map_err(|e| (Step::Groups, e))?;
             }
             let (gid, uid) = (Gid::from_raw(0), Uid::from_raw(0));
             setresgid(gid, gid, gid).map_err(|e| (Step::Ids, e))?;
@@ -219,7 +230,8 @@ impl Template {
         if orphaned(sync) {
             exit();
         }
-        let exe = arrange(fds, &self.null, &self.exe).map_err(|e| (Step::Fds, e))?;
+        let more = self.plugin_of(request).map_or(&[][..], |plan| &plan.fds);
+        let exe = arrange(fds, more, &self.null, &self.exe).map_err(|e| (Step::Fds, e))?;
         Err((Step::Exec, execute(&exe, arguments)))
     }
 }
@@ -293,11 +305,17 @@ pub(super) fn set_signal(which: Signal, action: SigHandler) {
     let _ = unsafe { signal(which, action) };
 }
 
-/// /dev/null as 0, 1, 2, then `fds` from 3 on; everything else goes at exec, the
+/// /dev/null as 0, 1, 2, then `fds` and `more` from 3 on; everything else goes at exec, the
 /// socket to the spawner (which is above [`PARKING`]) included. Returns the program.
-fn arrange(fds: &[OwnedFd], null: &OwnedFd, exe: &OwnedFd) -> Result<OwnedFd, Errno> {
+fn arrange(
+    fds: &[OwnedFd],
+    more: &[OwnedFd],
+    null: &OwnedFd,
+    exe: &OwnedFd,
+) -> Result<OwnedFd, Errno> {
     // First out of the way of the targets, then into place.
-    let parked = fds.iter().map(|fd| park(fd.as_fd())).collect::<Result<Vec<_>, _>>()?;
+    let all = fds.iter().chain(more);
+    let parked = all.map(|fd| park(fd.as_fd())).collect::<Result<Vec<_>, _>>()?;
     let exe = park(exe.as_fd())?;
     let null = park(null.as_fd())?;
     for target in 0..FIRST_FD {
@@ -306,7 +324,7 @@ fn arrange(fds: &[OwnedFd], null: &OwnedFd, exe: &OwnedFd) -> Result<OwnedFd, Er
     for (target, fd) in (FIRST_FD..).zip(&parked) {
         place(fd.as_fd(), target)?;
     }
-    let first_unused = FIRST_FD as u32 + fds.len() as u32;
+    let first_unused = FIRST_FD as u32 + parked.len() as u32;
     // SAFETY: marks fds close-on-exec; no memory is involved.
     Errno::result(unsafe {
         libc::syscall(libc::SYS_close_range, first_unused, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)

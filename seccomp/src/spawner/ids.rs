@@ -4,12 +4,14 @@
 //! Outside it is, when we are root, an id that nothing else on the host has, a
 //! different one for every live jail; when we are an ordinary user, that user.
 
+use std::fmt::Write as _;
 use std::fs;
 
 use nix::errno::Errno;
 use nix::unistd::{getegid, geteuid};
 
 use super::errno;
+use crate::plugin::GidMap;
 
 /// Start of the host ids given to jails; the process id is added. 0x7000_0000 and
 /// up is assigned to nobody by systemd's table of ids (1879048192..2147483647).
@@ -58,8 +60,9 @@ impl Plan {
         self != Plan::Own
     }
 
-    /// Writes the maps of child `pid`, which waits for it.
-    pub(super) fn write(self, pid: i32) -> Result<(), Errno> {
+    /// Writes the maps of child `pid`, which waits for it. `gids` are more groups that it
+    /// has, which only a privileged user can give.
+    pub(super) fn write(self, pid: i32, gids: &[GidMap]) -> Result<(), Errno> {
         let (uid, gid) = match self {
             Plan::Unique => {
                 let id = BASE + u32::try_from(pid).map_err(|_| Errno::EINVAL)?;
@@ -74,7 +77,11 @@ impl Plan {
         if self == Plan::Own {
             put("setgroups", "deny".into())?;
         }
-        put("gid_map", format!("0 {gid} 1"))?;
+        let mut map = format!("0 {gid} 1");
+        for GidMap { inside, outside, count } in gids {
+            let _ = write!(map, "\n{inside} {outside} {count}"); // to a String
+        }
+        put("gid_map", map)?;
         put("uid_map", format!("0 {uid} 1"))
     }
 }

@@ -15,11 +15,12 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::getppid;
 
 use super::child::{self, IGNORED_SIGNALS, Made, Template};
-use super::ids::Plan;
+use super::ids;
 use super::messages::{ExitStatus, FromSpawner, Request, ToSpawner};
 use super::terminal::Saved;
 use super::{MAX_CHILD_FDS, MAX_CHILDREN, inspect};
 use crate::jail::{self, JailError, Kept};
+use crate::plugin::{self, Plan};
 
 /// Most messages kept for a VMM that does not read; then it is taken for dead.
 const MAX_OUTBOX: usize = 4096;
@@ -33,6 +34,7 @@ pub(super) struct Inherited {
     pub(super) exe: OwnedFd,
     pub(super) null: OwnedFd,
     pub(super) terminal: Option<Saved>,
+    pub(super) plugin: Option<Plan>,
 }
 
 struct Child {
@@ -117,8 +119,15 @@ fn prepare(inherited: Inherited, vmm_pid: i32) -> Result<Server, JailError> {
     let mut keep =
         vec![0, 1, 2, channel.as_raw_fd(), vmm.as_raw_fd(), exe.as_raw_fd(), null.as_raw_fd()];
     keep.extend(inherited.terminal.as_ref().map(|t| t.as_fd().as_raw_fd()));
+    let plugin = match inherited.plugin {
+        Some(Plan { fds, gid_maps }) => {
+            Some(Plan { fds: fds.into_iter().map(high).collect::<Result<_, _>>()?, gid_maps })
+        }
+        None => None,
+    };
+    keep.extend(plugin.iter().flat_map(|plan| &plan.fds).map(AsRawFd::as_raw_fd));
     jail::close_others(&keep)?;
-    let plan = Plan::new();
+    let plan = ids::Plan::new();
     jail::restrict(Kept::SetIds)?;
     // Not gained by exec either. Children keep what their user namespace gives
     // them, which is not gained.
@@ -128,7 +137,7 @@ fn prepare(inherited: Inherited, vmm_pid: i32) -> Result<Server, JailError> {
         channel,
         vmm,
         vmm_pid,
-        template: Template { exe, null, plan },
+        template: Template { exe, null, plan, plugin },
         terminal: inherited.terminal,
         children: Vec::new(),
         outbox: VecDeque::new(),
@@ -216,6 +225,11 @@ impl Server {
                 }
                 if fds.is_empty() || fds.len() > MAX_CHILD_FDS {
                     return Err(End::Misbehaviour(format!("bad request: {} fds", fds.len())));
+                }
+                if request.role == plugin::ROLE
+                    && (self.template.plugin.is_none() || fds.len() != plugin::REQUEST_FDS)
+                {
+                    return Err(End::Misbehaviour("bad request: no such plugin".into()));
                 }
                 self.spawn(ticket, request, fds);
             }

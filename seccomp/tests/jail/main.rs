@@ -11,6 +11,7 @@ mod filters;
 mod host;
 mod jails;
 mod lifetime;
+mod plugin;
 mod steps;
 
 use std::io::Write;
@@ -23,6 +24,7 @@ type Test = (&'static str, fn());
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.first().map(String::as_str) {
+        Some("@cell") if args[1] == "plugin" => cellblock_seccomp::plugin::stub::main(),
         Some("@cell") => cell::main(),
         Some("@spawn-once") => return steps::spawn_once(),
         Some("@measure") => {
@@ -37,7 +39,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let filter = args.iter().find(|a| !a.starts_with('-'));
-    let tests = [jails::TESTS, filters::TESTS, lifetime::TESTS, steps::TESTS].concat();
+    let tests =
+        [jails::TESTS, filters::TESTS, lifetime::TESTS, steps::TESTS, plugin::TESTS].concat();
     let mut failed = Vec::new();
     let mut count = 0;
     for (name, body) in tests {

@@ -27,6 +27,20 @@ pub(super) struct Layout {
     pub event_idx: bool,
 }
 
+impl Layout {
+    /// Whether two of the parts share bytes. All were checked to be in guest memory.
+    fn overlaps(&self) -> bool {
+        let (size, event) = (u64::from(self.size), if self.event_idx { 2 } else { 0 });
+        let parts = [
+            (self.descriptors.0, 16 * size),
+            (self.avail.0, 4 + 2 * size + event),
+            (self.used.0, 4 + 8 * size + event),
+        ];
+        let overlap = |a: (u64, u64), b: (u64, u64)| a.0 < b.0 + b.1 && b.0 < a.0 + a.1;
+        overlap(parts[0], parts[1]) || overlap(parts[1], parts[2]) || overlap(parts[0], parts[2])
+    }
+}
+
 /// A ring that cannot be used, or not any longer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RingError {
@@ -42,6 +56,12 @@ pub(super) enum RingError {
     /// A part is not in guest memory.
     #[error("a ring of {size} entries is not wholly in guest memory")]
     Outside {
+        /// Entries asked for.
+        size: u16,
+    },
+    /// Two parts share bytes: what the device writes to one would change the other.
+    #[error("parts of a ring of {size} entries overlap")]
+    Overlap {
         /// Entries asked for.
         size: u16,
     },
@@ -69,6 +89,8 @@ impl RingError {
 pub(super) struct Ring<'m> {
     memory: &'m View<'m>,
     queue: Queue,
+    /// A chain was seen to be available and not taken yet.
+    promised: bool,
 }
 
 impl<'m> Ring<'m> {
@@ -92,9 +114,12 @@ impl<'m> Ring<'m> {
         if !queue.is_valid(memory) {
             return Err(RingError::Outside { size });
         }
+        if layout.overlaps() {
+            return Err(RingError::Overlap { size });
+        }
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(setup)?;
         queue.set_next_used(used.0);
-        Ok(Ring { memory, queue })
+        Ok(Ring { memory, queue, promised: false })
     }
 
     /// First available entry not taken yet.
@@ -121,7 +146,15 @@ impl<'m> Ring<'m> {
             Some(chain) if chain.head_index() >= self.queue.size() => {
                 Err(RingError::Poisoned(virtio_queue::Error::InvalidDescriptorIndex))
             }
-            chain => Ok(chain),
+            // The driver took back what it had made available. Looking again could go on
+            // for ever.
+            None if std::mem::take(&mut self.promised) => {
+                Err(RingError::Poisoned(virtio_queue::Error::InvalidAvailRingIndex))
+            }
+            chain => {
+                self.promised = false;
+                Ok(chain)
+            }
         }
     }
 
@@ -156,7 +189,8 @@ impl<'m> Ring<'m> {
 
     /// Asks the driver for a kick at the next chain. True if one came meanwhile.
     pub fn request_kicks(&mut self) -> Result<bool, RingError> {
-        self.queue.enable_notification(self.memory).map_err(RingError::Poisoned)
+        self.promised = self.queue.enable_notification(self.memory).map_err(RingError::Poisoned)?;
+        Ok(self.promised)
     }
 }
 
@@ -203,6 +237,44 @@ mod tests {
         assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good }));
         assert!(out(Layout { avail: GuestAddress(0xfff0), ..good }));
         assert!(out(Layout { used: GuestAddress(u64::MAX - 3), ..good }));
+    }
+
+    #[test]
+    fn parts_that_overlap_are_refused() {
+        let memory = memory();
+        let view = View::new(&memory).expect("view");
+        let good = layout(&MockSplitQueue::new(&memory, 16), true);
+        let at = |part: GuestAddress, by: i64| GuestAddress(part.0.wrapping_add_signed(by));
+        // Sizes with 16 entries: 256, 4 + 32 + 2, 4 + 128 + 2; each part is aligned.
+        for (avail, used, fits) in [
+            (at(good.descriptors, 256), good.used, true),
+            (at(good.descriptors, 254), good.used, false),
+            (good.avail, good.descriptors, false),
+            (at(good.used, -38), good.used, true),
+            (at(good.used, -36), good.used, false),
+            (at(good.used, 134), good.used, true),
+            (at(good.used, 132), good.used, false),
+        ] {
+            let layout = Layout { avail, used, ..good };
+            let made = Ring::new(&view, &layout);
+            assert_eq!(made.is_ok(), fits, "{layout:?}: {made:?}");
+            assert!(fits || matches!(made, Err(RingError::Overlap { size: 16 })));
+        }
+        // The event fields are only there where they were agreed on.
+        let close = Layout { avail: at(good.used, -36), event_idx: false, ..good };
+        assert!(Ring::new(&view, &close).is_ok());
+    }
+
+    #[test]
+    fn a_chain_that_is_taken_back_poisons() {
+        let memory = memory();
+        let view = View::new(&memory).expect("view");
+        let queue = MockSplitQueue::new(&memory, 16);
+        let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
+        queue.avail().idx().store(1);
+        assert!(ring.request_kicks().expect("request"));
+        queue.avail().idx().store(0);
+        assert!(matches!(ring.pop(), Err(error) if error.is_invalid_avail_idx()));
     }
 
     #[test]

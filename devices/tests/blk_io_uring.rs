@@ -31,7 +31,7 @@ fn prepare_without(errno: i32, engine: EngineKind) -> Result<(), String> {
             queues: 2,
             poll_us: 0,
             throttle: Default::default(),
-            engine,
+            engine: Some(engine),
         };
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
         let fds = vec![image.into(), new_counters().expect("page")];

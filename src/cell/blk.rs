@@ -1,5 +1,6 @@
 //! A virtio disk: the VMM's end of a block cell.
 
+use std::io::PipeReader;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
@@ -92,10 +94,27 @@ pub fn process(
         throttle: spec.throttle,
         engine: spec.engine,
     });
-    let fds = [disk.fd.as_fd(), counters.fd()];
-    let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;
+    let (far, near) = std::io::pipe().map_err(|source| CellError::Pipe {
+        role: "blk",
+        id: spec.id().to_string(),
+        source,
+    })?;
+    let mut held = disk.held.borrow_mut();
+    held.retain(is_held);
+    let mut fds = vec![disk.fd.as_fd(), counters.fd(), near.as_fd()];
+    fds.extend(held.iter().map(AsFd::as_fd));
+    let cell = launch(spawner, common, spec.id(), start, &fds, Some(socket));
+    drop(fds);
+    held.push(far);
+    let mut cell = cell?;
     cell.counters = Some(counters);
     Ok(cell)
+}
+
+/// Whether somebody still has the other end of a pipe.
+fn is_held(pipe: &PipeReader) -> bool {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO) == Ok(0)
 }
 
 /// A disk of ours that some other program's back end serves.

@@ -57,6 +57,17 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
+    /// A pipe could not be made.
+    #[error("preparing the {role} process {id}")]
+    Pipe {
+        /// Role.
+        role: &'static str,
+        /// Device id.
+        id: String,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// The spawner could not be asked, or is gone.
     #[error("asking the spawner for the {role} process {id}")]
     Spawner {

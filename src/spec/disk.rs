@@ -1,7 +1,8 @@
 //! A disk as the user asked for it, and its image opened.
 
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, PipeReader, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
@@ -34,7 +35,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] = &["direct", "cow"];
+const LATER: &[&str] = &["cow"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -67,8 +68,10 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
-    /// What carries requests out.
-    pub engine: EngineKind,
+    /// Read and write past the page cache.
+    pub direct: bool,
+    /// What carries requests out; what suits the image where not given.
+    pub engine: Option<EngineKind>,
     /// The socket of another program's vhost-user-blk back end, which has the image.
     pub vhost_user: Option<PathBuf>,
 }
@@ -102,13 +105,15 @@ impl FromStr for DiskSpec {
             poll_us: POLL_US,
             queues: None,
             throttle: ThrottleLimits::default(),
-            engine: EngineKind::default(),
+            direct: false,
+            engine: None,
             vhost_user: None,
         };
         let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
+                "direct" => disk.direct = field.switch()?,
                 "id" => {
                     let id = field.value("NAME")?;
                     check_id(id).map_err(|why| field.bad(why))?;
@@ -135,11 +140,11 @@ impl FromStr for DiskSpec {
                         })?;
                 }
                 "engine" => {
-                    disk.engine = match field.value("ENGINE")? {
+                    disk.engine = Some(match field.value("ENGINE")? {
                         "sync" => EngineKind::Sync,
                         "io_uring" => EngineKind::IoUring,
                         _ => return Err(field.bad("it is sync or io_uring")),
-                    };
+                    });
                 }
                 "queues" => {
                     let queues = field.value("N")?.parse();
@@ -214,6 +219,8 @@ pub struct OpenedDisk {
     pub read_only: bool,
     /// What the guest reads as its serial number, at most 20 bytes.
     pub serial: String,
+    /// Of each process that had the image, what it held while it had requests in flight.
+    pub(crate) held: RefCell<Vec<PipeReader>>,
 }
 
 /// A disk that cannot be used.
@@ -226,6 +233,15 @@ pub enum DiskError {
         path: PathBuf,
         /// As asked for.
         read_only: bool,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Its file system has no I/O past the page cache.
+    #[error("opening disk {} for direct I/O", path.display())]
+    NotDirect {
+        /// The image.
+        path: PathBuf,
         /// The kernel's reason.
         #[source]
         source: io::Error,
@@ -293,6 +309,9 @@ impl Remedy for DiskError {
                 Kind::PermissionDenied => "make it readable for this user".into(),
                 _ => return None,
             },
+            DiskError::NotDirect { .. } => {
+                "leave ',direct' away, or put the image on a file system that has it, as ext4, xfs and btrfs do".into()
+            }
             DiskError::Kind { .. } => "give a raw image file or a block device".into(),
             DiskError::Empty(_) => "give it a size with 'truncate -s 1G FILE'".into(),
             DiskError::Ragged { size, .. } => match size.checked_next_multiple_of(SECTOR) {
@@ -344,14 +363,17 @@ impl DiskSpec {
     /// machine monitors that lock images in this way respect it, as we do theirs.
     pub fn open(&self) -> Result<OpenedDisk, DiskError> {
         let path = || self.path.clone();
+        // A FIFO without a peer must not hang the start.
+        let mut flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        flags.set(OFlag::O_DIRECT, self.direct);
         let file = OpenOptions::new()
             .read(true)
             .write(!self.read_only)
-            // A FIFO without a peer must not hang the start.
-            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
+            .custom_flags(flags.bits())
             .open(&self.path)
             .map_err(|source| match source.raw_os_error() {
                 Some(libc::EISDIR) => DiskError::Kind { path: path(), kind: "a directory" },
+                Some(libc::EINVAL) if self.direct => DiskError::NotDirect { path: path(), source },
                 Some(libc::ENXIO) => DiskError::Kind { path: path(), kind: "a socket or device" },
                 _ => DiskError::Open { path: path(), read_only: self.read_only, source },
             })?;
@@ -364,7 +386,13 @@ impl DiskSpec {
         })?;
         let mut serial = self.serial.clone().unwrap_or_else(|| self.id().to_owned());
         serial.truncate(SERIAL_BYTES);
-        Ok(OpenedDisk { fd: file.into(), size, read_only: self.read_only, serial })
+        Ok(OpenedDisk {
+            fd: file.into(),
+            size,
+            read_only: self.read_only,
+            serial,
+            held: Default::default(),
+        })
     }
 }
 
@@ -438,7 +466,8 @@ mod tests {
                 poll_us: 50,
                 queues: Some(32),
                 throttle: ThrottleLimits::default(),
-                engine: EngineKind::IoUring,
+                direct: true,
+                engine: Some(EngineKind::IoUring),
                 vhost_user: None,
             }
         );
@@ -491,7 +520,7 @@ mod tests {
             ("d,iops=5K", "it is a number of requests"),
             ("d,bw-burst=5", "bw-burst needs a rate"),
             ("d,iops=5,iops-burst=4", "has to be at least iops"),
-            ("d,direct", "'direct' is not supported yet by this version"),
+            ("d,cow", "'cow' is not supported yet by this version"),
             ("d,vhost-user=/s", "the back end has the image: write vhost-user=SOCKET[,id=NAME]"),
             ("vhost-user=", "'vhost-user' needs a value: vhost-user=SOCKET"),
             ("vhost-user=/s,ro", "key 'ro' is the back end's affair"),

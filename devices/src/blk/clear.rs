@@ -9,6 +9,7 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, c_in
 use virtio_bindings::virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 use super::config::SECTOR;
+use super::direct::Bounce;
 use super::execute::{Disk, ExecuteError};
 use super::request::Refusal;
 
@@ -89,19 +90,20 @@ impl Range {
     }
 }
 
-/// Clears `ranges`; durably where `write_through` says so.
+/// Clears `ranges`; durably where `write_through` says so. The caller has the turn to
+/// change parts of blocks.
 pub(super) fn execute(
     disk: &Disk,
     clear: Clear,
     ranges: &[Range],
     write_through: bool,
+    bounce: &mut Bounce,
 ) -> Result<(), ExecuteError> {
     for range in ranges.iter().filter(|range| range.len > 0) {
         match clear {
-            Clear::Discard => discard(disk, range),
-            Clear::Zero => zero(disk, range),
+            Clear::Discard => discard(disk, range).map_err(ExecuteError::Io)?,
+            Clear::Zero => zero(disk, range, bounce)?,
         }
-        .map_err(ExecuteError::Io)?;
     }
     if write_through { disk.file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
 }
@@ -114,16 +116,23 @@ fn discard(disk: &Disk, range: &Range) -> io::Result<()> {
     }
 }
 
-fn zero(disk: &Disk, range: &Range) -> io::Result<()> {
-    if range.unmap {
-        match fallocate(disk, FALLOC_FL_PUNCH_HOLE, range) {
+fn zero(disk: &Disk, range: &Range, bounce: &mut Bounce) -> Result<(), ExecuteError> {
+    let modes = [FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE];
+    for mode in &modes[usize::from(!range.unmap)..] {
+        match fallocate(disk, *mode, range) {
             Err(error) if cannot(&error) => {}
-            result => return result,
+            result => return result.map_err(ExecuteError::Io),
         }
     }
-    match fallocate(disk, FALLOC_FL_ZERO_RANGE, range) {
-        Err(error) if cannot(&error) => write_zeros(disk, range),
-        result => result,
+    match &disk.direct {
+        None => write_zeros(disk, range).map_err(ExecuteError::Io),
+        Some(direct) => {
+            let zeros = |into: &mut [u8]| {
+                into.fill(0);
+                Ok(())
+            };
+            bounce.write((&disk.file, direct), range.offset, range.len, false, zeros)
+        }
     }
 }
 
@@ -189,7 +198,14 @@ mod tests {
         let size = SECTORS * SECTOR;
         file.write_all_at(&vec![0xa5; size as usize], 0).expect("fill");
         file.sync_all().expect("allocate");
-        Disk { file, size, block_size: 4096, read_only: false, id: Default::default() }
+        Disk {
+            file,
+            size,
+            block_size: 4096,
+            read_only: false,
+            id: Default::default(),
+            direct: None,
+        }
     }
 
     #[test]
@@ -227,7 +243,7 @@ mod tests {
                     Range { offset: disk.size - 8192, len: 8192, unmap },
                     Range { offset: 0, len: 0, unmap },
                 ];
-                execute(&disk, clear, &ranges, true).expect("clear");
+                execute(&disk, clear, &ranges, true, &mut Bounce::default()).expect("clear");
                 let mut content = vec![0; disk.size as usize];
                 disk.file.read_exact_at(&mut content, 0).expect("read");
                 for (at, byte) in content.iter().enumerate() {

@@ -52,11 +52,23 @@ pub(super) struct Done<'m> {
 #[error("talking to io_uring")]
 pub(super) struct EngineError(#[source] pub io::Error);
 
+impl EngineError {
+    /// There is no room, although there has to be.
+    fn full() -> EngineError {
+        EngineError(io::Error::other("its queue is full"))
+    }
+}
+
 /// See the module.
 pub(super) trait Engine<'m> {
     /// Begins a job: it is over already, or in flight until [`Engine::reap`] returns it.
     /// Only while there is room for one.
-    fn begin(&mut self, job: Job<'m>, data: &[Slice<'m>], ranges: &[Range]) -> Option<Done<'m>>;
+    fn begin(
+        &mut self,
+        job: Job<'m>,
+        data: &[Slice<'m>],
+        ranges: &[Range],
+    ) -> Result<Option<Done<'m>>, EngineError>;
 
     /// Whether one more job can be begun.
     fn has_room(&self) -> bool {
@@ -112,9 +124,14 @@ impl<'d> SyncEngine<'d> {
 
 impl<'m> Engine<'m> for SyncEngine<'_> {
     #[inline]
-    fn begin(&mut self, job: Job<'m>, data: &[Slice<'m>], ranges: &[Range]) -> Option<Done<'m>> {
+    fn begin(
+        &mut self,
+        job: Job<'m>,
+        data: &[Slice<'m>],
+        ranges: &[Range],
+    ) -> Result<Option<Done<'m>>, EngineError> {
         let mut filled = 0;
         let result = self.executor.execute(self.disk, job.operation, data, ranges, &mut filled);
-        Some(Done { job, filled, result })
+        Ok(Some(Done { job, filled, result }))
     }
 }

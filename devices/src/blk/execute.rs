@@ -11,8 +11,10 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use vm_memory::Bytes;
 
 use super::clear::{self, Range};
+use super::direct::{Bounce, Cursor, Direct};
 use super::memory::Slice;
 use super::request::Operation;
+use super::turns::Turns;
 
 /// Bytes of a serial number.
 pub(super) const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
@@ -32,6 +34,15 @@ pub(super) struct Disk {
     pub read_only: bool,
     /// Padded with zeros.
     pub id: [u8; ID_BYTES],
+    /// How it wants to be read and written, where that is not through the page cache.
+    pub direct: Option<Direct>,
+}
+
+impl Disk {
+    /// The turns that writes have to take.
+    pub fn turns(&self) -> Option<&Turns> {
+        self.direct.as_ref()?.turns.as_ref()
+    }
 }
 
 /// The file could not do what a well-formed request asked for.
@@ -52,13 +63,18 @@ pub(super) enum ExecuteError {
 #[derive(Debug)]
 pub(super) struct Executor {
     iovecs: Vec<iovec>,
+    bounce: Bounce,
     /// Every write is durable before it is answered.
     write_through: bool,
 }
 
 impl Executor {
     pub fn new(write_through: bool) -> Executor {
-        Executor { iovecs: Vec::with_capacity(MAX_IOVECS), write_through }
+        Executor {
+            iovecs: Vec::with_capacity(MAX_IOVECS),
+            bounce: Bounce::default(),
+            write_through,
+        }
     }
 
     /// Does `operation`; `filled` is how many bytes from the start of `data` were
@@ -71,12 +87,28 @@ impl Executor {
         ranges: &[Range],
         filled: &mut u64,
     ) -> Result<(), ExecuteError> {
+        if let Some(direct) = &disk.direct {
+            return self.execute_direct(disk, direct, operation, data, ranges, filled);
+        }
+        self.execute_plain(disk, operation, data, ranges, filled)
+    }
+
+    fn execute_plain(
+        &mut self,
+        disk: &Disk,
+        operation: Operation,
+        data: &[Slice<'_>],
+        ranges: &[Range],
+        filled: &mut u64,
+    ) -> Result<(), ExecuteError> {
         match operation {
             Operation::Read(offset) => self.transfer(disk, data, offset, filled, preadv2),
             Operation::Write(offset) => self.transfer(disk, data, offset, &mut 0, pwritev2),
             Operation::Flush if disk.read_only => Ok(()),
             Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
-            Operation::Clear(what) => clear::execute(disk, what, ranges, self.write_through),
+            Operation::Clear(what) => {
+                clear::execute(disk, what, ranges, self.write_through, &mut self.bounce)
+            }
             Operation::GetId => {
                 for slice in data {
                     let id = &disk.id[*filled as usize..];
@@ -86,6 +118,44 @@ impl Executor {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// The same on an image that is not cached: in turn where others write, and over a
+    /// buffer of ours where the guest's do not fit.
+    #[cold]
+    fn execute_direct(
+        &mut self,
+        disk: &Disk,
+        direct: &Direct,
+        operation: Operation,
+        data: &[Slice<'_>],
+        ranges: &[Range],
+        filled: &mut u64,
+    ) -> Result<(), ExecuteError> {
+        let bytes = data.iter().map(|slice| slice.len() as u64).sum();
+        let is_partial = match operation {
+            Operation::Read(_) | Operation::Flush | Operation::GetId => {
+                return match operation {
+                    Operation::Read(offset) if !direct.fits(offset, data) => {
+                        self.bounce.read((&disk.file, direct), offset, data, bytes, filled)
+                    }
+                    _ => self.execute_plain(disk, operation, data, ranges, filled),
+                };
+            }
+            Operation::Write(offset) => direct.is_partial(offset, bytes),
+            // Zeros may have to be written, into parts of blocks too.
+            Operation::Clear(_) => true,
+        };
+        let turns = direct.turns.as_ref();
+        let _turn = turns.map(|turns| turns.take(is_partial));
+        match operation {
+            Operation::Write(offset) if !direct.fits(offset, data) => {
+                let mut from = Cursor::new(data);
+                let to = (&disk.file, direct);
+                self.bounce.write(to, offset, bytes, self.write_through, |into| from.drain(into))
+            }
+            _ => self.execute_plain(disk, operation, data, ranges, filled),
         }
     }
 
@@ -231,7 +301,7 @@ mod tests {
         file.write_all(&content).expect("fill");
         let mut id = [0; ID_BYTES];
         id[..5].copy_from_slice(b"disk0");
-        Disk { file, size: bytes, block_size: 4096, read_only: false, id }
+        Disk { file, size: bytes, block_size: 4096, read_only: false, id, direct: None }
     }
 
     fn memory() -> Memory {
@@ -325,7 +395,14 @@ mod tests {
     fn a_failing_system_call_is_reported() {
         let memory = memory();
         let file = File::open("/dev/null").expect("open");
-        let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id: [0; ID_BYTES] };
+        let disk = Disk {
+            file,
+            size: 512,
+            block_size: 4096,
+            read_only: false,
+            id: [0; ID_BYTES],
+            direct: None,
+        };
         let from = slices(&memory, &[(0, 512)]);
         let error = Executor::new(false)
             .execute(&disk, Operation::Write(0), &from, &[], &mut 0)

@@ -20,6 +20,8 @@
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `engine` | what carries requests out: one by one, or many at once by io_uring |
 //! | `execute` | a request done on the image by system calls |
+//! | `direct`, `turns` | images without the page cache: bounce buffers, and who writes when |
+//! | `drained` | nothing of a process before this one is in flight |
 //! | `throttle` | how much the disk may do |
 //! | `clear` | ranges discarded or zeroed |
 //! | `poll` | how long to look at a ring before sleeping |
@@ -31,6 +33,8 @@
 mod backend;
 mod clear;
 mod config;
+mod direct;
+mod drained;
 mod engine;
 mod execute;
 #[cfg(any(test, fuzzing))]
@@ -41,6 +45,7 @@ mod request;
 mod ring;
 mod server;
 mod throttle;
+mod turns;
 mod view;
 mod worker;
 
@@ -65,6 +70,7 @@ use crate::protocol::counters::{CountersPage, MAX_QUEUES};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
+use direct::Direct;
 pub use engine::UringError;
 use execute::{Disk, ID_BYTES};
 use throttle::Throttle;
@@ -75,8 +81,11 @@ use worker::{Equipment, Worker};
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
-    #[error("a block device takes two file descriptors, not {0}")]
-    Fds(usize),
+    #[error("a block device takes an image and a page of counters")]
+    Fds,
+    /// A process before this one still has requests in flight, or it cannot be told.
+    #[error("waiting for the requests of the process before this one")]
+    Predecessor(#[source] std::io::Error),
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
@@ -108,6 +117,19 @@ pub enum BlkError {
         /// Bytes of the disk.
         wanted: u64,
     },
+    /// The image was opened without the page cache, and cannot be used so.
+    #[error("finding the alignment that direct I/O needs on the disk image")]
+    Direct(#[source] std::io::Error),
+    /// Direct I/O cannot write the image's last block without making it longer.
+    #[error(
+        "disk image of {size} bytes ends inside a block of {block}, which direct I/O cannot write; pad it with 'truncate -s {} FILE', or leave direct away", size.next_multiple_of(*block)
+    )]
+    CutShort {
+        /// Bytes of the disk.
+        size: u64,
+        /// Bytes of a block.
+        block: u64,
+    },
     /// A queue's thread could not be made, or ended.
     #[error("preparing queue {0}")]
     Worker(u16, #[source] WorkerError),
@@ -137,7 +159,10 @@ pub fn prepare(
     fds: Vec<OwnedFd>,
     vhost_user: UnixStream,
 ) -> Result<Blk, BlkError> {
-    let [image, page] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| BlkError::Fds(fds.len()))?;
+    let mut fds = fds.into_iter();
+    let (Some(image), Some(page)) = (fds.next(), fds.next()) else { return Err(BlkError::Fds) };
+    let hold = fds.next().map(Arc::new);
+    drained::wait(fds.collect()).map_err(BlkError::Predecessor)?;
     let disk = Arc::new(open(&config, image)?);
     let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {
@@ -156,6 +181,7 @@ pub fn prepare(
                 throttle: throttle.clone(),
                 poll,
                 engine: config.engine,
+                hold: hold.clone(),
             },
         );
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
@@ -187,7 +213,13 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
         Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
         _ => SECTOR as u32,
     };
-    Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id })
+    let direct = Direct::of(&file).map_err(BlkError::Direct)?;
+    if let Some(block) = direct.as_ref().map(|direct| direct.block)
+        && !config.size.is_multiple_of(block)
+    {
+        return Err(BlkError::CutShort { size: config.size, block });
+    }
+    Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id, direct })
 }
 
 fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {

@@ -267,7 +267,7 @@ impl Queue {
         }
         let (status, writable) = (request.status, request.writable);
         let job = Job { head, status, writable, operation, bytes };
-        if let Some(done) = service.engine.begin(job, data, request.ranges) {
+        if let Some(done) = service.engine.begin(job, data, request.ranges)? {
             self.finish(&mut service.ring, done)?;
             service.answered = true;
         }

@@ -72,14 +72,26 @@ pub(super) struct Equipment {
     pub counters: VirtioBlkCounters,
     pub throttle: Arc<Throttle>,
     pub poll: Duration,
-    pub engine: EngineKind,
+    pub engine: Option<EngineKind>,
+    /// For a ring to hold as long as anything is in flight.
+    pub hold: Option<Arc<OwnedFd>>,
 }
 
 impl Equipment {
     fn server(self, control: Arc<Control>) -> Result<Server, WorkerError> {
         let uring = match self.engine {
-            EngineKind::Sync => None,
-            EngineKind::IoUring => Some(Uring::new(&self.disk)?),
+            Some(EngineKind::IoUring) => Some(Uring::new(&self.disk, self.hold.as_deref())?),
+            // What has to be waited for is better waited for in number.
+            None if self.disk.direct.is_some() => {
+                match Uring::new(&self.disk, self.hold.as_deref()) {
+                    Err(UringError::Unavailable(error)) => {
+                        tracing::info!(%error, "doing without io_uring");
+                        None
+                    }
+                    uring => Some(uring?),
+                }
+            }
+            None | Some(EngineKind::Sync) => None,
         };
         if let Some(uring) = &uring {
             watch(&control.epoll, uring).map_err(WorkerError::Events)?;

@@ -48,8 +48,10 @@ pub enum SeccompMode {
 /// Role and configuration of a device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
-    /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
-    /// [`counters`].
+    /// fds: the disk image, opened as [`BlkStart::read_only`] says (and with O_DIRECT if
+    /// the page cache is not to be used), the page of [`counters`], and then pipes: one to
+    /// hold until nothing of the process is in flight on the image, and those that its
+    /// predecessors held, of which the process waits for the end before it begins.
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -71,15 +73,14 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
-    /// What carries requests out.
-    pub engine: EngineKind,
+    /// What carries requests out; none for what suits the image and the host.
+    pub engine: Option<EngineKind>,
 }
 
 /// What carries a disk's requests out on its image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum EngineKind {
     /// One system call after the other, on the queue's thread.
-    #[default]
     Sync,
     /// io_uring: many at once.
     IoUring,

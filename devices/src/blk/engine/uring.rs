@@ -5,8 +5,9 @@
 //! file for as long as the ring lives. Afterwards `io_uring_enter` is all it needs.
 #![allow(unsafe_code)] // the kernel is handed raw addresses of guest memory
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
 use io_uring::register::Restriction;
@@ -22,10 +23,11 @@ use crate::blk::config::QUEUE_SIZE;
 use crate::blk::execute::{Disk, ExecuteError, Executor, MAX_IOVECS, fill_iovecs};
 use crate::blk::memory::Slice;
 use crate::blk::request::Operation;
+use crate::blk::turns::Turns;
 
 /// Jobs in flight, at most: a full queue.
 const SLOTS: usize = QUEUE_SIZE as usize;
-/// The image, the ring's only file.
+/// The image: of the ring's files, the one that is worked with.
 const IMAGE: Fixed = Fixed(0);
 /// All that a ring can be asked to do.
 const OPERATIONS: [u8; 5] = [
@@ -57,7 +59,11 @@ pub(in crate::blk) struct Uring {
 
 impl Uring {
     /// Makes a ring for `disk`, and closes it to everything else.
-    pub fn new(disk: &Disk) -> Result<Uring, UringError> {
+    ///
+    /// The kernel can have requests in flight on a ring whose process is dead: nobody but
+    /// it knows when they are over. It lets go of a ring's files after that, so `hold`, the
+    /// writing end of a pipe, is one of them: who has the other end sees it close.
+    pub fn new(disk: &Disk, hold: Option<&OwnedFd>) -> Result<Uring, UringError> {
         let unavailable = |error: io::Error| match error.raw_os_error() {
             Some(libc::ENOSYS | libc::EPERM | libc::EACCES) => UringError::Unavailable(error),
             _ => UringError::Register("making an io_uring", error),
@@ -68,8 +74,9 @@ impl Uring {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| register("making the event of an io_uring")(e.into()))?;
         let submitter = ring.submitter();
+        let files = [Some(disk.file.as_raw_fd()), hold.map(AsRawFd::as_raw_fd)];
         submitter
-            .register_files(&[disk.file.as_raw_fd()])
+            .register_files(&files.into_iter().flatten().collect::<Vec<_>>())
             .map_err(register("giving the image to an io_uring"))?;
         submitter
             .register_eventfd(event.as_fd().as_raw_fd())
@@ -106,6 +113,8 @@ struct Slot<'m> {
     job: Option<Job<'m>>,
     /// Not touched while the job is in flight.
     iovecs: Vec<iovec>,
+    /// A share of the disk's turns comes with it.
+    has_share: bool,
 }
 
 /// Keeps jobs in flight through a [`Uring`]. Dropping it waits for them.
@@ -116,6 +125,10 @@ pub(in crate::blk) struct UringEngine<'s, 'm> {
     write_through: bool,
     slots: Vec<Slot<'m>>,
     free: Vec<u16>,
+    /// Shares that jobs in flight have.
+    shares: usize,
+    /// What was over while another job waited for its turn.
+    over: VecDeque<Done<'m>>,
     /// For what is not worth a ring, or goes on behind a short transfer.
     executor: Executor,
 }
@@ -126,14 +139,23 @@ impl<'s, 'm> UringEngine<'s, 'm> {
         let free = (0..QUEUE_SIZE).rev().collect();
         let executor = Executor::new(write_through);
         uring.ring.completion().disable_eventfd();
-        UringEngine { uring, disk, write_through, slots, free, executor }
+        UringEngine {
+            uring,
+            disk,
+            write_through,
+            slots,
+            free,
+            shares: 0,
+            over: VecDeque::new(),
+            executor,
+        }
     }
 
     /// The kernel's work for `operation`, over the iovecs of a slot.
-    fn entry(&self, operation: Operation, iovecs: &[iovec]) -> Option<Entry> {
+    fn entry(&self, operation: Operation, iovecs: &[iovec]) -> Entry {
         let dsync = if self.write_through { libc::RWF_DSYNC } else { 0 };
         let count = iovecs.len() as u32;
-        let entry = match (operation, iovecs) {
+        match (operation, iovecs) {
             // One buffer is the common case, and its iovec need not be read again.
             (Operation::Read(at), [one]) => {
                 opcode::Read::new(IMAGE, one.iov_base.cast(), one.iov_len as u32).offset(at).build()
@@ -151,10 +173,53 @@ impl<'s, 'm> UringEngine<'s, 'm> {
                 .offset(at)
                 .rw_flags(dsync)
                 .build(),
-            (Operation::Flush, _) => opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build(),
-            _ => return None,
-        };
-        Some(entry)
+            // The other operations are for calls.
+            _ => opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build(),
+        }
+    }
+
+    /// Whether a job is done by system calls, here and now: what io_uring has no operation
+    /// for, or what has to go over a bounce buffer.
+    fn is_for_calls(&self, job: &Job<'m>, data: &[Slice<'m>]) -> bool {
+        match job.operation {
+            Operation::Read(offset) | Operation::Write(offset) => {
+                let direct = self.disk.direct.as_ref();
+                data.len() > MAX_IOVECS || direct.is_some_and(|direct| !direct.fits(offset, data))
+            }
+            Operation::Flush => self.disk.read_only,
+            Operation::GetId | Operation::Clear(_) => true,
+        }
+    }
+
+    /// Takes the share of the disk's turns that a write of whole blocks needs.
+    fn share(&mut self, turns: &Turns) -> Result<(), EngineError> {
+        if !turns.try_share() {
+            self.drain()?;
+            turns.share();
+        }
+        self.shares += 1;
+        Ok(())
+    }
+
+    /// Waits for all that is in flight. Who waits for a turn must not have one: the other
+    /// may be waiting for it.
+    fn drain(&mut self) -> Result<(), EngineError> {
+        while self.in_kernel() > 0 {
+            self.enter(1)?;
+            while let Some(done) = self.next_done() {
+                self.over.push_back(done);
+            }
+        }
+        Ok(())
+    }
+
+    fn in_kernel(&self) -> usize {
+        SLOTS - self.free.len()
+    }
+
+    fn next_done(&mut self) -> Option<Done<'m>> {
+        let entry = self.uring.ring.completion().next()?;
+        self.finish(usize::try_from(entry.user_data()).ok()?, entry.result())
     }
 
     fn at_once(&mut self, job: Job<'m>, data: &[Slice<'m>], ranges: &[Range]) -> Done<'m> {
@@ -169,6 +234,7 @@ impl<'s, 'm> UringEngine<'s, 'm> {
         let slot = self.slots.get_mut(number)?;
         let job = slot.job.take()?;
         self.free.push(number as u16);
+        let has_share = std::mem::take(&mut slot.has_share);
         let moved = u64::try_from(result).unwrap_or(0);
         let is_transfer = job.operation != Operation::Flush;
         let (moved, result) = match -result {
@@ -180,6 +246,10 @@ impl<'s, 'm> UringEngine<'s, 'm> {
             }
             errno => (0, Err(ExecuteError::Io(io::Error::from_raw_os_error(errno)))),
         };
+        if has_share && let Some(turns) = self.disk.turns() {
+            self.shares -= 1;
+            turns.leave();
+        }
         let filled = if matches!(job.operation, Operation::Read(_)) { moved } else { 0 };
         Some(Done { job, filled, result })
     }
@@ -201,33 +271,38 @@ impl<'s, 'm> UringEngine<'s, 'm> {
 }
 
 impl<'m> Engine<'m> for UringEngine<'_, 'm> {
-    fn begin(&mut self, job: Job<'m>, data: &[Slice<'m>], ranges: &[Range]) -> Option<Done<'m>> {
-        if data.len() > MAX_IOVECS || (job.operation == Operation::Flush && self.disk.read_only) {
-            return Some(self.at_once(job, data, ranges));
+    fn begin(
+        &mut self,
+        job: Job<'m>,
+        data: &[Slice<'m>],
+        ranges: &[Range],
+    ) -> Result<Option<Done<'m>>, EngineError> {
+        if self.is_for_calls(&job, data) {
+            if self.shares > 0 {
+                self.drain()?;
+            }
+            return Ok(Some(self.at_once(job, data, ranges)));
         }
-        let Some(number) = self.free.pop() else {
-            return Some(self.at_once(job, data, ranges));
-        };
+        let is_write = matches!(job.operation, Operation::Write(_));
+        let turns = self.disk.turns().filter(|_| is_write);
+        if let Some(turns) = turns {
+            self.share(turns)?;
+        }
+        let Some(number) = self.free.pop() else { return Err(EngineError::full()) };
         let index = usize::from(number);
         fill_iovecs(&mut self.slots[index].iovecs, data);
-        let Some(entry) = self.entry(job.operation, &self.slots[index].iovecs) else {
-            self.free.push(number);
-            return Some(self.at_once(job, data, ranges));
-        };
-        let entry = entry.user_data(number.into());
+        let entry = self.entry(job.operation, &self.slots[index].iovecs).user_data(number.into());
+        self.slots[index].has_share = turns.is_some();
         // SAFETY: the iovecs name slices of mapped guest memory, which is borrowed for 'm
         // and shared with the guest, so that no Rust reference is invalidated by what the
         // kernel stores there. They and the list of them stay as they are until the job is
         // reaped: a slot is not touched meanwhile, and dropping `self` waits for it. The
-        // file is the ring's own.
+        // file is the ring's.
         let pushed = unsafe { self.uring.ring.submission().push(&entry) };
-        if pushed.is_err() {
-            // As many entries as slots: not reached while what is pushed gets submitted.
-            self.free.push(number);
-            return Some(self.at_once(job, data, ranges));
-        }
+        // As many entries as slots, so that there is room.
+        pushed.map_err(|_| EngineError::full())?;
         self.slots[index].job = Some(job);
-        None
+        Ok(None)
     }
 
     fn has_room(&self) -> bool {
@@ -235,7 +310,7 @@ impl<'m> Engine<'m> for UringEngine<'_, 'm> {
     }
 
     fn in_flight(&self) -> usize {
-        SLOTS - self.free.len()
+        self.in_kernel() + self.over.len()
     }
 
     fn submit(&mut self) -> Result<(), EngineError> {
@@ -243,15 +318,14 @@ impl<'m> Engine<'m> for UringEngine<'_, 'm> {
     }
 
     fn reap(&mut self) -> Option<Done<'m>> {
-        if self.in_flight() == 0 {
-            return None;
+        if let Some(done) = self.over.pop_front() {
+            return Some(done);
         }
-        let entry = self.uring.ring.completion().next()?;
-        self.finish(usize::try_from(entry.user_data()).ok()?, entry.result())
+        if self.in_kernel() > 0 { self.next_done() } else { None }
     }
 
     fn has_done(&mut self) -> bool {
-        !self.uring.ring.completion().is_empty()
+        !self.over.is_empty() || !self.uring.ring.completion().is_empty()
     }
 
     fn arm(&mut self) -> bool {
@@ -274,19 +348,16 @@ impl<'m> Engine<'m> for UringEngine<'_, 'm> {
     }
 
     fn wait(&mut self) -> Result<(), EngineError> {
-        if self.in_flight() == 0 { Ok(()) } else { self.enter(1) }
+        if self.in_kernel() == 0 || self.has_done() { Ok(()) } else { self.enter(1) }
     }
 }
 
 impl Drop for UringEngine<'_, '_> {
     /// The kernel must not be left with guest memory that may be unmapped now.
     fn drop(&mut self) {
-        while self.in_flight() > 0 {
-            if self.wait().is_err() {
-                // It still has the memory, and nothing else can be done about that.
-                std::process::abort();
-            }
-            while self.reap().is_some() {}
+        if self.drain().is_err() {
+            // It still has the memory, and nothing else can be done about that.
+            std::process::abort();
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use blk_driver::*;
 use cellblock_devices::blk::{BlkError, prepare};
 use cellblock_devices::protocol::counters::{VirtioBlkCountersSnapshot, new_counters};
-use cellblock_devices::protocol::{BlkStart, FromCell, ToCell};
+use cellblock_devices::protocol::{BlkStart, EngineKind, FromCell, ToCell};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -301,7 +301,9 @@ fn stopping_under_load_loses_and_repeats_nothing() {
         let base = device.front.get_vring_base(0).expect("base") as u16;
         assert_eq!(base, queue.used_index(&memory), "what was taken is answered");
         assert_eq!(queue.call.read().is_ok(), base != from, "and the driver is told");
-        partial += u32::from(base != from && base != queue.avail);
+        // By io_uring a batch is taken before its first request is done.
+        let in_the_middle = base != queue.avail || engine_under_test() == EngineKind::IoUring;
+        partial += u32::from(base != from && in_the_middle);
         queue.connect(&mut device, base);
         // Answers come in any order.
         let answer = |_| queue.next_used(&memory).expect("an answer").1;

@@ -66,7 +66,7 @@ impl Default for Options {
 
 /// The engine that a test program is about: `blk_io_uring` runs other programs' tests
 /// again on the other engine.
-fn engine_under_test() -> EngineKind {
+pub fn engine_under_test() -> EngineKind {
     match env!("CARGO_CRATE_NAME") {
         "blk_io_uring" => EngineKind::IoUring,
         _ => EngineKind::Sync,

@@ -6,12 +6,14 @@
 mod back_end;
 mod disk;
 mod fields;
+mod plugin_socket;
 mod serial;
 mod size;
 mod throttle;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
+pub use plugin_socket::PluginSocketSpec;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;
@@ -39,6 +41,14 @@ pub enum SpecError {
     /// A key that says something about an image which another program has.
     #[error("key '{0}' is the back end's affair: beside vhost-user=SOCKET there is only id=NAME")]
     BackEnds(String),
+    /// Writes that are refused and kept at once.
+    #[error("give one of 'ro' and 'cow': a disk that refuses writes has none to keep")]
+    ReadOnlyCow,
+    /// An overlay is read and written through the page cache.
+    #[error(
+        "a disk with 'cow' has neither 'direct' nor 'engine=io_uring': its blocks come from two files, through the page cache"
+    )]
+    CachedCow,
     /// The same key twice.
     #[error("key '{0}' is given twice")]
     Twice(String),

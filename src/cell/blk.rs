@@ -5,17 +5,19 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
 use super::counters::BlkCounters;
 use super::launch::{Common, launch};
+use super::overlay::Overlay;
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
@@ -92,6 +94,7 @@ pub fn process(
         queues,
         poll_us: spec.poll_us,
         throttle: spec.throttle,
+        cow: disk.overlay.is_some(),
         engine: spec.engine,
     });
     let (far, near) = std::io::pipe().map_err(|source| CellError::Pipe {
@@ -100,21 +103,36 @@ pub fn process(
         source,
     })?;
     let mut held = disk.held.borrow_mut();
-    held.retain(is_held);
-    let mut fds = vec![disk.fd.as_fd(), counters.fd(), near.as_fd()];
+    held.retain(|pipe| is_held(pipe, PollTimeout::ZERO));
+    let mut fds = vec![disk.fd.as_fd(), counters.fd()];
+    fds.extend(disk.overlay.iter().flat_map(Overlay::fds));
+    fds.push(near.as_fd());
     fds.extend(held.iter().map(AsFd::as_fd));
     let cell = launch(spawner, common, spec.id(), start, &fds, Some(socket));
     drop(fds);
     held.push(far);
     let mut cell = cell?;
+    cell.held = held.last().and_then(|pipe| pipe.try_clone().ok());
     cell.counters = Some(counters);
     Ok(cell)
 }
 
-/// Whether somebody still has the other end of a pipe.
-fn is_held(pipe: &PipeReader) -> bool {
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+/// Waits until nobody has the other ends of `pipes`, for so long at most: the images of
+/// processes that have ended are free then.
+pub fn wait_released(pipes: &[PipeReader], limit: Duration) {
+    let end = Instant::now() + limit;
+    for pipe in pipes {
+        let left = end.saturating_duration_since(Instant::now());
+        if is_held(pipe, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+            tracing::warn!("requests of a process that has ended are still under way");
+            return;
+        }
+    }
+}
+
+/// Whether somebody has the other end of a pipe, until then.
+fn is_held(pipe: &PipeReader, until: PollTimeout) -> bool {
+    poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::empty())], until) == Ok(0)
 }
 
 /// A disk of ours that some other program's back end serves.
@@ -194,6 +212,9 @@ impl StartingDisk {
             // Writes to the configuration end here, and a driver that switched the cache
             // off in vain would take for durable what is not.
             info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+            // However many queues there are, this device has one, and a driver that was
+            // told of more would fail at the second.
+            info.features &= !(1 << VIRTIO_BLK_F_MQ);
         }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(

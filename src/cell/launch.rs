@@ -82,6 +82,7 @@ pub fn launch(
         owes_stats: false,
         lines: Throttle::default(),
         counters: None,
+        held: None,
     })
 }
 

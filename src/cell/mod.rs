@@ -6,6 +6,7 @@
 //! | [`serial`] | COM1: the VMM's end of a serial cell |
 //! | [`blk`] | a virtio disk: the VMM's end of a block cell |
 //! | [`counters`] | the page a block cell counts in |
+//! | [`overlay`] | what a `cow` disk's guest has written |
 //!
 //! Nothing a cell says is trusted: its messages are decoded within bounds, its
 //! shared pages are read as hostile memory, and its death or its silence is an
@@ -14,8 +15,10 @@
 pub mod blk;
 pub mod counters;
 pub mod launch;
+pub mod overlay;
 pub mod serial;
 
+use std::io::PipeReader;
 use std::os::fd::OwnedFd;
 
 use std::time::Instant;
@@ -117,6 +120,8 @@ pub struct Cell {
     owes_stats: bool,
     lines: Throttle,
     counters: Option<BlkCounters>,
+    /// Closes when the kernel has nothing of the process in flight any more.
+    held: Option<PipeReader>,
 }
 
 impl Cell {
@@ -128,6 +133,11 @@ impl Cell {
     /// Unique in the VM.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// What closes when the kernel has nothing of the process in flight any more.
+    pub fn take_held(&mut self) -> Option<PipeReader> {
+        self.held.take()
     }
 
     /// Its pid outside, once the spawner told us.

@@ -39,6 +39,7 @@ use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
@@ -100,6 +101,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
     let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
+    let vmgenid = VmGenId::new(&machine)?;
+    vmgenid.set(&ram, vmgenid.fresh()?)?;
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
@@ -135,6 +138,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
+        _vmgenid: vmgenid,
         _machine: machine,
         ram,
         vcpus,

@@ -18,7 +18,7 @@ use super::notice::{Notice, Notifier};
 use super::signals::Signals;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
-use crate::cell::{Cell, ROUND};
+use crate::cell::{Cell, ROUND, blk};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
@@ -28,12 +28,14 @@ use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 
 /// A machine that is ready to run, or runs.
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) _machine: Machine,
+    pub(super) _vmgenid: VmGenId,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
@@ -381,10 +383,12 @@ impl Vm {
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
         };
         self.event(EventKind::Shutdown { reason, message });
+        let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
             tracing::warn!("the spawner is slow to end");
         }
+        blk::wait_released(&held, SPAWNER_LIMIT);
         if let Some(control) = self.control.take() {
             control.finish(CLIENTS_LIMIT).at_exit();
         }

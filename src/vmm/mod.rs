@@ -62,6 +62,8 @@ pub enum VmmError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     #[error(transparent)]
+    VmGenId(#[from] crate::vm::vmgenid::VmGenIdError),
+    #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]
     Acpi(#[from] crate::vm::acpi::AcpiError),

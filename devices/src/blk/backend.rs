@@ -365,6 +365,7 @@ mod tests {
             read_only: true,
             id: Default::default(),
             direct: None,
+            overlay: None,
         };
         let plain = limits(0, &disk);
         assert_eq!((plain.sectors, plain.read_only, plain.size_max), (2, true, None));

@@ -1,6 +1,7 @@
 //! Ranges of the disk given up or zeroed: DISCARD and WRITE_ZEROES (virtio 1.2, 5.2.6).
 #![allow(unsafe_code)] // fallocate takes a raw file descriptor
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -9,8 +10,8 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, c_in
 use virtio_bindings::virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 use super::config::SECTOR;
-use super::direct::Bounce;
-use super::execute::{Disk, ExecuteError};
+use super::direct::{Bounce, Direct};
+use super::execute::ExecuteError;
 use super::request::Refusal;
 
 /// Bytes of struct virtio_blk_discard_write_zeroes.
@@ -93,54 +94,60 @@ impl Range {
 /// Clears `ranges`; durably where `write_through` says so. The caller has the turn to
 /// change parts of blocks.
 pub(super) fn execute(
-    disk: &Disk,
+    file: &File,
     clear: Clear,
     ranges: &[Range],
     write_through: bool,
-    bounce: &mut Bounce,
+    mut bounce: Option<(&mut Bounce, &Direct)>,
 ) -> Result<(), ExecuteError> {
     for range in ranges.iter().filter(|range| range.len > 0) {
         match clear {
-            Clear::Discard => discard(disk, range).map_err(ExecuteError::Io)?,
-            Clear::Zero => zero(disk, range, bounce)?,
+            Clear::Discard => discard(file, range).map_err(ExecuteError::Io)?,
+            Clear::Zero => zero(file, range, bounce.as_mut().map(|(b, d)| (&mut **b, *d)))?,
         }
     }
-    if write_through { disk.file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
+    if write_through { file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
 }
 
-fn discard(disk: &Disk, range: &Range) -> io::Result<()> {
-    match fallocate(disk, FALLOC_FL_PUNCH_HOLE, range) {
+fn discard(file: &File, range: &Range) -> io::Result<()> {
+    match fallocate(file, FALLOC_FL_PUNCH_HOLE, range) {
         // A discard is advice: what cannot be given up stays (virtio 1.2, 5.2.6.2).
         Err(error) if cannot(&error) => Ok(()),
         result => result,
     }
 }
 
-fn zero(disk: &Disk, range: &Range, bounce: &mut Bounce) -> Result<(), ExecuteError> {
+/// Makes `range` read as zeros; over the buffer where one is given, because the file has
+/// to be written so.
+pub(super) fn zero(
+    file: &File,
+    range: &Range,
+    bounce: Option<(&mut Bounce, &Direct)>,
+) -> Result<(), ExecuteError> {
     let modes = [FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE];
     for mode in &modes[usize::from(!range.unmap)..] {
-        match fallocate(disk, *mode, range) {
+        match fallocate(file, *mode, range) {
             Err(error) if cannot(&error) => {}
             result => return result.map_err(ExecuteError::Io),
         }
     }
-    match &disk.direct {
-        None => write_zeros(disk, range).map_err(ExecuteError::Io),
-        Some(direct) => {
+    match bounce {
+        None => write_zeros(file, range).map_err(ExecuteError::Io),
+        Some((bounce, direct)) => {
             let zeros = |into: &mut [u8]| {
                 into.fill(0);
                 Ok(())
             };
-            bounce.write((&disk.file, direct), range.offset, range.len, false, zeros)
+            bounce.write((file, direct), range.offset, range.len, false, zeros)
         }
     }
 }
 
-fn write_zeros(disk: &Disk, range: &Range) -> io::Result<()> {
+fn write_zeros(file: &File, range: &Range) -> io::Result<()> {
     let mut done = 0;
     while done < range.len {
         let n = (range.len - done).min(ZEROS.len() as u64);
-        disk.file.write_all_at(&ZEROS[..n as usize], range.offset + done)?;
+        file.write_all_at(&ZEROS[..n as usize], range.offset + done)?;
         done += n;
     }
     Ok(())
@@ -151,13 +158,13 @@ fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
 }
 
-fn fallocate(disk: &Disk, mode: c_int, range: &Range) -> io::Result<()> {
+fn fallocate(file: &File, mode: c_int, range: &Range) -> io::Result<()> {
     loop {
         // SAFETY: touches no memory of this process. The range is on the disk, whose
         // size fits an i64.
         let result = unsafe {
             libc::fallocate(
-                disk.file.as_raw_fd(),
+                file.as_raw_fd(),
                 mode | FALLOC_FL_KEEP_SIZE,
                 range.offset as i64,
                 range.len as i64,
@@ -175,9 +182,9 @@ fn fallocate(disk: &Disk, mode: c_int, range: &Range) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::execute::Disk;
     use super::*;
     use proptest::prelude::*;
-    use std::fs::File;
     use std::os::unix::fs::MetadataExt;
 
     const SECTORS: u64 = 2048;
@@ -205,6 +212,7 @@ mod tests {
             read_only: false,
             id: Default::default(),
             direct: None,
+            overlay: None,
         }
     }
 
@@ -243,7 +251,7 @@ mod tests {
                     Range { offset: disk.size - 8192, len: 8192, unmap },
                     Range { offset: 0, len: 0, unmap },
                 ];
-                execute(&disk, clear, &ranges, true, &mut Bounce::default()).expect("clear");
+                execute(&disk.file, clear, &ranges, true, None).expect("clear");
                 let mut content = vec![0; disk.size as usize];
                 disk.file.read_exact_at(&mut content, 0).expect("read");
                 for (at, byte) in content.iter().enumerate() {

@@ -122,6 +122,7 @@ mod tests {
             read_only: false,
             id: Default::default(),
             direct: None,
+            overlay: None,
         };
         let space = super::space(&disk, 4);
         assert_eq!(space[..8], 2048u64.to_le_bytes());

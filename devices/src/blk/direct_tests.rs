@@ -45,6 +45,7 @@ fn disk(folder: &Path, block: Option<u32>) -> (Disk, tempfile::NamedTempFile) {
         read_only: false,
         id: Default::default(),
         direct: Some(direct),
+        overlay: None,
     };
     (disk, image)
 }

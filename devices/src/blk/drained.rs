@@ -50,6 +50,7 @@ mod tests {
             read_only: false,
             id: Default::default(),
             direct,
+            overlay: None,
         };
         let (far, near) = std::io::pipe().expect("pipe");
         let near = OwnedFd::from(near);

@@ -13,6 +13,7 @@ use vm_memory::Bytes;
 use super::clear::{self, Range};
 use super::direct::{Bounce, Cursor, Direct};
 use super::memory::Slice;
+use super::overlay::Overlay;
 use super::request::Operation;
 use super::turns::Turns;
 
@@ -36,6 +37,8 @@ pub(super) struct Disk {
     pub id: [u8; ID_BYTES],
     /// How it wants to be read and written, where that is not through the page cache.
     pub direct: Option<Direct>,
+    /// Where writes go instead of to `file`, which is open read-only then.
+    pub overlay: Option<Overlay>,
 }
 
 impl Disk {
@@ -93,6 +96,7 @@ impl Executor {
         self.execute_plain(disk, operation, data, ranges, filled)
     }
 
+    #[inline]
     fn execute_plain(
         &mut self,
         disk: &Disk,
@@ -101,15 +105,20 @@ impl Executor {
         ranges: &[Range],
         filled: &mut u64,
     ) -> Result<(), ExecuteError> {
-        match operation {
-            Operation::Read(offset) => self.transfer(disk, data, offset, filled, preadv2),
-            Operation::Write(offset) => self.transfer(disk, data, offset, &mut 0, pwritev2),
-            Operation::Flush if disk.read_only => Ok(()),
-            Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
-            Operation::Clear(what) => {
-                clear::execute(disk, what, ranges, self.write_through, &mut self.bounce)
+        let file = &disk.file;
+        match (operation, &disk.overlay) {
+            (Operation::Read(offset), None) => self.read(file, data, offset, filled),
+            (Operation::Read(offset), Some(cow)) => cow.read(self, file, data, offset, filled),
+            (Operation::Write(offset), None) => self.write(file, data, offset),
+            (Operation::Write(offset), Some(cow)) => cow.write(self, file, data, offset),
+            (Operation::Clear(what), None) => {
+                let bounce = disk.direct.as_ref().map(|direct| (&mut self.bounce, direct));
+                clear::execute(file, what, ranges, self.write_through, bounce)
             }
-            Operation::GetId => {
+            (Operation::Clear(what), Some(cow)) => cow.clear(file, what, ranges),
+            (Operation::Flush, _) if !disk.is_durable() => Ok(()),
+            (Operation::Flush, _) => file.sync_data().map_err(ExecuteError::Io),
+            (Operation::GetId, _) => {
                 for slice in data {
                     let id = &disk.id[*filled as usize..];
                     let n = slice.len().min(id.len());
@@ -135,13 +144,11 @@ impl Executor {
     ) -> Result<(), ExecuteError> {
         let bytes = data.iter().map(|slice| slice.len() as u64).sum();
         let is_partial = match operation {
+            Operation::Read(offset) if !direct.fits(offset, data) => {
+                return self.bounce.read((&disk.file, direct), offset, data, bytes, filled);
+            }
             Operation::Read(_) | Operation::Flush | Operation::GetId => {
-                return match operation {
-                    Operation::Read(offset) if !direct.fits(offset, data) => {
-                        self.bounce.read((&disk.file, direct), offset, data, bytes, filled)
-                    }
-                    _ => self.execute_plain(disk, operation, data, ranges, filled),
-                };
+                return self.execute_plain(disk, operation, data, ranges, filled);
             }
             Operation::Write(offset) => direct.is_partial(offset, bytes),
             // Zeros may have to be written, into parts of blocks too.
@@ -166,7 +173,7 @@ impl Executor {
     /// The iovecs, at most [`MAX_IOVECS`], must name mapped guest memory.
     pub unsafe fn go_on(
         &self,
-        disk: &Disk,
+        file: &File,
         operation: Operation,
         iovecs: &mut [iovec],
         mut done: u64,
@@ -175,12 +182,12 @@ impl Executor {
         let flags = self.flags();
         let result = match operation {
             Operation::Read(at) => {
-                drive(left, |left, done| preadv2(disk, left, at + done, flags), at, &mut done)
+                drive(left, |left, done| preadv2(file, left, at + done, flags), at, &mut done)
             }
             Operation::Write(at) => {
-                drive(left, |left, done| pwritev2(disk, left, at + done, flags), at, &mut done)
+                drive(left, |left, done| pwritev2(file, left, at + done, flags), at, &mut done)
             }
-            Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
+            Operation::Flush => file.sync_data().map_err(ExecuteError::Io),
             Operation::GetId | Operation::Clear(_) => Ok(()),
         };
         (done, result)
@@ -190,18 +197,39 @@ impl Executor {
         if self.write_through { libc::RWF_DSYNC } else { 0 }
     }
 
-    fn transfer(
+    /// Fills `data` from `file`; `done` is how many bytes were.
+    pub fn read(
         &mut self,
-        disk: &Disk,
+        file: &File,
         data: &[Slice<'_>],
         offset: u64,
         done: &mut u64,
-        call: impl Fn(&Disk, &[iovec], u64, c_int) -> io::Result<usize>,
+    ) -> Result<(), ExecuteError> {
+        self.transfer(file, data, offset, done, preadv2)
+    }
+
+    /// Writes `data` to `file`.
+    pub fn write(
+        &mut self,
+        file: &File,
+        data: &[Slice<'_>],
+        offset: u64,
+    ) -> Result<(), ExecuteError> {
+        self.transfer(file, data, offset, &mut 0, pwritev2)
+    }
+
+    fn transfer(
+        &mut self,
+        file: &File,
+        data: &[Slice<'_>],
+        offset: u64,
+        done: &mut u64,
+        call: impl Fn(&File, &[iovec], u64, c_int) -> io::Result<usize>,
     ) -> Result<(), ExecuteError> {
         let flags = self.flags();
         for chunk in data.chunks(MAX_IOVECS) {
             fill_iovecs(&mut self.iovecs, chunk);
-            let call = |left: &[iovec], done| call(disk, left, offset + done, flags);
+            let call = |left: &[iovec], done| call(file, left, offset + done, flags);
             drive(&mut self.iovecs, call, offset, done)?;
         }
         Ok(())
@@ -260,8 +288,8 @@ fn advance(iovecs: &mut [iovec], mut n: usize) -> &mut [iovec] {
 
 /// Reads into guest memory. The callers' iovecs name parts of slices of it, which they
 /// borrow until after the call.
-fn preadv2(disk: &Disk, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
-    let fd = disk.file.as_raw_fd();
+fn preadv2(file: &File, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
+    let fd = file.as_raw_fd();
     // SAFETY: see above. Guest memory is shared with the guest, so it is never behind a
     // Rust reference that these stores could invalidate. The count is at most MAX_IOVECS.
     let n = unsafe {
@@ -274,8 +302,8 @@ fn preadv2(disk: &Disk, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-fn pwritev2(disk: &Disk, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
-    let fd = disk.file.as_raw_fd();
+fn pwritev2(file: &File, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
+    let fd = file.as_raw_fd();
     // SAFETY: as for `preadv2`; the kernel only reads through these.
     let n = unsafe {
         match from {
@@ -301,7 +329,15 @@ mod tests {
         file.write_all(&content).expect("fill");
         let mut id = [0; ID_BYTES];
         id[..5].copy_from_slice(b"disk0");
-        Disk { file, size: bytes, block_size: 4096, read_only: false, id, direct: None }
+        Disk {
+            file,
+            size: bytes,
+            block_size: 4096,
+            read_only: false,
+            id,
+            direct: None,
+            overlay: None,
+        }
     }
 
     fn memory() -> Memory {
@@ -342,16 +378,16 @@ mod tests {
         let to = slices(&memory, &[(0, 100), (1000, 200), (5000, 300)]);
         let calls = std::cell::Cell::new(0);
         // A kernel that is interrupted now and then, and moves at most 70 bytes a call.
-        let stingy = |disk: &Disk, to: &[iovec], at: u64, flags: c_int| {
+        let stingy = |file: &File, to: &[iovec], at: u64, flags: c_int| {
             calls.set(calls.get() + 1);
             if calls.get() % 3 == 0 {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let first = iovec { iov_len: to[0].iov_len.min(70), ..to[0] };
-            preadv2(disk, &[first], at, flags)
+            preadv2(file, &[first], at, flags)
         };
         let mut done = 0;
-        Executor::new(false).transfer(&disk, &to, 300, &mut done, stingy).expect("read");
+        Executor::new(false).transfer(&disk.file, &to, 300, &mut done, stingy).expect("read");
         assert_eq!(done, 600);
         assert!(calls.get() > 10);
         let mut want = vec![0; 600];
@@ -370,11 +406,13 @@ mod tests {
         let (disk, memory) = (disk(8192), memory());
         let from = slices(&memory, &[(0, 512)]);
         for (write_through, want) in [(false, 0), (true, libc::RWF_DSYNC)] {
-            let seen = |disk: &Disk, from: &[iovec], at: u64, flags: c_int| {
+            let seen = |file: &File, from: &[iovec], at: u64, flags: c_int| {
                 assert_eq!(flags, want);
-                pwritev2(disk, from, at, flags)
+                pwritev2(file, from, at, flags)
             };
-            Executor::new(write_through).transfer(&disk, &from, 0, &mut 0, seen).expect("write");
+            Executor::new(write_through)
+                .transfer(&disk.file, &from, 0, &mut 0, seen)
+                .expect("write");
         }
     }
 
@@ -402,6 +440,7 @@ mod tests {
             read_only: false,
             id: [0; ID_BYTES],
             direct: None,
+            overlay: None,
         };
         let from = slices(&memory, &[(0, 512)]);
         let error = Executor::new(false)

@@ -22,6 +22,7 @@
 //! | `execute` | a request done on the image by system calls |
 //! | `direct`, `turns` | images without the page cache: bounce buffers, and who writes when |
 //! | `drained` | nothing of a process before this one is in flight |
+//! | `overlay` | what the guest writes kept apart from the image, where the disk is `cow` |
 //! | `throttle` | how much the disk may do |
 //! | `clear` | ranges discarded or zeroed |
 //! | `poll` | how long to look at a ring before sleeping |
@@ -40,6 +41,7 @@ mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod memory;
+mod overlay;
 mod poll;
 mod request;
 mod ring;
@@ -67,12 +69,14 @@ use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
 use crate::protocol::counters::{CountersPage, MAX_QUEUES};
+use crate::protocol::overlay::{Bitmap, overlay_bytes};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
 use direct::Direct;
 pub use engine::UringError;
 use execute::{Disk, ID_BYTES};
+use overlay::Overlay;
 use throttle::Throttle;
 pub use worker::WorkerError;
 use worker::{Equipment, Worker};
@@ -81,14 +85,19 @@ use worker::{Equipment, Worker};
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
-    #[error("a block device takes an image and a page of counters")]
-    Fds,
+    #[error(
+        "a block device takes an image, a page of counters, and with an overlay that and its map, which are more than {0} file descriptors"
+    )]
+    Fds(usize),
     /// A process before this one still has requests in flight, or it cannot be told.
     #[error("waiting for the requests of the process before this one")]
     Predecessor(#[source] std::io::Error),
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
+    /// The overlay's map cannot be used.
+    #[error("mapping the overlay's map")]
+    Bitmap(#[source] ShmError),
     /// The disk would be empty, or its last sector cut short.
     #[error("disk size of {0} bytes is not a positive multiple of 512")]
     Size(u64),
@@ -159,11 +168,16 @@ pub fn prepare(
     fds: Vec<OwnedFd>,
     vhost_user: UnixStream,
 ) -> Result<Blk, BlkError> {
+    let count = fds.len();
     let mut fds = fds.into_iter();
-    let (Some(image), Some(page)) = (fds.next(), fds.next()) else { return Err(BlkError::Fds) };
+    let (image, page) = fds.next().zip(fds.next()).ok_or(BlkError::Fds(count))?;
+    let layer = match config.cow {
+        true => Some(fds.next().zip(fds.next()).ok_or(BlkError::Fds(count))?),
+        false => None,
+    };
     let hold = fds.next().map(Arc::new);
     drained::wait(fds.collect()).map_err(BlkError::Predecessor)?;
-    let disk = Arc::new(open(&config, image)?);
+    let disk = Arc::new(open(&config, image, layer)?);
     let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
@@ -192,7 +206,12 @@ pub fn prepare(
     Ok(Blk { backend, handler, socket, throttle })
 }
 
-fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
+/// `layer` is an overlay and its map.
+fn open(
+    config: &BlkStart,
+    fd: OwnedFd,
+    layer: Option<(OwnedFd, OwnedFd)>,
+) -> Result<Disk, BlkError> {
     if config.size == 0 || !config.size.is_multiple_of(SECTOR) || config.size > i64::MAX as u64 {
         return Err(BlkError::Size(config.size));
     }
@@ -201,12 +220,15 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
         Some(id) if config.serial.is_ascii() => id.copy_from_slice(config.serial.as_bytes()),
         _ => return Err(BlkError::Serial(config.serial.clone())),
     }
-    check_mode(fd.as_fd(), config.read_only)?;
-    let mut file = File::from(fd);
-    let found = file.seek(SeekFrom::End(0)).map_err(BlkError::Examine)?;
-    if found < config.size {
-        return Err(BlkError::Short { found, wanted: config.size });
-    }
+    let file = check(fd, config.read_only || config.cow, config.size)?;
+    let overlay = match layer {
+        Some((fd, map)) => {
+            let file = check(fd, false, overlay_bytes(config.size))?;
+            let map = Bitmap::map(map, config.size, Access::ReadWrite);
+            Some(Overlay::new(file, map.map_err(BlkError::Bitmap)?, config.size))
+        }
+        None => None,
+    };
     // A power of two on every file system; a guest is told nothing else.
     let block_size = file.metadata().map_err(BlkError::Examine)?.blksize();
     let block_size = match u32::try_from(block_size) {
@@ -219,7 +241,16 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
     {
         return Err(BlkError::CutShort { size: config.size, block });
     }
-    Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id, direct })
+    let (size, read_only) = (config.size, config.read_only);
+    Ok(Disk { file, block_size, size, read_only, id, direct, overlay })
+}
+
+/// A file for `size` bytes of a disk, opened as it is to be used.
+fn check(fd: OwnedFd, read_only: bool, size: u64) -> Result<File, BlkError> {
+    check_mode(fd.as_fd(), read_only)?;
+    let mut file = File::from(fd);
+    let found = file.seek(SeekFrom::End(0)).map_err(BlkError::Examine)?;
+    if found < size { Err(BlkError::Short { found, wanted: size }) } else { Ok(file) }
 }
 
 fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {

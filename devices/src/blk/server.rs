@@ -106,13 +106,14 @@ impl Server {
         let parser = Parser::new(&view, start.limits);
         self.queue.begin(start);
         let disk = &*self.queue.disk;
+        let write_through = start.write_through && disk.is_durable();
         match &mut self.uring {
             Some(uring) => {
-                let engine = UringEngine::new(uring, disk, start.write_through);
+                let engine = UringEngine::new(uring, disk, write_through);
                 self.queue.run(start, Service::new(ring, parser, engine), next_avail)
             }
             None => {
-                let engine = SyncEngine::new(disk, start.write_through);
+                let engine = SyncEngine::new(disk, write_through);
                 self.queue.run(start, Service::new(ring, parser, engine), next_avail)
             }
         }
@@ -131,7 +132,7 @@ impl Queue {
         // was told that there is none sends no flush. Done here and not in the answer
         // to the front end, which waits for that.
         if start.write_through
-            && !self.disk.read_only
+            && self.disk.is_durable()
             && let Err(error) = self.disk.file.sync_data()
         {
             tracing::warn!(%error, "writing the image's cached data");

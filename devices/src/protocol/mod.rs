@@ -6,6 +6,7 @@
 //! and with it the process; never the VM.
 
 pub mod counters;
+pub mod overlay;
 pub mod ring;
 
 use serde::{Deserialize, Serialize};
@@ -49,9 +50,11 @@ pub enum SeccompMode {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
     /// fds: the disk image, opened as [`BlkStart::read_only`] says (and with O_DIRECT if
-    /// the page cache is not to be used), the page of [`counters`], and then pipes: one to
-    /// hold until nothing of the process is in flight on the image, and those that its
-    /// predecessors held, of which the process waits for the end before it begins.
+    /// the page cache is not to be used), then the page of [`counters`]; with
+    /// [`BlkStart::cow`], and an image opened read-only, the overlay, and its map, as
+    /// [`overlay`] describes them. Then pipes: one to hold until nothing of the process is
+    /// in flight on the image, and those that its predecessors held, of which the process
+    /// waits for the end before it begins.
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -73,6 +76,8 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// What the guest writes goes to a private overlay.
+    pub cow: bool,
     /// What carries requests out; none for what suits the image and the host.
     pub engine: Option<EngineKind>,
 }

@@ -114,6 +114,7 @@ impl Device {
             poll_us: options.poll_us,
             throttle: options.throttle,
             engine: Some(options.engine),
+            cow: false,
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");

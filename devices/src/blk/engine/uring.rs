@@ -182,11 +182,12 @@ impl<'s, 'm> UringEngine<'s, 'm> {
     /// for, or what has to go over a bounce buffer.
     fn is_for_calls(&self, job: &Job<'m>, data: &[Slice<'m>]) -> bool {
         match job.operation {
+            _ if self.disk.overlay.is_some() => true,
             Operation::Read(offset) | Operation::Write(offset) => {
                 let direct = self.disk.direct.as_ref();
                 data.len() > MAX_IOVECS || direct.is_some_and(|direct| !direct.fits(offset, data))
             }
-            Operation::Flush => self.disk.read_only,
+            Operation::Flush => !self.disk.is_durable(),
             Operation::GetId | Operation::Clear(_) => true,
         }
     }
@@ -242,7 +243,10 @@ impl<'s, 'm> UringEngine<'s, 'm> {
             ..=0 | libc::EAGAIN | libc::EINTR => {
                 // SAFETY: the slot's iovecs name slices of 'm, and there are at most
                 // MAX_IOVECS.
-                unsafe { self.executor.go_on(self.disk, job.operation, &mut slot.iovecs, moved) }
+                unsafe {
+                    let file = &self.disk.file;
+                    self.executor.go_on(file, job.operation, &mut slot.iovecs, moved)
+                }
             }
             errno => (0, Err(ExecuteError::Io(io::Error::from_raw_os_error(errno)))),
         };

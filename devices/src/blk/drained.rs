@@ -10,9 +10,16 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{SFlag, fstat};
 
 /// Longest wait. What takes longer is a device that hangs; starting is tried again then.
 const LIMIT: Duration = Duration::from_secs(8);
+
+/// Whether a file descriptor that was handed over is a pipe's.
+pub(super) fn is_pipe(fd: &OwnedFd) -> bool {
+    let is_fifo = |mode| SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFIFO;
+    fstat(fd).is_ok_and(|stat| is_fifo(stat.st_mode))
+}
 
 /// Waits until all of `pipes` are held by nobody any more.
 pub(super) fn wait(mut pipes: Vec<OwnedFd>) -> io::Result<()> {

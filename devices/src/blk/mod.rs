@@ -85,9 +85,7 @@ use worker::{Equipment, Worker};
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
-    #[error(
-        "a block device takes an image, a page of counters, and with an overlay that and its map, which are more than {0} file descriptors"
-    )]
+    #[error("a block device takes two file descriptors, or four with an overlay, not {0}")]
     Fds(usize),
     /// A process before this one still has requests in flight, or it cannot be told.
     #[error("waiting for the requests of the process before this one")]
@@ -175,8 +173,13 @@ pub fn prepare(
         true => Some(fds.next().zip(fds.next()).ok_or(BlkError::Fds(count))?),
         false => None,
     };
-    let hold = fds.next().map(Arc::new);
-    drained::wait(fds.collect()).map_err(BlkError::Predecessor)?;
+    let pipes: Vec<OwnedFd> = fds.collect();
+    if !pipes.iter().all(drained::is_pipe) {
+        return Err(BlkError::Fds(count));
+    }
+    let mut pipes = pipes.into_iter();
+    let hold = pipes.next().map(Arc::new);
+    drained::wait(pipes.collect()).map_err(BlkError::Predecessor)?;
     let disk = Arc::new(open(&config, image, layer)?);
     let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {

@@ -14,6 +14,7 @@
 //! | `blk-errors` | requests a disk must refuse, one by one | `disk=` `irq` |
 //! | `blk-features` | discards and zeroes ranges of a disk of at least 4 MiB, turns its cache off and on | `disk=` `irq` `indirect` |
 //! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` `queues=` (1) |
+//! | `bench-plan` | measures a list of requests, each for a time | `plan=OP:SECTORS:DEPTH,...` (`read:8:1`) `cycles=` (200000000) `disk=` `irq` `indirect` `event-idx` `queues=`, and the largest `qd=` and `sectors=` of the list |
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |

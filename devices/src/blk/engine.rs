@@ -14,6 +14,7 @@
 
 mod uring;
 
+use std::collections::VecDeque;
 use std::io;
 
 use super::clear::Range;
@@ -70,15 +71,11 @@ pub(super) trait Engine<'m> {
         ranges: &[Range],
     ) -> Result<Option<Done<'m>>, EngineError>;
 
-    /// Whether one more job can be begun.
-    fn has_room(&self) -> bool {
-        true
-    }
+    /// Whether one more job can be begun before some are reaped.
+    fn has_room(&self) -> bool;
 
     /// Jobs begun and not reaped.
-    fn in_flight(&self) -> usize {
-        0
-    }
+    fn in_flight(&self) -> usize;
 
     /// Hands the kernel what was begun since the last time.
     fn submit(&mut self) -> Result<(), EngineError> {
@@ -86,9 +83,7 @@ pub(super) trait Engine<'m> {
     }
 
     /// A job that is over, if there is one.
-    fn reap(&mut self) -> Option<Done<'m>> {
-        None
-    }
+    fn reap(&mut self) -> Option<Done<'m>>;
 
     /// Whether [`Engine::reap`] would return one.
     fn has_done(&mut self) -> bool {
@@ -109,20 +104,27 @@ pub(super) trait Engine<'m> {
     }
 }
 
+/// Jobs done before the first of them is answered. The driver looks at the used ring while
+/// it waits: every answer takes the ring's memory from the driver's CPU and gives it back,
+/// so a few go together. Not many, so that the driver has something to do meanwhile.
+const TOGETHER: usize = 8;
+
 /// Does each job on the calling thread before the next.
 #[derive(Debug)]
-pub(super) struct SyncEngine<'d> {
+pub(super) struct SyncEngine<'d, 'm> {
     disk: &'d Disk,
     executor: Executor,
+    over: VecDeque<Done<'m>>,
 }
 
-impl<'d> SyncEngine<'d> {
-    pub fn new(disk: &'d Disk, write_through: bool) -> SyncEngine<'d> {
-        SyncEngine { disk, executor: Executor::new(write_through) }
+impl<'d> SyncEngine<'d, '_> {
+    pub fn new(disk: &'d Disk, write_through: bool) -> Self {
+        let over = VecDeque::with_capacity(TOGETHER);
+        SyncEngine { disk, executor: Executor::new(write_through), over }
     }
 }
 
-impl<'m> Engine<'m> for SyncEngine<'_> {
+impl<'m> Engine<'m> for SyncEngine<'_, 'm> {
     #[inline]
     fn begin(
         &mut self,
@@ -132,6 +134,21 @@ impl<'m> Engine<'m> for SyncEngine<'_> {
     ) -> Result<Option<Done<'m>>, EngineError> {
         let mut filled = 0;
         let result = self.executor.execute(self.disk, job.operation, data, ranges, &mut filled);
-        Ok(Some(Done { job, filled, result }))
+        self.over.push_back(Done { job, filled, result });
+        Ok(None)
+    }
+
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.over.len() < TOGETHER
+    }
+
+    fn in_flight(&self) -> usize {
+        self.over.len()
+    }
+
+    #[inline]
+    fn reap(&mut self) -> Option<Done<'m>> {
+        self.over.pop_front()
     }
 }

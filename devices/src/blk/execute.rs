@@ -294,8 +294,11 @@ fn preadv2(file: &File, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<
     // Rust reference that these stores could invalidate. The count is at most MAX_IOVECS.
     let n = unsafe {
         match to {
-            // Spares the kernel a look at the iovec.
-            [one] => libc::pread(fd, one.iov_base, one.iov_len, offset as i64),
+            // Spares the kernel a look at the iovec, and libc what makes its function a
+            // place where a thread can be cancelled.
+            [one] => {
+                libc::syscall(libc::SYS_pread64, fd, one.iov_base, one.iov_len, offset) as isize
+            }
             _ => libc::preadv2(fd, to.as_ptr(), to.len() as c_int, offset as i64, 0),
         }
     };
@@ -307,7 +310,9 @@ fn pwritev2(file: &File, from: &[iovec], offset: u64, flags: c_int) -> io::Resul
     // SAFETY: as for `preadv2`; the kernel only reads through these.
     let n = unsafe {
         match from {
-            [one] if flags == 0 => libc::pwrite(fd, one.iov_base, one.iov_len, offset as i64),
+            [one] if flags == 0 => {
+                libc::syscall(libc::SYS_pwrite64, fd, one.iov_base, one.iov_len, offset) as isize
+            }
             _ => libc::pwritev2(fd, from.as_ptr(), from.len() as c_int, offset as i64, flags),
         }
     };

@@ -49,11 +49,18 @@ struct Service<'m, E> {
     ring: Ring<'m>,
     parser: Parser<'m>,
     engine: E,
-    /// Something was answered since the driver was last thought of.
+    /// Something was answered in this round.
     answered: bool,
+    /// Rounds with answers since the driver was last thought of.
+    unsaid: u32,
     /// The next chain has to wait.
     stall: Option<Stall>,
 }
+
+/// Rounds after which the driver is interrupted although there is more to do.
+const ROUNDS: u32 = 8;
+/// Looks at the ring between two looks at the clock.
+const LOOKS: u32 = 32;
 
 /// Why the service of a ring ended.
 enum End {
@@ -122,7 +129,7 @@ impl Server {
 
 impl<'m, E> Service<'m, E> {
     fn new(ring: Ring<'m>, parser: Parser<'m>, engine: E) -> Service<'m, E> {
-        Service { ring, parser, engine, answered: false, stall: None }
+        Service { ring, parser, engine, answered: false, unsaid: 0, stall: None }
     }
 }
 
@@ -192,9 +199,12 @@ impl Queue {
             service.engine.submit()?;
             self.reap(service)?;
             if std::mem::take(&mut service.answered) {
-                if service.ring.wants_interrupt()? {
-                    signal(start.call.as_ref());
+                service.unsaid += 1;
+                if service.unsaid >= ROUNDS || !service.ring.has_work()? {
+                    self.interrupt(start, service)?;
                 }
+            } else if service.unsaid > 0 {
+                self.interrupt(start, service)?;
             } else if stopping {
                 if service.engine.in_flight() == 0 {
                     return Err(End::Stopped);
@@ -213,6 +223,15 @@ impl Queue {
                 self.idle(service, &mut window)?;
             }
         }
+    }
+
+    /// Interrupts once for all that was answered, if the driver wants to know.
+    fn interrupt<E>(&self, start: &Start, service: &mut Service<'_, E>) -> Result<(), RingError> {
+        service.unsaid = 0;
+        if service.ring.wants_interrupt()? {
+            signal(start.call.as_ref());
+        }
+        Ok(())
     }
 
     /// Takes what is available, up to a ring full, and begins it.
@@ -371,13 +390,15 @@ impl Queue {
         until: Instant,
     ) -> Result<bool, End> {
         loop {
-            if service.ring.has_work()? || service.engine.has_done() || self.stopping() {
-                return Ok(true);
+            for _ in 0..LOOKS {
+                if service.ring.has_work()? || service.engine.has_done() || self.stopping() {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
             }
             if Instant::now() >= until {
                 return Ok(false);
             }
-            std::hint::spin_loop();
         }
     }
 

@@ -291,6 +291,6 @@ impl Server<'_> {
         if !self.spawner.shutdown(END_LIMIT) {
             tracing::warn!("the spawner is slow to end");
         }
-        blk::wait_released(&self.image.held.borrow(), END_LIMIT);
+        self.image.held.wait_released(END_LIMIT);
     }
 }

@@ -32,6 +32,7 @@ fn prepare_without(errno: i32, engine: EngineKind) -> Result<(), String> {
             poll_us: 0,
             throttle: Default::default(),
             engine: Some(engine),
+            failed: false,
             cow: false,
         };
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");

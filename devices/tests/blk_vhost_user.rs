@@ -571,6 +571,7 @@ fn prepare_names_what_is_wrong() {
         poll_us: 0,
         throttle: Default::default(),
         engine: Default::default(),
+        failed: false,
         cow: false,
     };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {

@@ -1,13 +1,13 @@
 //! A virtio disk: the VMM's end of a block cell.
 
-use std::io::PipeReader;
+use std::io::{PipeReader, pipe};
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cellblock_devices::protocol::{BlkStart, Start};
+use cellblock_devices::protocol::{BlkStart, Start, ThrottleLimits};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -67,10 +67,121 @@ pub enum DiskError {
 pub struct StartingDisk {
     /// The process, where it is ours.
     pub cell: Option<Cell>,
+    /// How to make it again.
+    pub recipe: Option<Recipe>,
     id: String,
     queues: u16,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
+}
+
+/// All it takes to make the process of a disk, and to make it again.
+#[derive(Debug)]
+pub struct Recipe {
+    id: String,
+    start: BlkStart,
+    /// Its lock is held for as long as the machine lives, whoever else has it.
+    image: OwnedFd,
+    /// Of a `cow` disk.
+    overlay: Vec<OwnedFd>,
+    held: Arc<Held>,
+}
+
+/// For each process of a disk the reading end of a pipe, of which it and its rings in the
+/// kernel hold the other for as long as they have requests in flight.
+#[derive(Debug, Default)]
+pub struct Held(Mutex<Vec<PipeReader>>);
+
+impl Held {
+    fn pipes(&self) -> MutexGuard<'_, Vec<PipeReader>> {
+        let mut pipes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pipes.retain(|pipe| is_held(pipe, PollTimeout::ZERO));
+        pipes
+    }
+
+    /// Waits until nothing is held any more, for so long at most: the image is free then.
+    pub fn wait_released(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        for pipe in &*self.pipes() {
+            let left = end.saturating_duration_since(Instant::now());
+            if is_held(pipe, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+                tracing::warn!("requests of a process that has ended are still under way");
+                return;
+            }
+        }
+    }
+}
+
+impl Recipe {
+    /// For `disk`, with so many queues.
+    pub fn new(spec: &DiskSpec, disk: &OpenedDisk, queues: u16) -> Result<Recipe, CellError> {
+        let id = spec.id().to_string();
+        let keep = |source| CellError::Image { id: id.clone(), source };
+        let image = disk.fd.try_clone().map_err(keep)?;
+        let overlay = disk.overlay.iter().flat_map(Overlay::fds);
+        let overlay = overlay.map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>();
+        let overlay = overlay.map_err(keep)?;
+        let start = BlkStart {
+            read_only: disk.read_only,
+            size: disk.size,
+            serial: disk.serial.clone(),
+            queues,
+            poll_us: spec.poll_us,
+            throttle: spec.throttle,
+            failed: false,
+            cow: disk.overlay.is_some(),
+            engine: spec.engine,
+        };
+        Ok(Recipe { id, start, image, overlay, held: disk.held.clone() })
+    }
+
+    /// Asks for a process that serves the front end at the other end of `socket` under
+    /// `throttle`; one that `failed` gives nothing but errors.
+    pub fn launch(
+        &self,
+        spawner: &mut Spawner,
+        common: Common,
+        counters: &BlkCounters,
+        throttle: ThrottleLimits,
+        failed: bool,
+        socket: UnixStream,
+    ) -> Result<Cell, CellError> {
+        let start = Start::Blk(BlkStart { throttle, failed, ..self.start.clone() });
+        let mut fds = vec![self.image.as_fd(), counters.fd()];
+        fds.extend(self.overlay.iter().map(OwnedFd::as_fd));
+        // The process holds one, and waits for those of its predecessors to close. One that
+        // never touches the image has nothing to wait for.
+        let (far, near) =
+            pipe().map_err(|source| CellError::Image { id: self.id.clone(), source })?;
+        let mut held = self.held.pipes();
+        fds.push(near.as_fd());
+        fds.extend(held.iter().filter(|_| !failed).map(AsFd::as_fd));
+        let cell = launch(spawner, common, &self.id, start, &fds, Some(socket));
+        drop(fds);
+        held.push(far);
+        drop(held);
+        let mut cell = cell?;
+        cell.held = Some(self.held.clone());
+        Ok(cell)
+    }
+
+    /// The first process, with a page to count in.
+    fn begin(
+        &self,
+        spawner: &mut Spawner,
+        common: Common,
+        socket: UnixStream,
+    ) -> Result<Cell, CellError> {
+        let counters = BlkCounters::new(self.start.queues).map_err(|source| CellError::Shm {
+            role: "blk",
+            id: self.id.clone(),
+            source,
+        })?;
+        let throttle = self.start.throttle;
+        let mut cell = self.launch(spawner, common, &counters, throttle, false, socket)?;
+        cell.counters = Some(counters);
+        Ok(cell)
+    }
 }
 
 /// Asks for a process that serves `disk` to the front end at the other end of `socket`.
@@ -82,52 +193,7 @@ pub fn process(
     queues: u16,
     socket: UnixStream,
 ) -> Result<Cell, CellError> {
-    let counters = BlkCounters::new(queues).map_err(|source| CellError::Shm {
-        role: "blk",
-        id: spec.id().to_string(),
-        source,
-    })?;
-    let start = Start::Blk(BlkStart {
-        read_only: disk.read_only,
-        size: disk.size,
-        serial: disk.serial.clone(),
-        queues,
-        poll_us: spec.poll_us,
-        throttle: spec.throttle,
-        cow: disk.overlay.is_some(),
-        engine: spec.engine,
-    });
-    let (far, near) = std::io::pipe().map_err(|source| CellError::Pipe {
-        role: "blk",
-        id: spec.id().to_string(),
-        source,
-    })?;
-    let mut held = disk.held.borrow_mut();
-    held.retain(|pipe| is_held(pipe, PollTimeout::ZERO));
-    let mut fds = vec![disk.fd.as_fd(), counters.fd()];
-    fds.extend(disk.overlay.iter().flat_map(Overlay::fds));
-    fds.push(near.as_fd());
-    fds.extend(held.iter().map(AsFd::as_fd));
-    let cell = launch(spawner, common, spec.id(), start, &fds, Some(socket));
-    drop(fds);
-    held.push(far);
-    let mut cell = cell?;
-    cell.held = held.last().and_then(|pipe| pipe.try_clone().ok());
-    cell.counters = Some(counters);
-    Ok(cell)
-}
-
-/// Waits until nobody has the other ends of `pipes`, for so long at most: the images of
-/// processes that have ended are free then.
-pub fn wait_released(pipes: &[PipeReader], limit: Duration) {
-    let end = Instant::now() + limit;
-    for pipe in pipes {
-        let left = end.saturating_duration_since(Instant::now());
-        if is_held(pipe, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
-            tracing::warn!("requests of a process that has ended are still under way");
-            return;
-        }
-    }
+    Recipe::new(spec, disk, queues)?.begin(spawner, common, socket)
 }
 
 /// Whether somebody has the other end of a pipe, until then.
@@ -138,7 +204,7 @@ fn is_held(pipe: &PipeReader, until: PollTimeout) -> bool {
 /// A disk of ours that some other program's back end serves.
 pub fn back_end(spec: &DiskSpec, socket: UnixStream) -> StartingDisk {
     let id = spec.id().to_string();
-    StartingDisk { cell: None, id, queues: 1, socket: Some(socket), front_end: None }
+    StartingDisk { cell: None, recipe: None, id, queues: 1, socket: Some(socket), front_end: None }
 }
 
 /// Asks for the process of `disk`, for a device of our own in a VM with `cpus` vCPUs.
@@ -153,9 +219,11 @@ pub fn start(
     let queues = spec.queues(cpus);
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
-    let cell = process(spawner, common, spec, disk, queues, far)?;
+    let recipe = Recipe::new(spec, disk, queues)?;
+    let cell = Some(recipe.begin(spawner, common, far)?);
     let id = id.to_string();
-    Ok(StartingDisk { cell: Some(cell), id, queues, socket: Some(near), front_end: None })
+    let recipe = Some(recipe);
+    Ok(StartingDisk { cell, recipe, id, queues, socket: Some(near), front_end: None })
 }
 
 /// Bytes of a disk as its back end gives them, and whether it is read-only.

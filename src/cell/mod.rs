@@ -18,11 +18,12 @@ pub mod launch;
 pub mod overlay;
 pub mod serial;
 
-use std::io::PipeReader;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use std::time::Instant;
 
+use blk::Held;
 use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
@@ -60,11 +61,9 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
-    /// A pipe could not be made.
-    #[error("preparing the {role} process {id}")]
-    Pipe {
-        /// Role.
-        role: &'static str,
+    /// The image's descriptor could not be kept, or a pipe not be made.
+    #[error("keeping the image of {id}")]
+    Image {
         /// Device id.
         id: String,
         /// The reason.
@@ -120,11 +119,35 @@ pub struct Cell {
     owes_stats: bool,
     lines: Throttle,
     counters: Option<BlkCounters>,
-    /// Closes when the kernel has nothing of the process in flight any more.
-    held: Option<PipeReader>,
+    /// Tells when the kernel has nothing of the process in flight any more.
+    held: Option<Arc<Held>>,
 }
 
 impl Cell {
+    /// Of the request that it was asked for by.
+    pub fn ticket(&self) -> u32 {
+        self.ticket
+    }
+
+    /// The spawner told us its pid.
+    pub fn started(&mut self, pid: i32, pidfd: OwnedFd) {
+        self.process = Some((pid, pidfd));
+    }
+
+    /// Becomes the process that `launch` asks for, which goes on counting where this one
+    /// stopped. Unchanged where that fails.
+    pub fn succeed<E>(
+        &mut self,
+        launch: impl FnOnce(Option<&BlkCounters>) -> Result<Cell, E>,
+    ) -> Result<(), E> {
+        let next = launch(self.counters.as_ref())?;
+        let before = std::mem::replace(self, next);
+        self.counters = before.counters;
+        self.stats = before.stats;
+        self.lines = before.lines;
+        Ok(())
+    }
+
     /// `blk` or `serial`.
     pub fn role(&self) -> &'static str {
         self.role
@@ -135,8 +158,8 @@ impl Cell {
         &self.id
     }
 
-    /// What closes when the kernel has nothing of the process in flight any more.
-    pub fn take_held(&mut self) -> Option<PipeReader> {
+    /// What tells when the kernel has nothing of the process in flight any more.
+    pub fn take_held(&mut self) -> Option<Arc<Held>> {
         self.held.take()
     }
 
@@ -243,6 +266,11 @@ impl Cell {
     /// The system call that seccomp stopped, if one was.
     pub fn violation(&self) -> Option<Violation> {
         violation::read(&self.violation)
+    }
+
+    /// It could not start, and says why.
+    pub fn refused(&mut self, step: &str, message: &str) {
+        self.log(LogLevel::Error, &format!("{step}: {message}"));
     }
 
     fn log(&mut self, level: LogLevel, message: &str) {

@@ -1,13 +1,13 @@
 //! A disk as the user asked for it, and its image opened.
 
-use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
-use std::io::{self, PipeReader, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use cellblock_devices::protocol::counters::MAX_QUEUES;
 use cellblock_devices::protocol::{EngineKind, ThrottleLimits};
@@ -16,6 +16,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::throttle::Throttle;
 use super::{SpecError, back_end, fields};
+use crate::cell::blk::Held;
 use crate::cell::overlay::{Overlay, OverlayError, Place};
 use crate::remedy::Remedy;
 
@@ -240,8 +241,8 @@ pub struct OpenedDisk {
     pub overlay: Option<Overlay>,
     /// What the guest reads as its serial number, at most 20 bytes.
     pub serial: String,
-    /// Of each process that had the image, what it held while it had requests in flight.
-    pub(crate) held: RefCell<Vec<PipeReader>>,
+    /// What the processes that had the image hold while they have requests in flight.
+    pub(crate) held: Arc<Held>,
 }
 
 /// A disk that cannot be used.

@@ -10,9 +10,9 @@ use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
-use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
 
+use super::chain::Chain;
 use super::engine::{Done, Engine, EngineError, Job, SyncEngine, Uring, UringEngine};
 use super::execute::Disk;
 use super::memory::Slice;
@@ -258,7 +258,7 @@ impl Queue {
     fn begin_chain<'m, E: Engine<'m>>(
         &self,
         service: &mut Service<'m, E>,
-        chain: DescriptorChain<&'m View<'m>>,
+        chain: Chain<'m>,
     ) -> Result<Result<(), Stall>, End> {
         let head = chain.head_index();
         let request = match service.parser.parse(chain) {

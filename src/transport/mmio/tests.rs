@@ -47,6 +47,7 @@ impl Rig {
             poll_us: 0,
             throttle: Default::default(),
             engine: Default::default(),
+            failed: false,
             cow: false,
         };
         let (near, far) = UnixStream::pair().expect("pair");

@@ -70,6 +70,7 @@ fn start(read_only: bool, queues: u16) -> BlkStart {
         poll_us: 0,
         throttle: Default::default(),
         engine: Default::default(),
+        failed: false,
         cow: false,
     }
 }

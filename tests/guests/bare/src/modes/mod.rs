@@ -10,6 +10,7 @@ mod echo;
 mod idle;
 mod pause;
 mod print;
+mod storm;
 mod touch;
 mod uart;
 
@@ -41,6 +42,7 @@ pub fn run(boot: &Boot) {
         "blk-features" => blk_features::run(boot),
         "bench-blk" => bench::run(boot),
         "bench-plan" => bench_plan::run(boot),
+        "storm" => storm::run(boot),
         "pause" => pause::run(boot),
         "spin" => idle::spin(boot),
         "halt" => idle::halt(boot),

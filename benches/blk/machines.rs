@@ -141,7 +141,7 @@ impl Files {
         let mut command = self.qemu(cmdline);
         command.arg("-chardev").arg(format!("socket,id=far,path={}", socket.display()));
         command.arg("-device");
-        command.arg(format!("vhost-user-blk-device,chardev=far,num-queues={queues}"));
+        command.arg(format!("vhost-user-blk,chardev=far,num-queues={queues}"));
         command
     }
 

@@ -23,6 +23,7 @@ use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::supervise::{Kind, Supervisor};
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -118,10 +119,25 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&config.disks, &disks, &devices);
     drop(disks);
@@ -142,7 +158,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
         _vmgenid: vmgenid,
         _machine: machine,
@@ -155,6 +171,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disks: facts,
         back_ends,
         spawner,
+        supervisor,
         control,
         notifier,
         signals,
@@ -164,7 +181,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
-    })
+    };
+    vm.watch_links();
+    Ok(vm)
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
@@ -173,7 +192,9 @@ fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    // In the order of the machine's back ends.
+    let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
 }
 
 fn start_console(

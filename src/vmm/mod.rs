@@ -5,6 +5,8 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `reconnect` | back ends of other programs that go away and come back |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -12,9 +14,11 @@ mod assemble;
 mod event_loop;
 mod notice;
 mod ports;
+mod reconnect;
 mod remedy;
 mod requests;
 pub(crate) mod signals;
+mod supervise;
 
 use std::time::Duration;
 

@@ -103,3 +103,20 @@ fn what_makes_no_sense_is_refused_before_anything_starts() {
     let (status, text) = run(&["--snapshot-out", "/tmp", "--snapshot-on-listener"]);
     assert!(status == Some(1) && text.contains("it exists"), "{text}");
 }
+
+/// The guest ends in the middle of it: so does the VM, with a whole snapshot or none.
+#[test]
+fn a_vm_that_ends_while_it_is_written_down_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..6 {
+        let out = dir.path().join(format!("s{n}"));
+        let mut vm = Vm::with(&format!("mode=pause every=5 marks=2 count={}", 5 * n + 5))
+            .arg("--snapshot-on-pre-exec")
+            .arg("--snapshot-out")
+            .arg(out.to_str().unwrap())
+            .start();
+        vm.wait_for("pause: ok");
+        vm.ends_well();
+        assert!(!out.exists() || trigger_of(&out) == "pre-exec");
+    }
+}

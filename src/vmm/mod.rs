@@ -9,10 +9,12 @@
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
 //! | `ports` | power, reset and marker ports |
+//! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
+mod hold;
 mod notice;
 mod ports;
 mod remedy;

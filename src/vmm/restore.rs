@@ -13,6 +13,7 @@ use cellblock_devices::protocol::{LogLevel, SeccompMode};
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
+use super::hold::Hold;
 use super::snapshot::{LoadError, Origin};
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
@@ -159,6 +160,7 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         model,
         host,
         ram,
+        hold: Arc::new(Hold::new(false)),
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;

@@ -9,7 +9,7 @@ use cellblock::control::client::ClientError;
 use cellblock::control::protocol::{Reply, Request, State};
 use common::Vm;
 
-const RESETS: u64 = 30;
+const RESETS: u64 = 8;
 
 fn count(line: &str) -> u64 {
     line.split("n=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
@@ -37,7 +37,7 @@ fn a_reset_vm_lives_the_same_moment_again_and_again() {
     let family = vm.processes();
     let (mut times, mut wrote) = (Vec::new(), Vec::new());
     for _ in 0..RESETS {
-        vm.wait_for_line(&format!("pause: n={} ", first + 50));
+        vm.wait_for_line(&format!("pause: n={} ", first + 20));
         let Reply::Reset { took_us, pages, .. } = vm.ask(Request::Reset) else {
             vm.fail("a reset was answered with something else")
         };

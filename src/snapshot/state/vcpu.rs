@@ -139,3 +139,87 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).map_err(step("setting a vCPU's events"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::state::compat::Host;
+    use crate::vm::cpu::CpuModel;
+    use crate::vm::kvm::Machine;
+    use crate::vm::memory::GuestRam;
+
+    const CR4_OSFXSR: u64 = 1 << 9;
+    const CR4_OSXSAVE: u64 = 1 << 18;
+    /// XCR0: x87, SSE, AVX.
+    const XCR0: u64 = 7;
+    /// Where the standard format of XSAVE has the lower and the upper halves of YMM0.
+    const XMM: usize = 160;
+    const YMM_HIGH: usize = 576;
+    /// XSTATE_BV, which parts are in use.
+    const IN_USE: usize = 512;
+
+    fn machine() -> (GuestRam, Machine, Host, CpuModel) {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        let machine = Machine::new(&ram).unwrap();
+        let model = CpuModel::new(machine.kvm(), 1).unwrap();
+        let host = Host::new(machine.kvm(), &model).unwrap();
+        (ram, machine, host, model)
+    }
+
+    /// All sixteen vector registers, in full width, go from one machine to another.
+    #[test]
+    fn vector_registers_go_along() {
+        let (_ram, machine, host, model) = machine();
+        let facts = host.facts();
+        let vcpu = machine.create_vcpu(0).unwrap();
+        model.configure(&vcpu, 0, None).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cr4 |= CR4_OSFXSR | CR4_OSXSAVE;
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut xcrs = vcpu.get_xcrs().unwrap();
+        (xcrs.nr_xcrs, xcrs.xcrs[0].xcr, xcrs.xcrs[0].value) = (1, 0, XCR0);
+        vcpu.set_xcrs(&xcrs).unwrap();
+        let mut area = raw::xsave(&vcpu, facts.xsave_size).unwrap();
+        for (n, byte) in area[XMM..XMM + 256].iter_mut().enumerate() {
+            *byte = n as u8;
+        }
+        for (n, byte) in area[YMM_HIGH..YMM_HIGH + 256].iter_mut().enumerate() {
+            *byte = !(n as u8);
+        }
+        area[IN_USE] |= XCR0 as u8;
+        raw::set_xsave(&vcpu, &area, facts.xsave_size).unwrap();
+
+        let saved = capture(0, &vcpu, &facts).unwrap();
+        assert_eq!(saved.xsave[XMM..XMM + 256], area[XMM..XMM + 256]);
+        let (_ram, other, _, _) = self::machine();
+        let vcpu = other.create_vcpu(0).unwrap();
+        saved.identify(&vcpu).unwrap();
+        saved.load(&vcpu, &facts, saved.tsc_offset).unwrap();
+        let again = capture(0, &vcpu, &facts).unwrap();
+        assert_eq!(again.xsave[XMM..XMM + 256], area[XMM..XMM + 256]);
+        assert_eq!(again.xsave[YMM_HIGH..YMM_HIGH + 256], area[YMM_HIGH..YMM_HIGH + 256]);
+        assert_eq!(again.xcrs.xcrs[0].value, XCR0);
+        assert_eq!((again.regs, again.sregs.cr4), (saved.regs, saved.sregs.cr4));
+        assert_eq!(again.cpuid, saved.cpuid);
+        // Clocks go on.
+        let moves = |index: u32| (0x10..=0x11).contains(&index) || index == 0x6e0;
+        let fixed = |state: &VcpuState| {
+            state.msrs.iter().copied().filter(|(index, _)| !moves(*index)).collect::<Vec<_>>()
+        };
+        assert_eq!(fixed(&again), fixed(&saved));
+    }
+
+    /// A register that this host's KVM refuses with that value is named.
+    #[test]
+    fn a_refused_register_is_named() {
+        let (_ram, machine, host, model) = machine();
+        let vcpu = machine.create_vcpu(0).unwrap();
+        model.configure(&vcpu, 0, None).unwrap();
+        let mut saved = capture(0, &vcpu, &host.facts()).unwrap();
+        saved.msrs.push((0xdead_beef, 1));
+        let error = saved.load(&vcpu, &host.facts(), saved.tsc_offset).unwrap_err();
+        assert!(error.to_string().contains("0xdeadbeef"), "{error}");
+        let short = VcpuState { xsave: vec![0; 64], ..capture(0, &vcpu, &host.facts()).unwrap() };
+        assert!(short.load(&vcpu, &host.facts(), None).is_err());
+    }
+}

@@ -62,9 +62,10 @@ impl Handler for Vm {
             Request::Throttle { id, .. } => {
                 Reply::error(format!("there is no disk {id}"), Some("see 'cellblock stats'"))
             }
-            Request::Snapshot { .. } | Request::AwaitTrigger | Request::Reset => {
-                Reply::error("not of this VM", None)
-            }
+            Request::Snapshot { .. }
+            | Request::Kept { .. }
+            | Request::AwaitTrigger
+            | Request::Reset => Reply::error("not of this VM", None),
             Request::Events => unreachable!("the server's own"),
         })
     }
@@ -83,6 +84,7 @@ fn stats(paused: bool) -> Stats {
         disks: vec![DiskStats {
             id: "disk0".into(),
             pid: Some(8),
+            restarts: 0,
             state: DeviceState::Running,
             read_only: false,
             size: 1 << 20,
@@ -102,6 +104,7 @@ fn stats(paused: bool) -> Stats {
         serials: vec![SerialStats {
             id: "com1".into(),
             pid: None,
+            restarts: 0,
             state: DeviceState::Dead,
             output: 1,
             input: 2,

@@ -23,7 +23,7 @@ fn cycles() -> u64 {
 
 fn cut_within(vm: &Vm, hold: bool, timeout: Duration) -> Result<(Client, Cut), ClientError> {
     let mut client = Client::connect(&vm.path("control"))?;
-    let cut = client.snapshot(hold, timeout, "test", LIMIT)?;
+    let cut = client.snapshot(hold, false, timeout, "test", LIMIT)?;
     Ok((client, cut))
 }
 

@@ -20,6 +20,8 @@ pub enum Policy {
     VmmVcpu,
     /// A device's front-end thread in the VMM (`policies/vmm_device.json`).
     VmmDevice,
+    /// The pager of a restored VM (`policies/vmm_pager.json`).
+    VmmPager,
 }
 
 /// What happens on a call outside the policy.
@@ -56,6 +58,8 @@ impl Policy {
             (Policy::VmmVcpu, Mode::Log) => &VMM_VCPU_LOG,
             (Policy::VmmDevice, Mode::Kill) => &VMM_DEVICE_KILL,
             (Policy::VmmDevice, Mode::Log) => &VMM_DEVICE_LOG,
+            (Policy::VmmPager, Mode::Kill) => &VMM_PAGER_KILL,
+            (Policy::VmmPager, Mode::Log) => &VMM_PAGER_LOG,
         }
     }
 }

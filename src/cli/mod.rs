@@ -8,6 +8,7 @@ mod control;
 mod demo;
 mod describe;
 mod events;
+mod merge;
 mod output;
 mod pause;
 mod ps;
@@ -66,6 +67,7 @@ enum Command {
     Restore(restore::Restore),
     Reset(reset::Reset),
     Snapshot(snapshot::Snapshot),
+    SnapshotMerge(merge::Merge),
     Pause(pause::Pause),
     Resume(resume::Resume),
     Stop(stop::Stop),
@@ -99,7 +101,7 @@ impl Failure {
 
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let outcome = match Cli::try_parse_from(args) {
+    let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),
     };
@@ -128,6 +130,7 @@ impl Cli {
             Command::Run(run) => run.execute(self.log),
             Command::Restore(restore) => restore.execute(level),
             Command::Reset(reset) => reset.execute(),
+            Command::SnapshotMerge(merge) => merge.execute(),
             Command::Snapshot(snapshot) => snapshot.execute(),
             Command::Pause(pause) => pause.execute(),
             Command::Resume(resume) => resume.execute(),

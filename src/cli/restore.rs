@@ -11,13 +11,15 @@ use super::{Failure, output};
 use crate::cell::overlay::Place;
 use crate::config;
 use crate::spec::SerialSpec;
-use crate::vmm::restore::{DiskOverride, Progress, RestoreConfig};
+use crate::vmm::restore::{DiskOverride, MemoryMode, Progress, RestoreConfig};
 
 /// How memory comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum MemoryMode {
-    /// The best that is possible here
+enum Memory {
+    /// Lazily where that is possible here
     Auto,
+    /// When it is touched, each part checked before it is used
+    Lazy,
     /// All of it before the guest runs, and all of it checked
     Eager,
 }
@@ -43,7 +45,11 @@ pub(super) struct Restore {
     control: Option<PathBuf>,
     /// How memory comes back
     #[arg(long, value_enum, default_value = "auto")]
-    memory_mode: MemoryMode,
+    memory_mode: Memory,
+    /// Note what is written from the start, so that 'cellblock snapshot --diff' can build on
+    /// this snapshot
+    #[arg(long)]
+    track: bool,
     /// Run the device processes without jails: for debugging only
     #[arg(long)]
     disable_sandbox: bool,
@@ -65,6 +71,12 @@ impl Restore {
             disks: self.disk,
             serial: self.serial.unwrap_or_default(),
             control: self.control,
+            memory: match self.memory_mode {
+                Memory::Auto => MemoryMode::Auto,
+                Memory::Lazy => MemoryMode::Lazy,
+                Memory::Eager => MemoryMode::Eager,
+            },
+            track: self.track,
             sandbox: !self.disable_sandbox,
             seccomp: self.seccomp.unwrap_or_default(),
             log,

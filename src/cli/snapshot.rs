@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use super::control::{Target, duration};
 use super::{Failure, output};
 use crate::control::client::{Client, Cut};
 use crate::control::protocol::{Reply, Request};
-use crate::snapshot::format::{Contents, Manifest, Writer};
+use crate::snapshot::format::{Base, CHUNK, Chain, Contents, Manifest, Writer};
 
 /// What the VM may take beyond the phases' own limits: copying its memory.
 const COPYING: Duration = Duration::from_secs(600);
@@ -44,6 +45,13 @@ pub(super) struct Snapshot {
     /// The directory to be made; nothing may be there
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    /// Write down only what was written since PARENT, the last snapshot of this VM or the one
+    /// that it was restored from (with '--track'); PARENT has to stay where it is
+    #[arg(long, value_name = "PARENT")]
+    diff: Option<PathBuf>,
+    /// Copy memory while the guest runs; it stands still for the rest only
+    #[arg(long, conflicts_with = "stop")]
+    live: bool,
     /// Stop the VM afterwards: the guest does not run on
     #[arg(long)]
     stop: bool,
@@ -74,9 +82,17 @@ impl Snapshot {
             _ => return Err(Failure::Error("the VM answered another question".into())),
         };
         let vcpus = u32::try_from(stats.vcpus.len()).unwrap_or(u32::MAX);
-        let contents = Contents { memory: stats.memory, vcpus, live: false };
+        if self.live && self.disks == Disks::Copy {
+            return Err(Failure::Usage(
+                "'--live' cannot be used with '--disks copy', for which the VM stands still".into(),
+            ));
+        }
+        let contents = Contents { memory: stats.memory, vcpus, live: self.live };
         // Before the VM is disturbed: whether there is a place to write to.
-        let mut writer = Writer::create(&self.directory, contents, None).map_err(Failure::error)?;
+        let parent = self.diff.as_deref().map(Chain::open).transpose().map_err(Failure::error)?;
+        let base = parent.as_ref().map(|chain| Base::of(chain.snapshot(), &self.directory));
+        let base = base.transpose().map_err(|e| Failure::Error(format!("naming PARENT: {e}")))?;
+        let mut writer = Writer::create(&self.directory, contents, base).map_err(Failure::error)?;
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, writer.cancel())
                 .map_err(|e| Failure::Error(format!("taking signals over: {e}")))?;
@@ -84,9 +100,10 @@ impl Snapshot {
         // Whoever holds the VM has to be connected: it goes on when we end, however that is.
         let hold = self.stop || self.disks == Disks::Copy;
         let limit = self.timeout * 2 + COPYING;
-        let cut = client.snapshot(hold, self.timeout, &trigger, limit).map_err(Failure::error)?;
+        let cut = client.snapshot(hold, self.live, self.timeout, &trigger, limit);
+        let cut = cut.map_err(Failure::error)?;
         let held = Instant::now();
-        self.fill(&mut writer, &cut)?;
+        self.fill(&mut writer, &cut, parent.as_ref())?;
         let mut still_us = cut.report.still_us;
         if hold && !self.stop {
             client.ask(Request::Resume).map_err(Failure::error)?;
@@ -103,6 +120,9 @@ impl Snapshot {
         let manifest = writer.commit().map_err(Failure::error)?;
         if self.stop {
             stop(&mut client)?;
+        } else {
+            // If it is not told, the next diff will have to be to another.
+            let _ = client.ask(Request::Kept { id: manifest.id.to_string() });
         }
         self.report(&cut, &manifest, still_us, begun.elapsed())
     }
@@ -118,8 +138,14 @@ impl Snapshot {
     }
 
     /// Everything that has to be read while the cut is held.
-    fn fill(&self, writer: &mut Writer, cut: &Cut) -> Result<(), Failure> {
-        writer.copy_all(cut.memory.as_fd()).map_err(Failure::error)?;
+    fn fill(&self, writer: &mut Writer, cut: &Cut, parent: Option<&Chain>) -> Result<(), Failure> {
+        match parent {
+            Some(parent) => {
+                let pages = pages_since(parent, cut)?;
+                writer.copy_pages(cut.memory.as_fd(), &pages).map_err(Failure::error)?;
+            }
+            None => writer.copy_all(cut.memory.as_fd()).map_err(Failure::error)?,
+        }
         let mut state = Vec::new();
         let mut file = File::from(cut.state.try_clone().map_err(state_error)?);
         file.rewind().and_then(|()| file.read_to_end(&mut state)).map_err(state_error)?;
@@ -166,6 +192,32 @@ impl Snapshot {
         line["took_us"] = (took.as_micros() as u64).into();
         output::print_line(&line.to_string())
     }
+}
+
+/// The pages that were written since `parent`, if the VM knows.
+fn pages_since(parent: &Chain, cut: &Cut) -> Result<Vec<u64>, Failure> {
+    let wanted = parent.manifest().id.to_string();
+    let (Some(pages), Some(base)) = (&cut.pages, &cut.report.base) else {
+        return Err(Failure::Error(
+            "the VM does not know what was written since PARENT: it has taken no snapshot yet; \
+             take a full one first, or restore with '--track'"
+                .into(),
+        ));
+    };
+    if *base != wanted {
+        return Err(Failure::Error(format!(
+            "the VM knows what was written since snapshot {}, and PARENT is {wanted}; give that \
+             one, or take a full snapshot",
+            crate::remedy::printable(base)
+        )));
+    }
+    // A bit for each page, no more.
+    let mut bytes = vec![0; (cut.report.memory / CHUNK as u64 * 8) as usize];
+    File::from(pages.try_clone().map_err(state_error)?)
+        .read_exact_at(&mut bytes, 0)
+        .map_err(state_error)?;
+    let (words, _) = bytes.as_chunks::<8>();
+    Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
 
 fn state_error(error: std::io::Error) -> Failure {

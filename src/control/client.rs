@@ -105,6 +105,8 @@ pub struct Cut {
     pub memory: OwnedFd,
     /// What was written to each `cow` disk.
     pub written: Vec<OwnedFd>,
+    /// With a base: the pages that were written since, a bit each.
+    pub pages: Option<OwnedFd>,
 }
 
 /// A connection to a running VM.
@@ -169,12 +171,13 @@ impl Client {
     pub fn snapshot(
         &mut self,
         hold: bool,
+        live: bool,
         timeout: Duration,
         trigger: &str,
         limit: Duration,
     ) -> Result<Cut, ClientError> {
         let timeout_us = Some(u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX));
-        let request = Request::Snapshot { hold, timeout_us, trigger: Some(trigger.into()) };
+        let request = Request::Snapshot { hold, live, timeout_us, trigger: Some(trigger.into()) };
         let mut line = serde_json::to_vec(&request).map_err(|e| ClientError::Garbage(Some(e)))?;
         line.push(b'\n');
         let talk = |doing| move |source| ClientError::Talk { doing, source };
@@ -193,8 +196,12 @@ impl Client {
                 let mut fds = fds.into_iter();
                 let cows = report.disks.iter().filter(|disk| disk.cow).count();
                 match (fds.next(), fds.next(), fds.collect::<Vec<_>>()) {
-                    (Some(state), Some(memory), written) if written.len() == cows => {
-                        Ok(Cut { report, line: answer, state, memory, written })
+                    (Some(state), Some(memory), mut written) => {
+                        let pages = report.base.as_ref().and_then(|_| written.pop());
+                        if written.len() != cows || pages.is_some() != report.base.is_some() {
+                            return Err(ClientError::Garbage(None));
+                        }
+                        Ok(Cut { report, line: answer, state, memory, written, pages })
                     }
                     _ => Err(ClientError::Garbage(None)),
                 }

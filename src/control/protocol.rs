@@ -56,12 +56,21 @@ pub enum Request {
         /// guest memory is then not copied.
         #[serde(default)]
         hold: bool,
+        /// Copy memory while the guest runs, and only what it wrote meanwhile in the cut.
+        #[serde(default)]
+        live: bool,
         /// How long each phase may take, in microseconds; 5 s where not given.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         timeout_us: Option<u64>,
         /// What asks for it, as the state will say.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         trigger: Option<String>,
+    },
+    /// The last cut that this VM made was written down as the snapshot of this id: what is
+    /// written from then on can be a diff to it.
+    Kept {
+        /// 32 hexadecimal digits.
+        id: String,
     },
     /// Put a restored VM back to its snapshot, in place.
     Reset,
@@ -89,6 +98,8 @@ pub enum Reply {
         /// From the request to the last vCPU released, in microseconds.
         took_us: u64,
     },
+    /// The VM knows that its cut was kept.
+    Kept,
     /// The VM stops; the socket goes away when it has.
     Stop,
     /// State and counters.
@@ -155,6 +166,20 @@ pub struct SnapshotReport {
     pub capture_us: u64,
     /// Copying guest memory.
     pub memory_us: u64,
+    /// Before everything else, with the guest running: copying memory in rounds. 0 where
+    /// the cut is not a live one.
+    #[serde(default)]
+    pub rounds_us: u64,
+    /// How many rounds there were.
+    #[serde(default)]
+    pub rounds: u32,
+    /// Pages copied while the guest stood still; all that have anything, but for a live cut.
+    #[serde(default)]
+    pub last_pages: u64,
+    /// The snapshot since which all that was written is known: a set of pages then follows the
+    /// other descriptors, a bit for each, and the cut can be written down as a diff to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Letting everyone go on; 0 where the VM is held.
     pub thaw_us: u64,
     /// From the request until the guest ran on: all of the above.
@@ -205,6 +230,8 @@ pub enum DeviceState {
     Running,
     /// Died.
     Dead,
+    /// Its process died too often: it gives nothing but errors.
+    Failed,
 }
 
 /// Answer to [`Request::Stats`].
@@ -277,6 +304,9 @@ pub struct DiskStats {
     pub id: String,
     /// Its process; absent while there is none.
     pub pid: Option<i32>,
+    /// How often another process took the place of one that died.
+    #[serde(default)]
+    pub restarts: u64,
     /// State of its process.
     pub state: DeviceState,
     /// Whether the guest may only read.
@@ -309,6 +339,9 @@ pub struct SerialStats {
     pub id: String,
     /// Its process; absent while there is none.
     pub pid: Option<i32>,
+    /// How often another process took the place of one that died.
+    #[serde(default)]
+    pub restarts: u64,
     /// State of its process.
     pub state: DeviceState,
     /// Bytes the guest wrote.
@@ -459,6 +492,28 @@ pub enum EventKind {
         /// `exit status 1`, `signal 9 (SIGKILL)`.
         how: String,
     },
+    /// Another process has taken the place of one that died; to the guest it was a delay.
+    DeviceReplaced {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// Host process id of the new one.
+        pid: i32,
+        /// How often that happened to this device.
+        restarts: u64,
+        /// From the death to the device being as it was, in microseconds.
+        took_us: u64,
+    },
+    /// The processes of a device died too often: it gives nothing but errors from now on.
+    DeviceFailed {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// How many died within 10 s.
+        deaths: u64,
+    },
     /// A device process does not answer the guest: reads give 0xff, writes are dropped,
     /// until it moves again.
     DeviceStalled {
@@ -471,6 +526,13 @@ pub enum EventKind {
     BackEndGone {
         /// Id of the disk.
         id: String,
+    },
+    /// There is a connection to a back end that was gone.
+    BackEndBack {
+        /// Id of the disk.
+        id: String,
+        /// The disk went on where it was; else its driver has to reset it.
+        resumed: bool,
     },
     /// The driver of a device broke the rules of its queue and has to reset it.
     NeedsReset {

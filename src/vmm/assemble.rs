@@ -26,6 +26,7 @@ use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use super::snapshot::Snapshots;
+use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
@@ -36,6 +37,7 @@ use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
+use crate::snapshot::dirty::{Tracker, WriteLogs};
 use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
@@ -65,6 +67,8 @@ pub(super) struct Parts {
     pub(super) model: CpuModel,
     pub(super) host: Host,
     pub(super) ram: GuestRam,
+    /// Deaths of its process by which a device fails.
+    pub(super) max_deaths: u16,
     pub(super) hold: Arc<Hold>,
 }
 
@@ -73,7 +77,7 @@ pub(super) struct Parts {
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
 pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = begin(&config.serial)?;
+    let (spawner, signals) = begin(&config.serial, &config.disks)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
@@ -97,7 +101,13 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     let model = CpuModel::new(&kvm, config.cpus)?;
     let host = Host::new(&kvm, &model)?;
     let ram = GuestRam::new(config.memory)?;
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: Some(write_logs(ram.len())),
+    };
     let specs = std::mem::take(&mut config.disks);
     let parts = Parts {
         started,
@@ -112,6 +122,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         model,
         host,
         ram,
+        max_deaths: config.max_deaths,
         hold,
     };
     let mut vm = build(parts, |machine, model, slots| {
@@ -126,8 +137,11 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
 }
 
 /// What has to come before everything else, while there is one thread and nothing to inherit.
-pub(super) fn begin(serial: &spec::SerialSpec) -> Result<(Spawner, Signals), VmmError> {
-    let spawner = fork_spawner(serial)?;
+pub(super) fn begin(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+) -> Result<(Spawner, Signals), VmmError> {
+    let spawner = fork_spawner(serial, disks)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
     Ok((spawner, signals))
@@ -152,13 +166,12 @@ pub(super) fn build(
         model,
         host,
         ram,
+        max_deaths,
         hold,
     } = parts;
-    let seccomp = common.sandbox.then_some(match common.seccomp {
-        SeccompMode::Kill => filter::Mode::Kill,
-        SeccompMode::Log => filter::Mode::Log,
-    });
-    let snapshots = Snapshots::new(host, boot_id());
+    let seccomp = filter_mode(common);
+    let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
+    let snapshots = Snapshots::new(host, boot_id(), Tracker::new(logs));
 
     // Every cell is asked for, and its jail is built beside what follows.
     let cpus = model.cpus();
@@ -206,10 +219,25 @@ pub(super) fn build(
     let ring = Arc::new(ring);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
@@ -231,7 +259,7 @@ pub(super) fn build(
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
         machine,
         vmgenid,
@@ -245,6 +273,7 @@ pub(super) fn build(
         disks: facts,
         back_ends,
         spawner,
+        supervisor,
         control,
         notifier,
         signals,
@@ -255,18 +284,39 @@ pub(super) fn build(
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
         snapshots,
+        pager: None,
         triggers: None,
         origin: None,
+    };
+    vm.watch_links();
+    Ok(vm)
+}
+
+/// What a refused system call does, where there are filters.
+pub(super) fn filter_mode(common: Common) -> Option<filter::Mode> {
+    common.sandbox.then_some(match common.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
     })
 }
 
+/// Where device processes note what they write: one VM's, which is the process's only one.
+pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
+    Box::leak(Box::new(WriteLogs::new(memory)))
+}
+
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(serial: &spec::SerialSpec) -> Result<Spawner, SpawnError> {
+fn fork_spawner(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+) -> Result<Spawner, SpawnError> {
     let restore_terminal = match serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    // In the order of the machine's back ends.
+    let connect = disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
 }
 
 fn start_console(

@@ -8,6 +8,8 @@
 //! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
+//! | `reconnect` | back ends of other programs that go away and come back |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
@@ -17,11 +19,13 @@ mod event_loop;
 mod hold;
 mod notice;
 mod ports;
+mod reconnect;
 mod remedy;
 mod requests;
 pub mod restore;
 pub(crate) mod signals;
 mod snapshot;
+mod supervise;
 mod triggers;
 
 use std::time::Duration;
@@ -109,6 +113,8 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    #[error("guest memory does not come any more; the VM was stopped")]
+    Pager(#[source] crate::snapshot::pager::PagerError),
     #[error("{0}")]
     Guest(String),
     #[error(

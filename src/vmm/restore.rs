@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
+use cellblock_seccomp::filter::Policy;
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
@@ -24,6 +25,7 @@ use crate::control::server::ControlServer;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError};
+use crate::snapshot::pager::{self, Pager, PagerError, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{Host, MicrovmState, StateError};
@@ -43,12 +45,27 @@ pub struct RestoreConfig {
     pub serial: SerialSpec,
     /// Where to make the control socket.
     pub control: Option<PathBuf>,
+    /// How memory comes.
+    pub memory: MemoryMode,
+    /// Note what is written from the start, so that a diff to the snapshot can be taken.
+    pub track: bool,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
     pub seccomp: SeccompMode,
     /// What is logged.
     pub log: LogLevel,
+}
+
+/// How a restored VM gets its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryMode {
+    /// Lazily where that is possible.
+    Auto,
+    /// When it is touched.
+    Lazy,
+    /// All of it before the guest runs, and all of it checked.
+    Eager,
 }
 
 /// What is to be different about a disk.
@@ -90,6 +107,12 @@ pub enum RestoreError {
     Plugin(String),
     #[error(transparent)]
     Fill(#[from] FillError),
+    #[error("opening /dev/userfaultfd, for lazy memory")]
+    Userfaultfd(#[source] std::io::Error),
+    #[error("disk '{0}' is served by another program, which cannot take part in lazy memory")]
+    NotLazy(String),
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     #[error("setting the machine's state")]
     Load(#[from] LoadError),
 }
@@ -99,6 +122,9 @@ impl Remedy for RestoreError {
         match self {
             RestoreError::Format(error) | RestoreError::Fill(FillError::Format(error)) => {
                 error.remedy()
+            }
+            RestoreError::Userfaultfd(_) | RestoreError::NotLazy(_) => {
+                Some("use '--memory-mode eager'; lazy memory needs to open that device".into())
             }
             RestoreError::Host(..) => Some("restore it on a host like the one it is from".into()),
             RestoreError::DiskSize { id, .. } | RestoreError::DiskChanged { id, .. } => {
@@ -132,9 +158,9 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 
 fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = assemble::begin(&config.serial)?;
+    let (spawner, signals) = assemble::begin(&config.serial, &[])?;
     let path = &config.snapshot;
-    let chain = Chain::open(path).map_err(RestoreError::from)?;
+    let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
     let kvm = kvm::open()?;
     kvm::check_cpus(&kvm, state.vm_info.cpus.into())?;
@@ -146,7 +172,15 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     let control = control.map_err(OpenError::Control)?;
     let console = console::open(&config.serial).map_err(OpenError::Console)?;
     let ram = GuestRam::new(state.vm_info.memory)?;
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let lazy = lazy_source(&config, &chain, &specs, &disks)?;
+    let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: inviter.map_err(RestoreError::from)?.map(|inviter| &*Box::leak(inviter)),
+        writes: Some(assemble::write_logs(ram.len())),
+    };
     let parts = Parts {
         started,
         spawner,
@@ -160,15 +194,22 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         model,
         host,
         ram,
+        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
+    let mut pager = None;
     let mut vm = assemble::build(parts, |machine, _, _| {
-        progress.begin(chain.chunks());
-        let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
-        progress.end();
-        filled.map_err(RestoreError::from)?;
+        match lazy {
+            Some(source) => pager = Some(start_pager(source, machine.ram(), common)?),
+            None => {
+                progress.begin(chain.chunks());
+                let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
+                progress.end();
+                filled.map_err(RestoreError::from)?;
+            }
+        }
         state
             .vcpu_states
             .iter()
@@ -179,10 +220,55 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
             })
             .collect()
     })?;
+    vm.pager = pager;
+    if config.track {
+        vm.track_since(chain.manifest().id)?;
+    }
     vm.load(&state).map_err(RestoreError::from)?;
     vm.nudge();
     vm.origin = Some(Origin { chain, state, written });
     Ok(vm)
+}
+
+/// What memory will come from, if it is to come lazily.
+fn lazy_source(
+    config: &RestoreConfig,
+    chain: &Arc<Chain>,
+    specs: &[DiskSpec],
+    disks: &[Backing],
+) -> Result<Option<Source>, RestoreError> {
+    let wanted = config.memory == MemoryMode::Lazy;
+    if config.memory == MemoryMode::Eager {
+        return Ok(None);
+    }
+    let stranger = disks.iter().position(|disk| matches!(disk, Backing::BackEnd(_)));
+    if let Some(n) = stranger {
+        let refused = RestoreError::NotLazy(specs[n].id().to_string());
+        return if wanted { Err(refused) } else { Ok(None) };
+    }
+    match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => Ok(Some(Source::new(chain.clone(), device.into())?)),
+        Err(error) if wanted => Err(RestoreError::Userfaultfd(error)),
+        Err(error) => {
+            tracing::info!(%error, "no userfaultfd: memory is restored before the guest runs");
+            Ok(None)
+        }
+    }
+}
+
+fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, RestoreError> {
+    let mode = assemble::filter_mode(common);
+    let config = pager::Config {
+        confine: move || assemble::confine(Policy::VmmPager, mode),
+        prefetch: true,
+        stall_limit: pager::STALL_LIMIT,
+        last_resort: Some(|| {
+            // Whoever was to end the VM waits for memory itself.
+            crate::logging::tell("guest memory does not come any more; the VM is ended");
+            std::process::exit(1)
+        }),
+    };
+    Ok(source.start(ram, config)?)
 }
 
 /// What had been written to each `cow` disk, for a reset.

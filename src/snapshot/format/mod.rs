@@ -31,7 +31,9 @@ mod clone;
 mod copy;
 mod error;
 mod files;
+pub mod fuzz;
 mod manifest;
+mod merge;
 mod reader;
 pub mod table;
 mod writer;
@@ -41,6 +43,7 @@ use std::fmt;
 pub use chain::Chain;
 pub use error::{Fault, FormatError, WriteError};
 pub use manifest::{DiskCopy, Manifest, Suspect};
+pub use merge::{MergeError, merge};
 pub use reader::{Description, Snapshot, describe};
 pub use writer::{Base, Contents, Writer};
 
@@ -78,6 +81,20 @@ impl SnapshotId {
         // One of 2^128; it would read as none.
         id[15] |= u8::from(id == [0; 16]);
         Ok(SnapshotId(id))
+    }
+
+    /// From its 32 hexadecimal digits.
+    pub fn parse(text: &str) -> Option<SnapshotId> {
+        let (digits, rest) = text.as_bytes().as_chunks::<2>();
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let mut id = [0; 16];
+        if digits.len() != id.len() || !rest.is_empty() {
+            return None;
+        }
+        for (byte, [high, low]) in id.iter_mut().zip(digits) {
+            *byte = digit(*high)? << 4 | digit(*low)?;
+        }
+        SnapshotId::from_bytes(id)
     }
 
     /// `None` for all zeros.

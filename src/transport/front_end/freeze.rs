@@ -1,12 +1,14 @@
 //! Rings that come to rest for a snapshot and go on afterwards, or elsewhere.
 //!
 //! GET_VRING_BASE has the back end finish what it took from a ring, stop it, and say where
-//! it stands. Features and memory stay agreed on, so that a thaw is short. A thaw is queued
-//! behind the freeze it undoes: it is right also where nobody waited for the freeze to end.
+//! it stands. Features, memory and the record stay agreed on, so that a thaw is short. A thaw
+//! is queued behind the freeze it undoes: it is right also where nobody waited for the freeze
+//! to end. A connection that is lost in between has everything set up anew, and running.
 
 use vhost::VhostBackend;
 
-use super::{Answer, FrontEnd, FrontEndError, Job, QueueSetup, Worker};
+use super::worker::Worker;
+use super::{Answer, FrontEnd, FrontEndError, Job};
 
 impl FrontEnd {
     /// Stops every ring that runs; answers with index and position of each.
@@ -14,36 +16,43 @@ impl FrontEnd {
         self.post(Job::Freeze)
     }
 
-    /// Has those of `queues` go on that [`FrontEnd::freeze`] stopped, where they stand.
-    pub fn thaw(&self, queues: Vec<QueueSetup>) -> Answer<()> {
-        self.post(|answer| Job::Thaw(queues, answer))
+    /// Has the rings go on that [`FrontEnd::freeze`] stopped, where they stand.
+    pub fn thaw(&self) -> Answer<()> {
+        self.post(Job::Thaw)
     }
 }
 
 impl Worker {
     pub(super) fn freeze(&mut self) -> Result<Vec<(usize, u16)>, FrontEndError> {
-        while let Some(index) = self.live.first().copied() {
+        while let Some(index) = self.active.as_ref().and_then(|active| active.live.first().copied())
+        {
             let base = self.frontend.get_vring_base(index);
             let base = self.exchange("stopping a queue", base)?;
-            self.live.remove(0);
             // A split ring's position has 16 bits; a back end that says more is none.
-            let base = u16::try_from(base)
-                .map_err(|_| FrontEndError::Missing { id: self.id.clone(), what: "a position" })?;
+            let what = "a position within a ring";
+            let id = || self.id().to_string();
+            let base =
+                u16::try_from(base).map_err(|_| FrontEndError::Missing { id: id(), what })?;
+            if let Some(active) = &mut self.active {
+                active.live.remove(0);
+            }
             self.frozen.push((index, base));
         }
         Ok(self.frozen.clone())
     }
 
-    pub(super) fn thaw(&mut self, mut queues: Vec<QueueSetup>) -> Result<(), FrontEndError> {
+    pub(super) fn thaw(&mut self) -> Result<(), FrontEndError> {
         let frozen = std::mem::take(&mut self.frozen);
-        queues.retain_mut(|queue| {
-            let stands = frozen.iter().find(|(index, _)| *index == queue.index);
-            queue.base = stands.map_or(0, |(_, base)| *base);
-            stands.is_some()
-        });
-        for queue in &queues {
-            self.set_up(queue)?;
+        let Some(mut active) = self.active.take() else { return Ok(()) };
+        let mut stopped = Vec::with_capacity(frozen.len());
+        for queue in &mut active.activation.queues {
+            if let Some((index, base)) = frozen.iter().find(|(index, _)| *index == queue.index) {
+                queue.base = *base;
+                stopped.push(*index);
+            }
         }
-        self.enable(&queues)
+        let result = self.set_queues_up(&mut active, &stopped);
+        self.active = Some(active);
+        result
     }
 }

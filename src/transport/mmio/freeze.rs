@@ -112,9 +112,7 @@ impl VirtioMmio {
     pub fn begin_thaw(&self) -> Answer<()> {
         let mut state = self.lock();
         state.frozen = None;
-        let ready = state.registers.queues.iter().enumerate().filter(|(_, queue)| queue.ready);
-        let queues = ready.map(|(index, queue)| self.setup(index, *queue, 0)).collect();
-        self.front_end.thaw(queues)
+        self.front_end.thaw()
     }
 
     /// Waits until it goes on. Where it cannot, its driver has to reset it.
@@ -144,6 +142,13 @@ impl VirtioMmio {
         state.frozen = None;
         state.config.clone_from(&self.info.config);
         Ok(())
+    }
+
+    /// The rings that the device process writes, by address and length.
+    pub fn used_rings(&self) -> Vec<(u64, u64)> {
+        let state = self.lock();
+        let live = state.registers.queues.iter().filter(|queue| queue.ready);
+        live.map(|queue| (queue.used, 6 + 8 * u64::from(queue.size))).collect()
     }
 
     /// The state of a frozen device.

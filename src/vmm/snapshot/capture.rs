@@ -38,6 +38,10 @@ pub(super) enum CaptureError {
     Copy(#[source] io::Error),
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    #[error("reading what has not come yet")]
+    Chain(#[from] crate::snapshot::format::FormatError),
+    #[error(transparent)]
+    Log(#[from] crate::vm::kvm::KvmError),
     #[error("encoding")]
     Encode(#[from] CodecError),
 }

@@ -8,11 +8,13 @@
 //! |---|---|
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
+//! | `live` | copies guest memory, in the cut or in rounds before it |
 //! | `load` | brings a machine to where a state is |
 //! | `reset` | puts a restored machine back to its snapshot |
 
 mod capture;
 mod devices;
+mod live;
 mod load;
 mod reset;
 
@@ -23,14 +25,22 @@ use super::event_loop::Vm;
 use crate::control::protocol::{EventKind, Reply, SnapshotDisk, SnapshotReport};
 use crate::control::server::{Response, Token};
 use crate::snapshot::coordinator::{Coordinator, CutError, Input, Phase};
+use crate::snapshot::dirty::Tracker;
+use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
+use crate::vm::kvm::KvmError;
+use crate::vm::layout;
 use devices::Frozen;
 pub use load::LoadError;
 pub use reset::Origin;
 
 /// How long each phase may take where the request does not say.
 const PHASE_LIMIT: Duration = Duration::from_secs(5);
+/// How long rounds of a live copy may go on.
+const ROUNDS_LIMIT: Duration = Duration::from_secs(60);
+/// How long a cut that is held waits for memory that is still to come.
+const MEMORY_LIMIT: Duration = Duration::from_secs(60);
 /// The longest a request may ask for.
 const PHASE_MOST: Duration = Duration::from_secs(600);
 
@@ -39,6 +49,10 @@ pub(super) struct Snapshots {
     pub(super) host: Host,
     pub(super) facts: HostFacts,
     pub(super) boot_id: String,
+    /// What was written since the last snapshot.
+    pub(super) tracker: Tracker,
+    /// What was written since the tracker's base before the last cut, until that is kept.
+    unkept: Option<Vec<u64>>,
     cut: Coordinator,
     /// The cut that a client holds: its connection, and what has to be thawed.
     held: Option<(u64, Frozen)>,
@@ -49,15 +63,25 @@ pub(super) struct Snapshots {
 /// What a request asks for.
 pub(super) struct Wanted {
     pub(super) hold: bool,
+    pub(super) live: bool,
     pub(super) limit: Duration,
     pub(super) trigger: String,
 }
 
 impl Snapshots {
-    pub(super) fn new(host: Host, boot_id: String) -> Snapshots {
+    pub(super) fn new(host: Host, boot_id: String, tracker: Tracker) -> Snapshots {
         let facts = host.facts();
         let cut = Coordinator::new(Vec::new());
-        Snapshots { host, facts, boot_id, cut, held: None, was_paused: false }
+        Snapshots {
+            host,
+            facts,
+            boot_id,
+            tracker,
+            unkept: None,
+            cut,
+            held: None,
+            was_paused: false,
+        }
     }
 }
 
@@ -66,6 +90,7 @@ impl Vm {
     pub(super) fn snapshot(
         &mut self,
         hold: bool,
+        live: bool,
         timeout_us: Option<u64>,
         trigger: Option<String>,
         token: Token,
@@ -75,7 +100,8 @@ impl Vm {
         }
         let limit = timeout_us.map_or(PHASE_LIMIT, Duration::from_micros).min(PHASE_MOST);
         let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
-        let cut = self.cut(&Wanted { hold, limit, trigger }, token.client());
+        let wanted = Wanted { hold, live: live && !hold, limit, trigger };
+        let cut = self.cut(&wanted, token.client());
         self.release_guest(token.client());
         match cut {
             Ok((report, fds)) => {
@@ -100,8 +126,25 @@ impl Vm {
         self.snapshots.cut.participate(self.participants());
         let mut frozen = Frozen::default();
         self.snapshots.was_paused = self.is_paused();
+        self.nothing_kept();
+        let mut clock = Stopwatch::new();
+        if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
+            let (who, why) = ("guest memory".into(), "it has not come in time".into());
+            return Err(CutError { phase: Phase::Running, who, why });
+        }
+        let live = wanted.live.then(|| self.copy_live(ROUNDS_LIMIT)).transpose();
+        let live = live.map_err(|error| CutError {
+            phase: Phase::Running,
+            who: "guest memory".into(),
+            why: crate::remedy::chain(&error),
+        })?;
+        let rounds = live.as_ref().map_or((0, 0), |copy| (clock.lap(), copy.rounds));
         let begun = Instant::now();
-        let result = self.make_cut(wanted, &mut frozen);
+        let result = self.make_cut(wanted, live, &mut frozen);
+        let result = result.map(|(mut report, fds)| {
+            (report.rounds_us, report.rounds) = rounds;
+            (report, fds)
+        });
         match result {
             Ok((mut report, fds)) if wanted.hold => {
                 report.still_us = 0;
@@ -125,6 +168,7 @@ impl Vm {
     fn make_cut(
         &mut self,
         wanted: &Wanted,
+        live: Option<live::Copy>,
         frozen: &mut Frozen,
     ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
         let mut clock = Stopwatch::new();
@@ -141,9 +185,12 @@ impl Vm {
         let state = self.capture(frozen, metadata);
         let state = self.or_give_up("the VMM", state)?;
         let capture_us = clock.lap();
-        let memory =
-            if wanted.hold { capture::shared(&self.ram) } else { capture::copy(&self.ram) };
-        let memory = self.or_give_up("guest memory", memory)?;
+        let base = self.snapshots.tracker.base();
+        let memory = self.copy_still(live, wanted.hold);
+        let (memory, last_pages, since) = self.or_give_up("guest memory", memory)?;
+        self.snapshots.unkept = base.map(|_| since.clone());
+        let pages = base.map(|_| live::pages_file(&since)).transpose();
+        let pages = self.or_give_up("guest memory", pages)?;
         let overlays = capture::overlays(&self.disks);
         let overlays = self.or_give_up("the cow disks", overlays)?;
         let memory_us = clock.lap();
@@ -156,13 +203,42 @@ impl Vm {
             drain_us,
             capture_us,
             memory_us,
+            last_pages,
+            base: base.map(|id| id.to_string()),
             memory: self.ram.len(),
             state: bytes,
             disks: self.snapshot_disks(),
             ..SnapshotReport::default()
         };
-        let fds = [state, memory].into_iter().chain(overlays).collect();
+        let fds = [state, memory].into_iter().chain(overlays).chain(pages).collect();
         Ok((report, fds))
+    }
+
+    /// The machine is as in snapshot `id`, and has not run.
+    pub(super) fn track_since(&mut self, id: SnapshotId) -> Result<(), KvmError> {
+        self.snapshots.tracker.begin(&self.machine)?;
+        self.snapshots.tracker.cut(&self.machine)?;
+        self.snapshots.tracker.keep(id);
+        // The new generation id is in memory already.
+        self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
+        Ok(())
+    }
+
+    /// The last cut was written down as a snapshot.
+    pub(super) fn kept(&mut self, id: &str) -> Reply {
+        let Some(id) = SnapshotId::parse(id) else {
+            return Reply::error("this is no snapshot's id", None);
+        };
+        self.snapshots.unkept = None;
+        self.snapshots.tracker.keep(id);
+        Reply::Kept
+    }
+
+    /// If the last cut was not written down, what was written before it still counts.
+    fn nothing_kept(&mut self) {
+        if let Some(since) = self.snapshots.unkept.take() {
+            self.snapshots.tracker.forget(&since);
+        }
     }
 
     fn snapshot_disks(&self) -> Vec<SnapshotDisk> {

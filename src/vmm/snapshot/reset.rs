@@ -2,9 +2,9 @@
 //! connections, and nothing of what the guest did since.
 //!
 //! Everyone comes to rest as for a cut; then memory that differs is put back, what was written
-//! to `cow` disks dropped, and the state set as in a restore. Which pages were written is not
-//! asked of anybody: all that has bytes is compared, because device processes write too, and
-//! are not trusted to say where.
+//! to `cow` disks dropped, and the state set as in a restore. Which pages were written since is
+//! known from the second reset on, or from the start where the VM was restored so; the first one
+//! compares all that has bytes.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Where a restored machine came from.
 pub struct Origin {
     /// Its memory.
-    pub chain: Chain,
+    pub chain: Arc<Chain>,
     /// All but its memory.
     pub state: Arc<MicrovmState>,
     /// What had been written to each `cow` disk, by id.
@@ -47,6 +47,8 @@ pub(super) enum ResetError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Fill(#[from] FillError),
+    #[error(transparent)]
+    Log(#[from] crate::vm::kvm::KvmError),
     #[error("looking at guest memory")]
     Look(#[source] Errno),
     #[error(transparent)]
@@ -118,9 +120,29 @@ impl Vm {
         Ok(())
     }
 
+    /// Used rings are written by device processes, through no log of theirs.
+    fn rings_were_written(&mut self) {
+        for (_, device) in &self.devices {
+            for (gpa, len) in device.used_rings() {
+                self.snapshots.tracker.wrote(&self.ram, gpa, len);
+            }
+        }
+    }
+
     /// Puts memory, disks and state back; returns how many pages were put back.
     fn go_back(&mut self, origin: &Origin) -> Result<u64, ResetError> {
-        let pages = put_back(&origin.chain, &self.ram)?;
+        let id = origin.chain.manifest().id;
+        let known = self.snapshots.tracker.base() == Some(id);
+        self.nothing_kept();
+        let pages = if known {
+            self.rings_were_written();
+            let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
+            put_back_pages(&origin.chain, &self.ram, &since)?
+        } else {
+            put_back(&origin.chain, &self.ram)?
+        };
+        // From now on it is known what is written: the next time is short.
+        self.track_since(id)?;
         for disk in &self.disks {
             let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
             else {
@@ -138,6 +160,27 @@ impl Vm {
         self.load(&origin.state)?;
         Ok(pages)
     }
+}
+
+/// Puts back the pages of `since`, a word for each chunk.
+fn put_back_pages(chain: &Chain, ram: &GuestRam, since: &[u64]) -> Result<u64, ResetError> {
+    let mut pages = 0;
+    let mut was = vec![0; CHUNK];
+    for (index, set) in since.iter().enumerate().filter(|(_, set)| **set != 0) {
+        if chain.is_zero(index) {
+            was.fill(0);
+        } else {
+            chain.read_chunk(index, &mut was).map_err(FillError::from)?;
+        }
+        let Some(at) = address(ram, (index * CHUNK) as u64) else { continue };
+        for page in (0..CHUNK / PAGE).filter(|page| set & 1 << page != 0) {
+            let at = GuestAddress(at.0 + (page * PAGE) as u64);
+            let bytes = &was[page * PAGE..(page + 1) * PAGE];
+            ram.memory().write_slice(bytes, at).map_err(FillError::from)?;
+            pages += 1;
+        }
+    }
+    Ok(pages)
 }
 
 /// Makes memory what the snapshot has, writing only what differs.

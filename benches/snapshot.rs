@@ -110,7 +110,7 @@ impl Machine {
     fn cut(&self) -> Cut {
         let mut client = Client::connect(&self.control).expect("control socket");
         let limit = Duration::from_secs(60);
-        client.snapshot(false, Duration::from_secs(5), "bench", limit).expect("a cut")
+        client.snapshot(false, false, Duration::from_secs(5), "bench", limit).expect("a cut")
     }
 }
 

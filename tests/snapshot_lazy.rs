@@ -40,12 +40,14 @@ fn busy() -> Vm {
 }
 
 #[track_caller]
-fn goes_on_and_ends(mut vm: Vm) {
+fn goes_on_and_ends(mut vm: Vm) -> Vm {
     vm.wait_for_line("pause: n=");
     vm.say(b"q");
     vm.wait_for("pause: ok");
     let said = vm.console.text();
     assert!(!said.contains("FAIL"), "{said}");
+    // Its directory has the disk's image.
+    vm
 }
 
 fn restored(from: &Path, mode: &str) -> Vm {
@@ -87,6 +89,7 @@ fn a_vm_whose_memory_still_comes_can_be_written_down() {
 fn a_live_snapshot_is_a_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let mut vm = busy();
+    let mut ended = Vec::new();
     for n in 0..4 {
         let at = dir.path().join(format!("g{n}"));
         let report = snapshot(&mut vm, &at, &["--live"]);
@@ -96,7 +99,7 @@ fn a_live_snapshot_is_a_snapshot() {
         assert!(Snapshot::open(&at).unwrap().manifest().live);
         assert!(cellblock(&["verify", at.to_str().unwrap()]).status.success());
         let next = restored(&at, "auto");
-        goes_on_and_ends(std::mem::replace(&mut vm, next));
+        ended.push(goes_on_and_ends(std::mem::replace(&mut vm, next)));
         vm.wait_for_line("pause: n=");
     }
     goes_on_and_ends(vm);

@@ -42,6 +42,7 @@ fn each_trigger_takes_one_snapshot_from_which_the_guest_goes_on() {
         let mut options: Vec<&str> = options.to_vec();
         options.extend(["--snapshot-out", out.to_str().unwrap()]);
         let mut vm = options.iter().fold(Vm::with(cmdline), |vm, word| vm.arg(*word)).start();
+        vm.wait_for("pause: ready");
         let events = vm.events();
         taken(&mut vm, &out);
         vm.wait_for_event(&events, |event| matches!(event, EventKind::Snapshot { .. }));

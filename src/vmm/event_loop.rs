@@ -529,6 +529,9 @@ impl Handler for Requests<'_> {
         if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
             return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }
+        if let Request::Kept { id } = &request {
+            return Response::Now(self.0.kept(id, token.client()));
+        }
         if request == Request::AwaitTrigger {
             return self.0.await_trigger(token).map_or(Response::Later, Response::Now);
         }

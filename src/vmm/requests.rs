@@ -28,7 +28,6 @@ impl Vm {
             Request::Pause => Some(self.pause()),
             Request::Resume => Some(self.resume()),
             Request::Reset => Some(self.reset()),
-            Request::Kept { id } => Some(self.kept(&id)),
             Request::Stop => {
                 self.asked_to_stop = true;
                 Some(Reply::Stop)
@@ -43,9 +42,10 @@ impl Vm {
                 Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
             },
             // Carried out where their answers go.
-            Request::Snapshot { .. } | Request::AwaitTrigger | Request::Events => {
-                Some(Reply::Events)
-            }
+            Request::Snapshot { .. }
+            | Request::Kept { .. }
+            | Request::AwaitTrigger
+            | Request::Events => Some(Reply::Events),
         }
     }
 

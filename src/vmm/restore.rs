@@ -262,9 +262,9 @@ fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, 
         confine: move || assemble::confine(Policy::VmmPager, mode),
         prefetch: true,
         stall_limit: pager::STALL_LIMIT,
-        last_resort: Some(|| {
+        last_resort: Some(|why: &str| {
             // Whoever was to end the VM waits for memory itself.
-            crate::logging::tell("guest memory does not come any more; the VM is ended");
+            crate::logging::tell(&format!("guest memory does not come any more: {why}"));
             std::process::exit(1)
         }),
     };

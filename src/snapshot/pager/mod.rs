@@ -119,6 +119,8 @@ struct Shared {
     /// Rung when the pager has ended.
     notice: EventFd,
     failure: Mutex<Option<PagerError>>,
+    /// The same in one line, which stays.
+    why: Mutex<String>,
     /// It never will be.
     failed: AtomicBool,
     /// All is there.
@@ -187,8 +189,9 @@ pub struct Config<C> {
     pub prefetch: bool,
     /// Give up after so long without a step: [`STALL_LIMIT`].
     pub stall_limit: Duration,
-    /// Ends the process, if a failure has not ended it [`LAST_RESORT`] later.
-    pub last_resort: Option<fn()>,
+    /// Ends the process, if a failure, which it is told, has not ended it [`LAST_RESORT`]
+    /// later.
+    pub last_resort: Option<fn(&str)>,
 }
 
 impl Source {
@@ -212,6 +215,7 @@ impl Source {
             bell: event()?,
             notice: event()?,
             failure: Mutex::default(),
+            why: Mutex::default(),
             failed: AtomicBool::new(false),
             complete: AtomicBool::new(false),
             ended: AtomicBool::new(false),
@@ -352,6 +356,7 @@ impl Shared {
     /// The pager is over. The first reason stays.
     fn end(&self, result: Result<(), PagerError>) {
         if let Err(error) = result {
+            *lock(&self.why) = crate::remedy::chain(&error);
             self.failed.store(!self.stop.load(Ordering::Relaxed), Ordering::Release);
             lock(&self.failure).get_or_insert(error);
         } else {

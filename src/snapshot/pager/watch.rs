@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cellblock_seccomp::filter::FilterError;
 
-use super::{LAST_RESORT, PagerError, Shared, step};
+use super::{LAST_RESORT, PagerError, Shared, lock, step};
 
 /// Looks within the limit.
 const LOOKS: u32 = 8;
@@ -15,7 +15,7 @@ const LOOKS: u32 = 8;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Watch {
     pub(super) limit: Duration,
-    pub(super) last_resort: Option<fn()>,
+    pub(super) last_resort: Option<fn(&str)>,
 }
 
 /// Starts the watch; it ends with the pager.
@@ -32,7 +32,7 @@ pub(super) fn spawn(
         // Whoever was to end the VM may wait for memory itself.
         if let (true, Some(end)) = (shared.failed.load(Ordering::Acquire), watch.last_resort) {
             std::thread::sleep(LAST_RESORT);
-            end();
+            end(&lock(&shared.why));
         }
     };
     let thread = std::thread::Builder::new().name("pager-watch".into()).spawn(run);

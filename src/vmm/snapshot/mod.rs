@@ -53,6 +53,8 @@ pub(super) struct Snapshots {
     pub(super) tracker: Tracker,
     /// What was written since the tracker's base before the last cut, until that is kept.
     unkept: Option<Vec<u64>>,
+    /// Whose the last cut is.
+    cutter: Option<u64>,
     cut: Coordinator,
     /// The cut that a client holds: its connection, and what has to be thawed.
     held: Option<(u64, Frozen)>,
@@ -78,6 +80,7 @@ impl Snapshots {
             boot_id,
             tracker,
             unkept: None,
+            cutter: None,
             cut,
             held: None,
             was_paused: false,
@@ -127,6 +130,7 @@ impl Vm {
         let mut frozen = Frozen::default();
         self.snapshots.was_paused = self.is_paused();
         self.nothing_kept();
+        self.snapshots.cutter = Some(client);
         let mut clock = Stopwatch::new();
         if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
             let (who, why) = ("guest memory".into(), "it has not come in time".into());
@@ -225,7 +229,10 @@ impl Vm {
     }
 
     /// The last cut was written down as a snapshot.
-    pub(super) fn kept(&mut self, id: &str) -> Reply {
+    pub(super) fn kept(&mut self, id: &str, client: u64) -> Reply {
+        if self.snapshots.cutter != Some(client) {
+            return Reply::error("the last cut of the VM was made for another", None);
+        }
         let Some(id) = SnapshotId::parse(id) else {
             return Reply::error("this is no snapshot's id", None);
         };

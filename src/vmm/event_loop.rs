@@ -468,9 +468,13 @@ impl Vm {
         };
         self.event(EventKind::Shutdown { reason, message });
         self.give_triggers_up();
+        let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
             tracing::warn!("the spawner is slow to end");
+        }
+        for held in held {
+            held.wait_released(SPAWNER_LIMIT);
         }
         if let Some(control) = self.control.take() {
             control.finish(CLIENTS_LIMIT).at_exit();

@@ -108,23 +108,24 @@ struct SnapshotOptions {
     /// When the guest reports a listener, or is parked without one
     #[arg(long)]
     snapshot_on_listener: bool,
-    /// When the guest reports that it is about to run its workload
+    /// When the guest reports that it is about to run its workload; by port, it waits there
     #[arg(long)]
     snapshot_on_pre_exec: bool,
     /// Let things settle for N milliseconds after a heartbeat or a listener [default: 0]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    snapshot_quiesce_ms: u64,
+    #[arg(long, value_name = "N")]
+    snapshot_quiesce_ms: Option<u64>,
 }
 
 impl SnapshotOptions {
-    fn resources(self) -> Result<SnapshotResources, Failure> {
+    fn resources(self, file: &ConfigFile) -> Result<SnapshotResources, Failure> {
+        let quiesce_ms = self.snapshot_quiesce_ms.or(file.snapshot_quiesce_ms);
         let resources = SnapshotResources {
-            after_ms: self.snapshot_after_ms,
-            at_heartbeat: self.snapshot_at_heartbeat,
-            on_listener: self.snapshot_on_listener,
-            on_pre_exec: self.snapshot_on_pre_exec,
-            quiesce_ms: self.snapshot_quiesce_ms,
-            out_path: self.snapshot_out,
+            after_ms: self.snapshot_after_ms.or(file.snapshot_after_ms),
+            at_heartbeat: self.snapshot_at_heartbeat.or(file.snapshot_at_heartbeat),
+            on_listener: self.snapshot_on_listener || file.snapshot_on_listener,
+            on_pre_exec: self.snapshot_on_pre_exec || file.snapshot_on_pre_exec,
+            quiesce_ms: quiesce_ms.unwrap_or(0),
+            out_path: self.snapshot_out.or_else(|| file.snapshot_out.clone()),
         };
         resources.check().map_err(|error| Failure::Usage(error.to_string()))?;
         match &resources.out_path {
@@ -158,6 +159,7 @@ impl Run {
             })?,
             None => ConfigFile::default(),
         };
+        let snapshot = self.snapshot.resources(&file)?;
         let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
             Failure::Usage("no kernel given; say --kernel FILE, or kernel in --config FILE".into())
         })?;
@@ -182,7 +184,7 @@ impl Run {
                 .or(file.max_deaths.map(Into::into))
                 .unwrap_or(config::DEFAULT_MAX_DEATHS),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
-            snapshot: self.snapshot.resources()?,
+            snapshot,
         })
     }
 }
@@ -216,6 +218,31 @@ mod tests {
         assert_eq!((config.serial, config.sandbox), (SerialSpec::Stdout, true));
         assert_eq!(config.seccomp, SeccompMode::Kill);
         assert!(config.control.is_none() && config.disks.is_empty() && config.cmdline.is_empty());
+    }
+
+    #[test]
+    fn triggers_come_from_options_and_from_the_file() {
+        let given = |args: &[&str]| config(&[&["--kernel", "k"], args].concat()).unwrap().snapshot;
+        assert_eq!(given(&[]), SnapshotResources::default());
+        let everything = SnapshotResources {
+            after_ms: Some(5),
+            at_heartbeat: Some(2),
+            on_listener: true,
+            on_pre_exec: true,
+            quiesce_ms: 7,
+            out_path: Some("d".into()),
+        };
+        let options = "--snapshot-out d --snapshot-after-ms 5 --snapshot-at-heartbeat 2 \
+                       --snapshot-on-listener --snapshot-on-pre-exec --snapshot-quiesce-ms 7";
+        assert_eq!(given(&options.split_whitespace().collect::<Vec<_>>()), everything);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm.toml");
+        let text = "snapshot-out = 'd'\nsnapshot-after-ms = 9\nsnapshot-at-heartbeat = 2\n\
+                    snapshot-on-listener = true\nsnapshot-on-pre-exec = true\n\
+                    snapshot-quiesce-ms = 7";
+        std::fs::write(&file, text).unwrap();
+        let both = given(&["--config", file.to_str().unwrap(), "--snapshot-after-ms", "5"]);
+        assert_eq!(both, everything);
     }
 
     #[test]

@@ -35,6 +35,18 @@ pub struct ConfigFile {
     pub serial: Option<SerialSpec>,
     /// `--control`.
     pub control: Option<PathBuf>,
+    /// `--snapshot-out`.
+    pub snapshot_out: Option<PathBuf>,
+    /// `--snapshot-after-ms`.
+    pub snapshot_after_ms: Option<u64>,
+    /// `--snapshot-at-heartbeat`.
+    pub snapshot_at_heartbeat: Option<u64>,
+    /// `--snapshot-on-listener`.
+    pub snapshot_on_listener: bool,
+    /// `--snapshot-on-pre-exec`.
+    pub snapshot_on_pre_exec: bool,
+    /// `--snapshot-quiesce-ms`.
+    pub snapshot_quiesce_ms: Option<u64>,
     /// `--disable-sandbox`.
     pub disable_sandbox: bool,
     /// `--seccomp`.

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
 use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
+use super::hold::Hold;
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
@@ -68,6 +69,7 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     /// Deaths of its process by which a device fails.
     pub(super) max_deaths: u16,
+    pub(super) hold: Arc<Hold>,
 }
 
 /// A machine that boots a kernel.
@@ -84,6 +86,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     }
     let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
     let mut triggers = None;
+    let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
     if let Some(stream) = scribe {
         let made = |source| VmmError::System { what: "watching for a snapshot's time", source };
         let server = match control.take() {
@@ -92,7 +95,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         };
         control.insert(server).adopt(stream);
         let resources = std::mem::take(&mut config.snapshot);
-        triggers = Some(Triggers::new(resources).map_err(|e| made(e.into()))?);
+        triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
     }
     let kvm = kvm::open()?;
     let model = CpuModel::new(&kvm, config.cpus)?;
@@ -120,6 +123,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         host,
         ram,
         max_deaths: config.max_deaths,
+        hold,
     };
     let mut vm = build(parts, |machine, model, slots| {
         let ram = machine.ram();
@@ -163,6 +167,7 @@ pub(super) fn build(
         host,
         ram,
         max_deaths,
+        hold,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -237,7 +242,9 @@ pub(super) fn build(
     let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
-    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
+    let markers = MarkerPort::new(notifier.clone(), hold.clone(), kicks.clone());
+    kicks.on_kick(move |_| hold.wake());
+    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), markers)?;
     let mmio = windows(&devices, &slots)?;
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
@@ -336,12 +343,12 @@ pub(crate) fn drop_privileges() -> Result<(), VmmError> {
     Ok(violation::install(page, "vmm")?)
 }
 
-fn ports(serial: SerialPort, notifier: Arc<Notifier>) -> Result<Bus, BusError> {
+fn ports(serial: SerialPort, markers: MarkerPort) -> Result<Bus, BusError> {
     Ok(Bus::builder()
         .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(serial))?
         .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
         .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
-        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier)))?
+        .add(layout::MARKER_PORT.into(), 1, Arc::new(markers))?
         .build())
 }
 

@@ -11,10 +11,12 @@
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
+//! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
+mod hold;
 mod notice;
 mod ports;
 mod reconnect;

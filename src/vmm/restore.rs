@@ -14,6 +14,7 @@ use cellblock_seccomp::filter::Policy;
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
+use super::hold::Hold;
 use super::snapshot::{LoadError, Origin};
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
@@ -194,6 +195,7 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         host,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        hold: Arc::new(Hold::new(false)),
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;

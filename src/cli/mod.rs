@@ -9,6 +9,7 @@ mod demo;
 mod events;
 mod output;
 mod pause;
+mod plugin_args;
 mod ps;
 mod resume;
 mod run;

@@ -11,6 +11,7 @@ use std::time::Instant;
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -31,6 +32,7 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks, Vcpus};
@@ -50,7 +52,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let mut spawner = fork_spawner(&config)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox, config.seccomp);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let mut spawner = fork_spawner(&config, plan)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
@@ -97,6 +101,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
     let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
+    let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
     let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
@@ -145,6 +150,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disks: facts,
         back_ends,
         spawner,
+        plugin: None,
         control,
         notifier,
         signals,
@@ -158,12 +164,12 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
+fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, SpawnError> {
     let restore_terminal = match config.serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    spawner::fork(spawner::Options { restore_terminal, plugin })
 }
 
 fn start_console(

@@ -23,6 +23,7 @@ use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::plugin_process::PluginProcess;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -43,6 +44,7 @@ pub(super) struct Vm {
     pub(super) disks: Vec<DiskFacts>,
     pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
+    pub(super) plugin: Option<PluginProcess>,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
@@ -82,6 +84,7 @@ enum Source {
     Vcpus,
     Notices,
     Ring,
+    Plugin,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -96,6 +99,7 @@ impl Source {
             Source::Vcpus => 3,
             Source::Notices => 4,
             Source::Ring => 5,
+            Source::Plugin => 6,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -111,6 +115,7 @@ impl Source {
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
+            (0, 6) => Some(Source::Plugin),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -149,7 +154,7 @@ impl Vm {
             for event in &events[..count] {
                 let Some(source) = Source::of(event.data()) else { continue };
                 if let Flow::Break(end) = self.handle(&epoll, source) {
-                    return end;
+                    return self.finish_plugin(end);
                 }
             }
         }
@@ -166,6 +171,9 @@ impl Vm {
         add(self.ring.fault_event(), Source::Ring)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(plugin) = &self.plugin {
+            add(plugin.as_fd(), Source::Plugin)?;
         }
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
@@ -203,6 +211,14 @@ impl Vm {
                 }
             }
             Source::Notices => self.port_markers(),
+            Source::Plugin => {
+                if let Some(plugin) = &mut self.plugin {
+                    plugin.log();
+                    if !plugin.is_open() {
+                        let _ = epoll.delete(&*plugin);
+                    }
+                }
+            }
             Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
@@ -299,7 +315,12 @@ impl Vm {
     fn spawner_events(&mut self) -> Flow {
         loop {
             match self.spawner.try_event() {
-                Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
+                Ok(Some(SpawnerEvent::Exited { pid, status })) => {
+                    if let Some(end) = self.plugin_ended(pid, status) {
+                        return Flow::Break(end);
+                    }
+                    self.process_ended(pid, status);
+                }
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
                 }
@@ -375,7 +396,7 @@ impl Vm {
         }
         self.drain_console();
         let (reason, message) = match end {
-            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
             Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),

@@ -5,12 +5,14 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `plugin` | the plugin's end, and its grace |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
 mod notice;
+mod plugin;
 mod ports;
 mod remedy;
 mod requests;
@@ -45,6 +47,8 @@ pub enum VmEnd {
     Stopped,
     /// SIGINT, SIGTERM or SIGHUP.
     Signal,
+    /// The plugin exited with status 0.
+    Plugin,
 }
 
 /// A VM that could not be brought up, or did not end well.
@@ -71,6 +75,10 @@ pub enum VmmError {
     Cell(#[from] CellError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    Plugin(#[from] crate::plugin_process::PluginError),
+    #[error("a plugin without a kernel has no machine yet")]
+    NoKernel,
     #[error(transparent)]
     VcpuStart(#[from] crate::vcpu::StartError),
     #[error(transparent)]

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod event;
 pub mod guest;
 pub mod logging;
+pub mod plugin;
 pub mod plugin_process;
 pub mod remedy;
 pub mod spec;

@@ -6,12 +6,14 @@
 mod back_end;
 mod disk;
 mod fields;
+mod plugin_socket;
 mod serial;
 mod size;
 mod throttle;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
+pub use plugin_socket::PluginSocketSpec;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;

@@ -47,6 +47,8 @@ impl Error {
             Error::Attach(errno) | Error::Refused { errno, .. } => *errno,
             Error::Closed => Errno::EPIPE,
             Error::Protocol(_) => Errno::EPROTO,
+            // A descriptor that is none, for one.
+            Error::Channel(ChannelError::Send(errno) | ChannelError::Receive(errno)) => *errno,
             Error::Channel(_) => Errno::EPROTO,
             Error::Memory(_) => Errno::ENOMEM,
         };

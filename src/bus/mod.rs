@@ -7,7 +7,7 @@
 //!
 //! | access | claimed | unclaimed |
 //! |---|---|---|
-//! | read | [`BusDevice::read`] | every byte `0xff`, as a floating bus gives |
+//! | read | [`BusDevice::read`] | every byte `0xff`, as a floating bus gives (0 in a plugin VM) |
 //! | write | [`BusDevice::write`] | dropped |
 
 use std::fmt;
@@ -96,9 +96,16 @@ impl fmt::Debug for Range {
 }
 
 /// An immutable table from addresses to devices.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Bus {
     ranges: Box<[Range]>,
+    nobody: u8,
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Self::builder().build()
+    }
 }
 
 impl Bus {
@@ -113,7 +120,7 @@ impl Bus {
         match self.find(addr) {
             Some(range) => range.device.read(vcpu, addr - range.base, data),
             None => {
-                data.fill(0xff);
+                data.fill(self.nobody);
                 Outcome::Done
             }
         }
@@ -128,6 +135,12 @@ impl Bus {
         }
     }
 
+    /// Whether a device holds any of `base..=last`.
+    pub fn holds(&self, base: u64, last: u64) -> bool {
+        let after = self.ranges.partition_point(|range| range.base <= last);
+        after.checked_sub(1).is_some_and(|at| self.ranges[at].last >= base)
+    }
+
     #[inline]
     fn find(&self, addr: u64) -> Option<&Range> {
         let after = self.ranges.partition_point(|range| range.base <= addr);
@@ -137,13 +150,26 @@ impl Bus {
 }
 
 /// Collects the ranges of a [`Bus`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BusBuilder {
     /// Sorted by base, disjoint.
     ranges: Vec<Range>,
+    nobody: u8,
+}
+
+impl Default for BusBuilder {
+    fn default() -> Self {
+        Self { ranges: Vec::new(), nobody: 0xff }
+    }
 }
 
 impl BusBuilder {
+    /// What every byte of an unclaimed read is, other than `0xff`.
+    pub fn nobody(mut self, value: u8) -> Self {
+        self.nobody = value;
+        self
+    }
+
     /// Gives the `len` bytes from `base` on to `device`.
     ///
     /// # Errors
@@ -174,7 +200,7 @@ impl BusBuilder {
 
     /// The finished bus.
     pub fn build(self) -> Bus {
-        Bus { ranges: self.ranges.into_boxed_slice() }
+        Bus { ranges: self.ranges.into_boxed_slice(), nobody: self.nobody }
     }
 }
 
@@ -285,6 +311,10 @@ mod tests {
             for addr in 0..230 {
                 let mut data = [0xee];
                 prop_assert_eq!(bus.read(0, addr, &mut data), Outcome::Done);
+                let held = |base: u64, last: u64| taken.iter().any(|&(b, l, _)| b <= last && base < b + l);
+                for last in [addr, addr + 1, addr + 7] {
+                    prop_assert_eq!(bus.holds(addr, last), held(addr, last));
+                }
                 let want = taken.iter().find(|&&(b, l, _)| (b..b + l).contains(&addr)).map_or(0xff, |t| t.2);
                 prop_assert_eq!(data[0], want);
             }

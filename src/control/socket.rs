@@ -1,4 +1,4 @@
-//! A Unix stream socket at a path: made private, and removed again if still ours.
+//! A Unix socket at a path: made private, and removed again if still ours.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -82,6 +82,15 @@ pub struct Node {
 impl ListeningSocket {
     /// Makes a socket at `path` with mode 0600 and listens. An existing path is refused.
     pub fn bind(path: &Path) -> Result<ListeningSocket, SocketError> {
+        ListeningSocket::bind_as(path, SockType::Stream, Mode::S_IRUSR | Mode::S_IWUSR)
+    }
+
+    /// As [`ListeningSocket::bind`], with a socket of another type and mode.
+    pub fn bind_as(
+        path: &Path,
+        kind: SockType,
+        mode: Mode,
+    ) -> Result<ListeningSocket, SocketError> {
         let fail = |doing| {
             move |errno: Errno| SocketError::System {
                 doing,
@@ -92,15 +101,16 @@ impl ListeningSocket {
         if path.as_os_str().len() > PATH_MAX {
             return Err(SocketError::TooLong(path.to_owned()));
         }
-        let fd = stream_socket().map_err(fail("making"))?;
+        let fd = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None);
+        let fd = fd.map_err(fail("making"))?;
         // The node takes the mode of the socket's inode at the moment it is made, less
         // the umask: no other user can connect even for an instant, and the umask,
         // which is the whole process's, is left alone.
-        fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(fail("setting the mode of"))?;
+        fchmod(&fd, mode).map_err(fail("setting the mode of"))?;
         let address = UnixAddr::new(path).map_err(fail("naming"))?;
         match bind(fd.as_raw_fd(), &address) {
             Ok(()) => {}
-            Err(Errno::EADDRINUSE) => return Err(occupied(path)),
+            Err(Errno::EADDRINUSE) => return Err(occupied(path, kind)),
             Err(errno) => return Err(fail("making")(errno)),
         }
         let identity = identity(path).map_err(fail("examining"))?;
@@ -150,12 +160,8 @@ fn identity(path: &Path) -> Result<(u64, u64), Errno> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-fn stream_socket() -> Result<OwnedFd, Errno> {
-    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
-}
-
 /// Says what occupies `path`.
-fn occupied(path: &Path) -> SocketError {
+fn occupied(path: &Path, kind: SockType) -> SocketError {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if !is_socket {
         return SocketError::Exists(path.to_owned());
@@ -163,7 +169,7 @@ fn occupied(path: &Path) -> SocketError {
     let refused = || -> Result<bool, Errno> {
         let fd = socket(
             AddressFamily::Unix,
-            SockType::Stream,
+            kind,
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
             None,
         )?;

@@ -115,6 +115,12 @@ pub enum WorkError {
         /// Its state.
         state: VcpuState,
     },
+    /// The vCPU itself has not been made yet.
+    #[error("vcpu {vcpu} does not exist yet")]
+    Missing {
+        /// Which vCPU.
+        vcpu: usize,
+    },
     /// The vCPU's thread has ended.
     #[error("the thread of vcpu {vcpu} has ended")]
     Gone {

@@ -4,9 +4,10 @@
 //! exit's facts are copied out, and the data of an access is moved one element at a time.
 #![allow(unsafe_code)] // reads the union in kvm_run that the exit reason names
 
+use super::attendant::SpecialExit;
 use crate::bus::VmExit;
 use kvm_bindings::{
-    KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
@@ -35,12 +36,15 @@ pub(super) enum Exit {
     Interrupted,
     Port(Access),
     Mmio(Access),
+    Special(SpecialExit),
     Ended(VmExit),
 }
 
 enum Reason {
     Port,
     Mmio,
+    Hyperv,
+    Special(SpecialExit),
     Internal,
     Ended(VmExit),
     Stuck(String),
@@ -51,6 +55,10 @@ pub(super) fn run(vcpu: &mut VcpuFd) -> Exit {
     let reason = match vcpu.run() {
         Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Reason::Port,
         Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => Reason::Mmio,
+        Ok(VcpuExit::Hyperv) => Reason::Hyperv,
+        Ok(VcpuExit::Debug(debug)) => {
+            Reason::Special(SpecialExit::Debug { pc: debug.pc, dr6: debug.dr6, dr7: debug.dr7 })
+        }
         // A vCPU that left wait-for-SIPI gives EAGAIN once.
         Ok(VcpuExit::Intr) => return Exit::Interrupted,
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Exit::Interrupted,
@@ -77,6 +85,11 @@ pub(super) fn run(vcpu: &mut VcpuFd) -> Exit {
     match reason {
         Reason::Port => Exit::Port(port(run)),
         Reason::Mmio => Exit::Mmio(mmio(run)),
+        Reason::Hyperv => match hyperv(run) {
+            Ok(exit) => Exit::Special(exit),
+            Err(facts) => Exit::Ended(stuck(vcpu, &facts)),
+        },
+        Reason::Special(exit) => Exit::Special(exit),
         Reason::Ended(end) => Exit::Ended(end),
         Reason::Internal => {
             let facts = internal(run);
@@ -107,6 +120,29 @@ fn mmio(run: &kvm_run) -> Access {
         size: mmio.len as usize,
         count: 1,
         data: ptr::from_ref(&mmio.data).addr() - ptr::from_ref(run).addr(),
+    }
+}
+
+fn hyperv(run: &kvm_run) -> Result<SpecialExit, String> {
+    // SAFETY: KVM_EXIT_HYPERV fills this member.
+    let exit = unsafe { run.__bindgen_anon_1.hyperv };
+    match exit.type_ {
+        KVM_EXIT_HYPERV_SYNIC => {
+            // SAFETY: the type names this member.
+            let synic = unsafe { exit.u.synic };
+            Ok(SpecialExit::HypervSynic {
+                msr: synic.msr,
+                control: synic.control,
+                evt_page: synic.evt_page,
+                msg_page: synic.msg_page,
+            })
+        }
+        KVM_EXIT_HYPERV_HCALL => {
+            // SAFETY: the type names this member.
+            let call = unsafe { exit.u.hcall };
+            Ok(SpecialExit::HypervCall { input: call.input, params: call.params })
+        }
+        other => Err(format!("a hyper-v exit of type {other} that nobody handles")),
     }
 }
 
@@ -160,4 +196,19 @@ pub(super) fn store(vcpu: &mut VcpuFd, access: &Access, index: usize, data: &[u8
     let size = access.size.min(MAX_ACCESS);
     // SAFETY: as in `load`, the other way.
     unsafe { ptr::copy_nonoverlapping(data.as_ptr(), element(vcpu, access, index), size) };
+}
+
+/// What the guest writes with all elements, as far as `data` has room.
+pub(super) fn load_all(vcpu: &mut VcpuFd, access: &Access, data: &mut [u8]) {
+    let len = data.len().min(access.size * access.count);
+    // SAFETY: KVM gave offset, size and count of this exit's data inside the run area, which
+    // `vcpu` keeps mapped whole, and which is not `data`.
+    unsafe { ptr::copy_nonoverlapping(element(vcpu, access, 0), data.as_mut_ptr(), len) };
+}
+
+/// Answers all elements of the guest's read, as far as `data` goes.
+pub(super) fn store_all(vcpu: &mut VcpuFd, access: &Access, data: &[u8]) {
+    let len = data.len().min(access.size * access.count);
+    // SAFETY: as in `load_all`, the other way.
+    unsafe { ptr::copy_nonoverlapping(data.as_ptr(), element(vcpu, access, 0), len) };
 }

@@ -86,8 +86,8 @@ impl Kicks {
         self.interrupt(vcpu);
     }
 
-    /// Makes the vCPU look at its slot.
-    pub(super) fn interrupt(&self, vcpu: usize) {
+    /// Makes the vCPU leave the guest and look who wants it.
+    pub(crate) fn interrupt(&self, vcpu: usize) {
         if let Some(link) = &*self.thread(vcpu) {
             pause::interrupt(link);
         }

@@ -17,6 +17,7 @@
 //! a kick is repeated after [`Config::rekick_after`] as the last line of defence, and the report
 //! counts that.
 
+mod attendant;
 mod error;
 mod exit;
 mod kick;
@@ -26,21 +27,24 @@ mod run_page;
 mod state;
 mod thread;
 
+pub(crate) use attendant::{Attendant, GuestAccess, SpecialExit, set_hypercall_result};
 pub use error::{PauseError, ResumeError, RunError, StartError, StopError, WorkError};
 pub use kick::{KickHook, Kicks, kick_signal};
 pub use notice::{ExitListener, ExitNotifier, VmEnd, exit_notice};
 pub use state::{ForbiddenTransition, VcpuState};
 
 use crate::bus::Bus;
+use crate::plugin::Hub;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use kvm_ioctls::VcpuFd;
 use pause::Command;
 use run_page::RunPage;
 use state::StateCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
-use thread::{Event, VcpuThread, Work};
+use thread::{Delivery, Event, Recruit, VcpuThread, Work};
 
 /// Called first on every vCPU thread, with the vCPU's number: the place to enter a seccomp filter.
 /// An error, as text, stops the start.
@@ -68,13 +72,25 @@ pub struct Config {
     pub on_thread_start: Option<ThreadHook>,
     /// How long a vCPU may take to arrive before it is kicked once more.
     pub rekick_after: Duration,
+    /// Makes who takes part in the vCPU's run besides devices.
+    pub(crate) attendant: Option<MakeAttendant>,
 }
+
+/// Makes the attendant of the vCPU with this number.
+pub(crate) type MakeAttendant = Arc<dyn Fn(usize) -> Box<dyn Attendant> + Send + Sync>;
 
 impl Config {
     /// A configuration without a thread hook, kicking again every 10 ms.
     pub fn new(kicks: Arc<Kicks>, pio: Arc<Bus>, mmio: Arc<Bus>, exit: ExitNotifier) -> Self {
         let rekick_after = Duration::from_millis(10);
-        Self { kicks, pio, mmio, exit, on_thread_start: None, rekick_after }
+        Self { kicks, pio, mmio, exit, on_thread_start: None, rekick_after, attendant: None }
+    }
+
+    /// Has plugins take part.
+    pub fn with_plugins(mut self, hub: &Arc<Hub>) -> Self {
+        let hub = hub.clone();
+        self.attendant = Some(Arc::new(move |vcpu| hub.attendant(vcpu)));
+        self
     }
 }
 
@@ -130,6 +146,40 @@ pub struct Vcpus {
     kicks: Arc<Kicks>,
     rekick_after: Duration,
     epoch: u64,
+    supplied: Arc<AtomicBool>,
+}
+
+/// Where vCPUs are given to threads that wait for them.
+pub struct Supply {
+    places: Vec<Sender<Delivery>>,
+    supplied: Arc<AtomicBool>,
+}
+
+impl Supply {
+    /// Gives every thread its vCPU.
+    ///
+    /// # Errors
+    /// [`StartError`]; no thread has one then.
+    pub fn give(&self, fds: Vec<VcpuFd>) -> Result<(), StartError> {
+        let (vcpus, slots) = (fds.len(), self.places.len());
+        if vcpus != slots {
+            return Err(StartError::Slots { vcpus, slots });
+        }
+        let deliveries: Vec<Delivery> = fds
+            .into_iter()
+            .enumerate()
+            .map(|(vcpu, fd)| match RunPage::map(&fd) {
+                Ok(page) => Ok((fd, Arc::new(page))),
+                Err(source) => Err(StartError::Mapping { vcpu, source }),
+            })
+            .collect::<Result<_, _>>()?;
+        for (place, delivery) in self.places.iter().zip(deliveries) {
+            // A thread that has ended has said so by an event.
+            let _ = place.try_send(delivery);
+        }
+        self.supplied.store(true, Ordering::Release);
+        Ok(())
+    }
 }
 
 /// The coordinator's side of one vCPU.
@@ -148,18 +198,34 @@ impl Vcpus {
         if fds.len() != config.kicks.len() {
             return Err(StartError::Slots { vcpus: fds.len(), slots: config.kicks.len() });
         }
+        let (vcpus, supply) = Self::start_later(config)?;
+        supply.give(fds)?;
+        Ok(vcpus)
+    }
+
+    /// Starts a thread for every vCPU before there are any: each waits in state `Created` for
+    /// [`Supply::give`], before which [`Vcpus::run`] must not be called.
+    ///
+    /// # Errors
+    /// [`StartError`]; no thread is left behind then.
+    pub fn start_later(config: Config) -> Result<(Self, Supply), StartError> {
+        let count = config.kicks.len();
         kick::install_handler().map_err(StartError::Handler)?;
-        let (events, inbox) = bounded(EVENTS_PER_VCPU * fds.len());
+        let (events, inbox) = bounded(EVENTS_PER_VCPU * count);
+        let supplied = Arc::new(AtomicBool::new(false));
         let mut vcpus = Self {
-            seats: Vec::with_capacity(fds.len()),
+            seats: Vec::with_capacity(count),
             events: inbox,
             kicks: config.kicks.clone(),
             rekick_after: config.rekick_after,
             epoch: 0,
+            supplied: supplied.clone(),
         };
-        for (id, vcpu) in fds.into_iter().enumerate() {
-            let seat = spawn(id, vcpu, &config, events.clone())?;
-            vcpus.seats.push(seat);
+        let mut supply = Supply { places: Vec::with_capacity(count), supplied };
+        for id in 0..count {
+            let (place, delivery) = bounded(1);
+            vcpus.seats.push(spawn(id, delivery, &config, events.clone())?);
+            supply.places.push(place);
         }
         let mut waiting = vcpus.seats.len();
         while waiting > 0 {
@@ -172,7 +238,7 @@ impl Vcpus {
                 _ => {}
             }
         }
-        Ok(vcpus)
+        Ok((vcpus, supply))
     }
 
     /// Lets every vCPU run for the first time.
@@ -344,6 +410,9 @@ impl Vcpus {
     ) -> Result<Receiver<R>, WorkError> {
         let seat = self.seats.get(vcpu).ok_or(WorkError::Unknown { vcpu })?;
         let state = seat.cell.get();
+        if !self.supplied.load(Ordering::Acquire) {
+            return Err(WorkError::Missing { vcpu });
+        }
         if matches!(state, VcpuState::Running | VcpuState::Pausing) {
             return Err(WorkError::Running { vcpu, state });
         }
@@ -449,17 +518,14 @@ fn absent(arrivals: &[Option<Arrival>]) -> Vec<usize> {
 
 fn spawn(
     id: usize,
-    vcpu: VcpuFd,
+    delivery: Receiver<Delivery>,
     config: &Config,
     events: Sender<Event>,
 ) -> Result<Desk, StartError> {
-    let page = RunPage::map(&vcpu).map_err(|source| StartError::Mapping { vcpu: id, source })?;
     let cell = Arc::new(StateCell::new(VcpuState::Created));
     let (commands, inbox) = unbounded();
-    let body = VcpuThread {
+    let body = Recruit {
         id,
-        vcpu,
-        page: Arc::new(page),
         kicks: config.kicks.clone(),
         pio: config.pio.clone(),
         mmio: config.mmio.clone(),
@@ -467,7 +533,8 @@ fn spawn(
         cell: cell.clone(),
         commands: inbox,
         events,
-        pending: false,
+        attendant: config.attendant.as_ref().map(|make| make(id)),
+        delivery,
     };
     let hook = config.on_thread_start.clone();
     let thread = Builder::new()

@@ -165,6 +165,12 @@ pub trait Seat {
     fn state(&self) -> &PerVcpuState;
     /// Clears `kvm_run.immediate_exit`.
     fn clear(&self);
+    /// Whether somebody but the requester of a pause wants the vCPU before it enters the guest. Who
+    /// does says so first, and then interrupts the vCPU as a requester would.
+    fn wanted(&self) -> bool;
+    /// Gives the vCPU, which is between two instructions, to whoever wants it, until they are done
+    /// or the vCPU is asked to pause.
+    fn attend(&mut self) -> Step<Self::End>;
     /// One KVM_RUN, and what the guest's exit asks for.
     fn enter(&mut self) -> Step<Self::End>;
     /// Completes the access that the last [`Seat::enter`] served, without the guest going on:
@@ -182,9 +188,13 @@ pub trait Seat {
 /// Runs the guest until it ends the VM (the reason is given) or the vCPU is told to stop.
 pub fn run<S: Seat>(seat: &mut S) -> Option<S::End> {
     loop {
+        // Nobody is attended on the way into the guest: whatever came meanwhile is looked for again,
+        // after immediate_exit is cleared.
         let step = if seat.state().is_requested() {
-            match seat.complete() {
-                Step::Interrupted | Step::Served => Step::Interrupted,
+            interrupted(seat.complete())
+        } else if seat.wanted() {
+            match interrupted(seat.complete()) {
+                Step::Interrupted => interrupted(seat.attend()),
                 ended => ended,
             }
         } else {
@@ -200,6 +210,14 @@ pub fn run<S: Seat>(seat: &mut S) -> Option<S::End> {
             Step::Ended(end) => return Some(end),
             Step::Stopped => return None,
         }
+    }
+}
+
+/// Where the guest is not to be entered although it could be.
+fn interrupted<E>(step: Step<E>) -> Step<E> {
+    match step {
+        Step::Served => Step::Interrupted,
+        step => step,
     }
 }
 

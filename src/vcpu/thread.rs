@@ -1,5 +1,6 @@
 //! One vCPU's thread: KVM_RUN, its exits, and its place in the pause protocol.
 
+use super::attendant::{Attendant, GuestAccess, SpecialExit};
 use super::exit::{self, Access, Exit, MAX_ACCESS};
 use super::kick::{self, Kicks};
 use super::notice::ExitNotifier;
@@ -8,7 +9,7 @@ use super::run_page::RunPage;
 use super::state::{StateCell, VcpuState};
 use super::{Outstanding, Space, ThreadHook};
 use crate::bus::{Bus, Outcome, VmExit};
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, select};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
 use std::thread;
@@ -41,6 +42,8 @@ pub(super) struct VcpuThread {
     pub(super) cell: Arc<StateCell>,
     pub(super) commands: Receiver<Command<Work>>,
     pub(super) events: Sender<Event>,
+    /// Plugins.
+    pub(super) attendant: Option<Box<dyn Attendant>>,
     /// An access was served that KVM has not completed.
     pub(super) pending: bool,
 }
@@ -68,9 +71,26 @@ impl Drop for Farewell {
     }
 }
 
-impl VcpuThread {
+/// A vCPU that comes to its thread later than the thread itself.
+pub(super) type Delivery = (VcpuFd, Arc<RunPage>);
+
+/// A thread without its vCPU.
+pub(super) struct Recruit {
+    pub(super) id: usize,
+    pub(super) kicks: Arc<Kicks>,
+    pub(super) pio: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) exit: ExitNotifier,
+    pub(super) cell: Arc<StateCell>,
+    pub(super) commands: Receiver<Command<Work>>,
+    pub(super) events: Sender<Event>,
+    pub(super) attendant: Option<Box<dyn Attendant>>,
+    pub(super) delivery: Receiver<Delivery>,
+}
+
+impl Recruit {
     /// The body of the thread.
-    pub(super) fn main(mut self, hook: Option<ThreadHook>) {
+    pub(super) fn main(self, hook: Option<ThreadHook>) {
         let _farewell = Farewell {
             id: self.id,
             kicks: self.kicks.clone(),
@@ -80,15 +100,48 @@ impl VcpuThread {
         };
         let result = kick::mask_signals()
             .map_err(|error| format!("setting the signal mask: {error}"))
-            .and_then(|()| {
-                self.kicks.attach(self.id, self.page.clone());
-                hook.map_or(Ok(()), |hook| hook(self.id))
-            });
+            .and_then(|()| hook.map_or(Ok(()), |hook| hook(self.id)));
         let failed = result.is_err();
-        self.tell(Event::Started { vcpu: self.id, result });
-        if failed
-            || pause::wait(&mut self, |command| matches!(command, Command::Run)) == Woken::Stop
-        {
+        // A coordinator that is gone has closed the commands as well: the thread ends by those.
+        let _ = self.events.send(Event::Started { vcpu: self.id, result });
+        if failed {
+            return;
+        }
+        let (vcpu, page) = match self.delivery.try_recv() {
+            Ok(delivery) => delivery,
+            // Nothing but an end can be asked of a thread without its vCPU.
+            Err(_) => select! {
+                recv(self.delivery) -> delivery => match delivery {
+                    Ok(delivery) => delivery,
+                    Err(_) => return,
+                },
+                recv(self.commands) -> _ => return,
+            },
+        };
+        self.kicks.attach(self.id, page.clone());
+        let Recruit { id, kicks, pio, mmio, exit, cell, commands, events, attendant, .. } = self;
+        let pending = false;
+        VcpuThread {
+            id,
+            vcpu,
+            page,
+            kicks,
+            pio,
+            mmio,
+            exit,
+            cell,
+            commands,
+            events,
+            attendant,
+            pending,
+        }
+        .main();
+    }
+}
+
+impl VcpuThread {
+    fn main(mut self) {
+        if pause::wait(&mut self, |command| matches!(command, Command::Run)) == Woken::Stop {
             return;
         }
         if let Some(end) = pause::run(&mut self) {
@@ -110,23 +163,80 @@ impl VcpuThread {
     fn serve(&mut self, space: Space, access: Access) -> Step<VmExit> {
         let outstanding =
             Outstanding { space, addr: access.addr, len: access.size, is_write: access.is_write };
+        let whole = GuestAccess::new(space, access);
+        loop {
+            match self.attend_access(&whole) {
+                None => break,
+                Some(Outcome::Done) => return Step::Served,
+                Some(Outcome::Exit(end)) => return Step::Ended(end),
+                Some(Outcome::Retry) => {
+                    if self.give_way(Some(outstanding)) == Woken::Stop {
+                        return Step::Stopped;
+                    }
+                }
+            }
+        }
         let mut index = 0;
         while index < access.count {
             match self.serve_element(space, &access, index) {
                 Outcome::Done => index += 1,
                 Outcome::Exit(end) => return Step::Ended(end),
                 Outcome::Retry => {
-                    if !self.state().is_requested() {
-                        // The pause was given up in between, or the device gives in easily.
-                        thread::yield_now();
-                    }
-                    if pause::look(self, Some(outstanding)) == Woken::Stop {
+                    if self.give_way(Some(outstanding)) == Woken::Stop {
                         return Step::Stopped;
                     }
                 }
             }
         }
         Step::Served
+    }
+
+    /// Has the attendant handle an exit that no device can.
+    fn special(&mut self, exit: SpecialExit) -> Step<VmExit> {
+        loop {
+            match self.attend_exit(&exit) {
+                None => return Step::Ended(exit.unhandled()),
+                Some(Outcome::Done) => return Step::Served,
+                Some(Outcome::Exit(end)) => return Step::Ended(end),
+                Some(Outcome::Retry) => {
+                    if self.give_way(None) == Woken::Stop {
+                        return Step::Stopped;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A wait was given up for a request: takes it.
+    fn give_way(&mut self, outstanding: Option<Outstanding>) -> Woken {
+        if !self.state().is_requested() {
+            // The pause was given up in between, or the device gives in easily.
+            thread::yield_now();
+        }
+        pause::look(self, outstanding)
+    }
+
+    /// One KVM_RUN, and what the guest's exit asks for.
+    fn visit(&mut self) -> Step<VmExit> {
+        match exit::run(&mut self.vcpu) {
+            Exit::Interrupted => {
+                self.pending = false;
+                Step::Interrupted
+            }
+            Exit::Port(access) => {
+                self.pending = true;
+                self.serve(Space::Port, access)
+            }
+            Exit::Mmio(access) => {
+                self.pending = true;
+                self.serve(Space::Mmio, access)
+            }
+            Exit::Special(exit) => {
+                self.pending = !matches!(exit, SpecialExit::Debug { .. });
+                self.special(exit)
+            }
+            Exit::Ended(end) => Step::Ended(end),
+        }
     }
 
     fn serve_element(&mut self, space: Space, access: &Access, index: usize) -> Outcome {
@@ -165,22 +275,20 @@ impl Seat for VcpuThread {
         self.page.set_immediate_exit(false);
     }
 
-    fn enter(&mut self) -> Step<VmExit> {
-        match exit::run(&mut self.vcpu) {
-            Exit::Interrupted => {
-                self.pending = false;
-                Step::Interrupted
-            }
-            Exit::Port(access) => {
-                self.pending = true;
-                self.serve(Space::Port, access)
-            }
-            Exit::Mmio(access) => {
-                self.pending = true;
-                self.serve(Space::Mmio, access)
-            }
-            Exit::Ended(end) => Step::Ended(end),
+    #[inline]
+    fn wanted(&self) -> bool {
+        self.attendant.as_ref().is_some_and(|attendant| attendant.wanted())
+    }
+
+    fn attend(&mut self) -> Step<VmExit> {
+        match self.attendant.as_mut().map(|attendant| attendant.attend(&mut self.vcpu)) {
+            Some(Outcome::Exit(end)) => Step::Ended(end),
+            _ => Step::Interrupted,
         }
+    }
+
+    fn enter(&mut self) -> Step<VmExit> {
+        self.visit()
     }
 
     fn complete(&mut self) -> Step<VmExit> {
@@ -188,7 +296,7 @@ impl Seat for VcpuThread {
         // asks for the next one instead, and that is served like any other.
         while self.pending {
             self.page.set_immediate_exit(true);
-            match self.enter() {
+            match self.visit() {
                 Step::Served => {}
                 step => return step,
             }

@@ -113,6 +113,13 @@ impl GuestRam {
         Ok(GuestRam { file, memory, regions, len: bytes })
     }
 
+    /// No RAM: the machine's memory is what a plugin makes.
+    pub fn none() -> Result<GuestRam, MemoryError> {
+        let fd = sealed_memfd(MEMFD_NAME, 0).map_err(MemoryError::Create)?;
+        let file = Arc::new(File::from(fd));
+        Ok(GuestRam { file, memory: GuestMemoryMmap::new(), regions: Vec::new(), len: 0 })
+    }
+
     /// The memory, for access by guest-physical address.
     pub fn memory(&self) -> &GuestMemoryMmap<()> {
         &self.memory
@@ -133,7 +140,7 @@ impl GuestRam {
         self.len
     }
 
-    /// Never true: there is no guest without RAM.
+    /// Only in a machine that has a plugin's memory.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -42,6 +42,10 @@ struct Shared {
     left: Condvar,
     device: Mutex<Device>,
     woken: Condvar,
+    /// An attendant's slot, and how often it was served.
+    wanted: AtomicBool,
+    attended: Mutex<usize>,
+    served: Condvar,
 }
 
 impl Target for Shared {
@@ -59,6 +63,20 @@ impl Shared {
     fn request(&self, data: u64) {
         self.state.request_pause(data);
         interrupt(self);
+    }
+
+    /// What an attendant does that wants the vCPU.
+    fn want(&self) {
+        self.wanted.store(true, Ordering::Release);
+        interrupt(self);
+    }
+
+    /// Waits until the attendant has had the vCPU.
+    fn wait_attended(&self) {
+        let mut attended = self.attended.lock().unwrap();
+        while *attended == 0 {
+            attended = self.served.wait(attended).unwrap();
+        }
     }
 
     fn end_guest(&self) {
@@ -113,6 +131,16 @@ impl Seat for Model {
     }
     fn clear(&self) {
         self.shared.immediate_exit.store(0, Ordering::Relaxed);
+    }
+    fn wanted(&self) -> bool {
+        self.shared.wanted.load(Ordering::Acquire)
+    }
+    fn attend(&mut self) -> Step<()> {
+        // Taken first, so that whoever wants it from here on has it attended once more.
+        self.shared.wanted.swap(false, Ordering::AcqRel);
+        *self.shared.attended.lock().unwrap() += 1;
+        self.shared.served.notify_one();
+        Step::Served
     }
     fn enter(&mut self) -> Step<()> {
         while self.reads_device {
@@ -339,6 +367,51 @@ fn a_vcpu_that_waits_for_a_device_parks_and_takes_the_wait_up_again() {
 fn a_stop_reaches_a_vcpu_that_waits_for_a_device() {
     check(Some(4), || {
         Desk::start(true, run).stop(1);
+    });
+}
+
+#[test]
+fn an_attendant_and_a_pause_at_once_both_have_the_vcpu() {
+    check(Some(3), || {
+        let desk = Desk::start(false, run);
+        let shared = desk.shared.clone();
+        let attendant = thread::spawn(move || {
+            shared.want();
+            shared.wait_attended();
+        });
+        desk.pause(1);
+        desk.tell(Command::Resume(1));
+        attendant.join().unwrap();
+        desk.stop(2);
+    });
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn broken_attending_without_looking_again_loses_a_request() {
+    check(Some(3), || {
+        let desk = Desk::start(false, |model| {
+            loop {
+                if model.wanted() {
+                    // Clears immediate_exit as look does, and enters the guest at once.
+                    model.clear();
+                    model.attend();
+                } else if model.state().is_requested() && look(model, None) == Woken::Stop {
+                    return None;
+                }
+                match model.enter() {
+                    Step::Ended(()) => return Some(()),
+                    _ if look(model, None) == Woken::Stop => return None,
+                    _ => {}
+                }
+            }
+        });
+        let shared = desk.shared.clone();
+        let attendant = thread::spawn(move || shared.want());
+        desk.pause(1);
+        desk.tell(Command::Resume(1));
+        attendant.join().unwrap();
+        desk.stop(2);
     });
 }
 

@@ -1,0 +1,187 @@
+//! One plugin: its slots, its rights, and all that it made.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use cellblock_plugin_api::slot::Slots;
+use cellblock_plugin_api::wire::Handle;
+use cellblock_plugin_api::{Hint, MemoryAccess, Rights};
+use cellblock_wire::{Access, Mapping, ShmError, sealed_memfd};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::memory::Slab;
+use super::seat::Seat;
+use crate::event;
+
+/// Shared memory or descriptors for a plugin that could not be made.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum SessionError {
+    #[error("sharing memory with a plugin")]
+    Memory(#[from] ShmError),
+    #[error("making a plugin's descriptors")]
+    Descriptors(#[source] Errno),
+    #[error("making a plugin's shutdown event")]
+    Shutdown(#[source] std::io::Error),
+}
+
+/// See the module.
+pub struct Session {
+    id: usize,
+    rights: Rights,
+    memory: MemoryAccess,
+    owner: bool,
+    seats: Vec<Seat>,
+    slots: OwnedFd,
+    /// The end the plugin gets, and ours: closing it tells the plugin that we are gone.
+    life: (OwnedFd, Mutex<Option<OwnedFd>>),
+    shutdown: EventFd,
+    hint: RwLock<Option<Hint>>,
+    hinted: AtomicBool,
+    ended: AtomicBool,
+    pub(super) connections: AtomicUsize,
+    made: Mutex<Made>,
+}
+
+/// What a plugin made.
+#[derive(Default)]
+pub(super) struct Made {
+    next: Handle,
+    pub(super) io_events: BTreeMap<Handle, IoEvent>,
+    pub(super) irq_events: BTreeMap<Handle, (EventFd, u32)>,
+    pub(super) memory: BTreeMap<Handle, Slab>,
+}
+
+/// An ioeventfd, with what undoing it takes.
+pub(super) struct IoEvent {
+    pub(super) fd: EventFd,
+    pub(super) raw: kvm_bindings::kvm_ioeventfd,
+}
+
+impl Made {
+    pub(super) fn handle(&mut self) -> Handle {
+        self.next += 1;
+        self.next
+    }
+
+    /// How many things there are.
+    pub(super) fn len(&self) -> usize {
+        self.io_events.len() + self.irq_events.len() + self.memory.len()
+    }
+}
+
+impl Session {
+    pub(super) fn new(
+        id: usize,
+        vcpus: usize,
+        rights: Rights,
+        memory: MemoryAccess,
+        owner: bool,
+    ) -> Result<Arc<Session>, SessionError> {
+        let bytes = Slots::bytes(vcpus as u32);
+        let memfd = sealed_memfd("cellblock-slots", bytes as u64)?;
+        let slots = Slots::new(Mapping::new(&memfd, bytes, Access::ReadWrite)?, vcpus as u32);
+        let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).map_err(SessionError::Descriptors)?;
+        Ok(Arc::new(Session {
+            id,
+            rights,
+            memory,
+            owner,
+            seats: (0..vcpus as u32).filter_map(|id| Some(Seat::new(slots.slot(id)?))).collect(),
+            slots: memfd,
+            life: (theirs, Mutex::new(Some(ours))),
+            // Blocking: plugins wait for it by reading.
+            shutdown: EventFd::new(EFD_CLOEXEC).map_err(SessionError::Shutdown)?,
+            hint: RwLock::new(None),
+            hinted: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+            made: Mutex::default(),
+        }))
+    }
+
+    pub(super) fn id(&self) -> usize {
+        self.id
+    }
+
+    /// What it may do.
+    pub fn rights(&self) -> Rights {
+        self.rights
+    }
+
+    pub(super) fn memory(&self) -> MemoryAccess {
+        self.memory
+    }
+
+    /// Whether the VM is this plugin's.
+    pub fn is_owner(&self) -> bool {
+        self.owner
+    }
+
+    pub(super) fn seat(&self, vcpu: usize) -> &Seat {
+        &self.seats[vcpu]
+    }
+
+    /// What a plugin gets when it greets: the slots, and the pipe that tells of our end.
+    pub(super) fn greeting(&self) -> [BorrowedFd<'_>; 2] {
+        [self.slots.as_fd(), self.life.0.as_fd()]
+    }
+
+    pub(super) fn shutdown_event(&self) -> BorrowedFd<'_> {
+        event::fd(&self.shutdown)
+    }
+
+    /// Tells the plugin that the VM ends.
+    pub fn signal_shutdown(&self) {
+        // A plugin can fill the counter up: then it is readable as it is, and a write would block.
+        if !readable(self.shutdown_event()) {
+            let _ = self.shutdown.write(1);
+        }
+    }
+
+    pub(super) fn set_hint(&self, hint: Option<Hint>) {
+        let mut current = self.hint.write().unwrap_or_else(PoisonError::into_inner);
+        self.hinted.store(hint.is_some(), Ordering::Release);
+        *current = hint;
+    }
+
+    /// Calls `look` with the hint, if there is one.
+    pub(super) fn with_hint<R>(&self, look: impl FnOnce(&Hint) -> R) -> Option<R> {
+        if !self.hinted.load(Ordering::Acquire) {
+            return None;
+        }
+        self.hint.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(look)
+    }
+
+    /// Whether its last connection has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.seats.iter().for_each(Seat::close);
+        self.life.1.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    pub(super) fn made(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn readable(fd: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).field("rights", &self.rights).finish()
+    }
+}

@@ -140,17 +140,19 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
-        _machine: machine,
+        _machine: Arc::new(machine),
         ram,
         vcpus,
         ended,
-        ring,
+        ring: Some(ring),
         cells,
         devices,
         disks: facts,
         back_ends,
         spawner,
         plugin: None,
+        plugins: None,
+        starts_later: false,
         control,
         notifier,
         signals,
@@ -275,7 +277,7 @@ fn facts(
     specs.iter().zip(disks).zip(devices).map(of).collect()
 }
 
-fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
+pub(super) fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
     Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 

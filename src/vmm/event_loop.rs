@@ -23,6 +23,7 @@ use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::plugin::{Hub, Plugins};
 use crate::plugin_process::PluginProcess;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
@@ -34,17 +35,21 @@ use crate::vm::memory::GuestRam;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) _machine: Machine,
+    pub(super) _machine: Arc<Machine>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
-    pub(super) ring: Arc<Producer>,
+    /// COM1's.
+    pub(super) ring: Option<Arc<Producer>>,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
     pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
     pub(super) plugin: Option<PluginProcess>,
+    pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+    /// Whether a plugin decides when there are vCPUs.
+    pub(super) starts_later: bool,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
@@ -140,9 +145,9 @@ impl Vm {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
-        self.vcpus.run()?;
-        self.event(EventKind::Start);
-        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        if !self.starts_later {
+            self.run_vcpus()?;
+        }
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
@@ -160,6 +165,13 @@ impl Vm {
         }
     }
 
+    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+        self.vcpus.run()?;
+        self.event(EventKind::Start);
+        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        Ok(())
+    }
+
     fn watch(&self, epoll: &Epoll) -> nix::Result<()> {
         let add = |fd: BorrowedFd<'_>, source: Source| {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.token()))
@@ -168,7 +180,9 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
-        add(self.ring.fault_event(), Source::Ring)?;
+        if let Some(ring) = &self.ring {
+            add(ring.fault_event(), Source::Ring)?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -210,7 +224,11 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => self.port_markers(),
+            Source::Notices => {
+                if let Err(error) = self.notices() {
+                    return Flow::Break(Err(error));
+                }
+            }
             Source::Plugin => {
                 if let Some(plugin) = &mut self.plugin {
                     plugin.log();
@@ -257,7 +275,7 @@ impl Vm {
 
     /// COM1's process does not answer, or lies. A liar is ended at once.
     fn ring_fault(&mut self) {
-        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(fault) = self.ring.as_ref().and_then(|ring| ring.take_fault()) else { return };
         let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
         let (id, pid) = (cell.id().to_string(), cell.pid());
         tracing::error!(role = "serial", device = id, pid, "{fault}");
@@ -286,10 +304,14 @@ impl Vm {
         }
     }
 
-    fn port_markers(&mut self) {
-        for Notice::Marker(marker) in self.notifier.take() {
-            self.event(requests::marker_event(marker, "port"));
+    fn notices(&mut self) -> Result<(), VmmError> {
+        for notice in self.notifier.take() {
+            match notice {
+                Notice::Marker(marker) => self.event(requests::marker_event(marker, "port")),
+                Notice::Made => self.run_vcpus()?,
+            }
         }
+        Ok(())
     }
 
     fn control_requests(&mut self) {
@@ -342,7 +364,11 @@ impl Vm {
         tracing::error!(role, device = id, pid, "device process died: {how}");
         match self.devices.iter().find(|(device, _)| *device == id) {
             Some((_, device)) => device.lost(),
-            None => self.ring.set_dead(true),
+            None => {
+                if let Some(ring) = &self.ring {
+                    ring.set_dead(true);
+                }
+            }
         }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
@@ -382,7 +408,8 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
-        self.port_markers(); // those of the guest's last moments
+        let _ = self.notices(); // markers of the guest's last moments
+        self.plugins = None;
         // All at once, so that they share one deadline.
         let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
         for ((id, device), drain) in self.devices.iter().zip(drains) {

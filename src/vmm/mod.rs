@@ -6,6 +6,7 @@
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
 //! | `plugin` | the plugin's end, and its grace |
+//! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -13,6 +14,7 @@ mod assemble;
 mod event_loop;
 mod notice;
 mod plugin;
+mod plugin_vm;
 mod ports;
 mod remedy;
 mod requests;
@@ -77,7 +79,11 @@ pub enum VmmError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Plugin(#[from] crate::plugin_process::PluginError),
-    #[error("a plugin without a kernel has no machine yet")]
+    #[error(transparent)]
+    Session(#[from] crate::plugin::SessionError),
+    #[error(transparent)]
+    Plugins(#[from] crate::plugin::StartError),
+    #[error("there is no kernel to boot")]
     NoKernel,
     #[error(transparent)]
     VcpuStart(#[from] crate::vcpu::StartError),
@@ -114,7 +120,10 @@ pub enum VmmError {
 /// Runs a VM from start to end. The caller must still be single-threaded: the
 /// spawner is forked before anything else happens.
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
-    let mut vm = assemble::assemble(config)?;
+    let mut vm = match (&config.kernel, config.plugin.clone()) {
+        (None, Some(plugin)) => plugin_vm::assemble(config, &plugin)?,
+        _ => assemble::assemble(config)?,
+    };
     let end = vm.run();
     vm.shut_down(&end);
     end

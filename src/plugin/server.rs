@@ -27,7 +27,7 @@ use crate::vcpu::Supply;
 use crate::vm::kvm::Machine;
 
 /// The most connections of one plugin.
-const CONNECTIONS: usize = 64;
+const CONNECTIONS: usize = 128;
 /// The most programs that are attached at a time.
 const ATTACHED: usize = 16;
 /// Messages of one connection in a row.

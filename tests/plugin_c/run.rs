@@ -1,10 +1,12 @@
 //! Compiles a C plugin, and runs the program with it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -64,13 +66,16 @@ impl Plugin {
     pub fn start(self) -> Vm {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let path = dir.path().join(&self.name);
-        compile(&self.name, &path, dir.path());
+        let mut path = compiled(&self.name);
         let mut words: Vec<String> = Vec::new();
         let mut program = PathBuf::from(PROGRAM);
         if self.user {
             program = dir.path().join("cellblock");
             fs::copy(PROGRAM, &program).unwrap();
+            let own = dir.path().join(&self.name);
+            fs::copy(&path, &own).unwrap();
+            fs::copy(library(), dir.path().join("libcrosvm_plugin.so")).unwrap();
+            path = own;
             let group = fs::metadata("/dev/kvm").map(|m| std::os::unix::fs::MetadataExt::gid(&m));
             let user = format!("--reuid={NOBODY}");
             let own = format!("--regid={}", group.unwrap());
@@ -107,11 +112,25 @@ impl Plugin {
     }
 }
 
-fn compile(name: &str, to: &Path, dir: &Path) {
+/// Compiles `tests/plugins/NAME.c`, once.
+fn compiled(name: &str) -> PathBuf {
+    static DONE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugin-{name}"));
+    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if done.insert(name.into()) {
+        compile(name, &path);
+    }
+    path
+}
+
+/// The library that cargo built for this test.
+fn library() -> PathBuf {
+    std::env::current_exe().unwrap().with_file_name("libcrosvm_plugin.so")
+}
+
+fn compile(name: &str, to: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Beside the plugin, where anybody can read it.
-    let built = std::env::current_exe().unwrap().with_file_name("libcrosvm_plugin.so");
-    fs::copy(built, dir.join("libcrosvm_plugin.so")).unwrap();
+    let folder = library().parent().unwrap().to_owned();
     let output = Command::new("cc")
         .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-pthread", "-I"])
         .arg(root.join("plugin-api/include"))
@@ -119,8 +138,9 @@ fn compile(name: &str, to: &Path, dir: &Path) {
         .arg("-o")
         .arg(to)
         .arg("-L")
-        .arg(dir)
-        .args(["-lcrosvm_plugin", "-Wl,-rpath,$ORIGIN"])
+        .arg(&folder)
+        .args(["-lcrosvm_plugin", "-Wl,-rpath,$ORIGIN", "-Wl,-rpath"])
+        .arg(&folder)
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -63,10 +63,10 @@ int main(void) {
   struct kvm_xcrs xcrs, xcrs2;
   OK(crosvm_vcpu_get_xcrs(vcpu, &xcrs));
   CHECK(xcrs.nr_xcrs >= 1);
-  xcrs.xcrs[0].value = 3;
+  xcrs.xcrs[0].value = 1;
   OK(crosvm_vcpu_set_xcrs(vcpu, &xcrs));
   OK(crosvm_vcpu_get_xcrs(vcpu, &xcrs2));
-  SAME(xcrs2.xcrs[0].value, 3);
+  SAME(xcrs2.xcrs[0].value, 1);
   xcrs.xcrs[0].value = 0; /* x87 cannot be off */
   ERR(crosvm_vcpu_set_xcrs(vcpu, &xcrs), EINVAL);
   struct kvm_lapic_state lapic, lapic2;

@@ -13,6 +13,7 @@ pub mod logging;
 pub mod plugin;
 pub mod plugin_process;
 pub mod remedy;
+pub mod snapshot;
 pub mod spec;
 pub mod terminal;
 mod throttle;

@@ -41,6 +41,9 @@ pub enum SpecError {
     /// A key that says something about an image which another program has.
     #[error("key '{0}' is the back end's affair: beside vhost-user=SOCKET there is only id=NAME")]
     BackEnds(String),
+    /// Writes that are refused and kept at once.
+    #[error("give one of 'ro' and 'cow': a disk that refuses writes has none to keep")]
+    ReadOnlyCow,
     /// The same key twice.
     #[error("key '{0}' is given twice")]
     Twice(String),

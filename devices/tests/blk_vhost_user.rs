@@ -568,6 +568,7 @@ fn prepare_names_what_is_wrong() {
         queues: 1,
         poll_us: 0,
         throttle: Default::default(),
+        cow: false,
     };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
@@ -581,7 +582,7 @@ fn prepare_names_what_is_wrong() {
         let error = prepare(start, fds).expect_err(part);
         assert!(error.contains(part), "{error:?} does not say {part:?}");
     };
-    wrong(good.clone(), vec![], "two file descriptors, not 0");
+    wrong(good.clone(), vec![], "four with an overlay, not 0");
     wrong(good.clone(), [rw(), rw()].into_iter().flatten().collect(), "not 4");
     wrong(good.clone(), rw().into_iter().rev().collect(), "the page of the counters");
     wrong(BlkStart { size: 0, ..good.clone() }, rw(), "size of 0 bytes");

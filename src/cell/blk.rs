@@ -8,12 +8,13 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{BlkStart, Start};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_RO};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
 use super::counters::BlkCounters;
 use super::launch::{Common, launch};
+use super::overlay::Overlay;
 use super::{Cell, CellError};
 use crate::event::event;
 use crate::spec::{DiskSpec, OpenedDisk};
@@ -90,8 +91,10 @@ pub fn process(
         queues,
         poll_us: spec.poll_us,
         throttle: spec.throttle,
+        cow: disk.overlay.is_some(),
     });
-    let fds = [disk.fd.as_fd(), counters.fd()];
+    let mut fds = vec![disk.fd.as_fd(), counters.fd()];
+    fds.extend(disk.overlay.iter().flat_map(Overlay::fds));
     let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;
     cell.counters = Some(counters);
     Ok(cell)
@@ -174,6 +177,9 @@ impl StartingDisk {
             // Writes to the configuration end here, and a driver that switched the cache
             // off in vain would take for durable what is not.
             info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+            // However many queues there are, this device has one, and a driver that was
+            // told of more would fail at the second.
+            info.features &= !(1 << VIRTIO_BLK_F_MQ);
         }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(

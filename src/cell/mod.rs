@@ -6,6 +6,7 @@
 //! | [`serial`] | COM1: the VMM's end of a serial cell |
 //! | [`blk`] | a virtio disk: the VMM's end of a block cell |
 //! | [`counters`] | the page a block cell counts in |
+//! | [`overlay`] | what a `cow` disk's guest has written |
 //!
 //! Nothing a cell says is trusted: its messages are decoded within bounds, its
 //! shared pages are read as hostile memory, and its death or its silence is an
@@ -14,6 +15,7 @@
 pub mod blk;
 pub mod counters;
 pub mod launch;
+pub mod overlay;
 pub mod serial;
 
 use std::os::fd::OwnedFd;

@@ -6,6 +6,7 @@
 
 mod control;
 mod demo;
+mod describe;
 mod events;
 mod output;
 mod pause;
@@ -16,6 +17,7 @@ mod run;
 mod stats;
 mod stop;
 mod throttle;
+mod verify;
 mod vhost_user_blk;
 
 use std::ffi::OsString;
@@ -40,7 +42,8 @@ Examples:
   cellblock pause /tmp/vm && cellblock resume /tmp/vm
 
 Exit status: 0 the guest shut down, or the command did what it was asked;
-1 an error (one line on standard error says what, and what to do); 2 wrong usage.";
+1 an error (one line on standard error says what, and what to do); 2 wrong usage,
+or a damaged snapshot that was described.";
 
 #[derive(Debug, Parser)]
 #[command(name = "cellblock", version, about = ABOUT, after_help = EXAMPLES)]
@@ -65,6 +68,8 @@ enum Command {
     Throttle(throttle::Throttle),
     Ps(ps::Ps),
     Events(events::Events),
+    Describe(describe::Describe),
+    Verify(verify::Verify),
     VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
@@ -75,6 +80,8 @@ enum Failure {
     Error(String),
     /// Exit status 2, and the line.
     Usage(String),
+    /// Exit status 2 as well, and the line: what was described is not to be used.
+    Damaged(String),
     /// Nobody reads our output any more: the end, and no failure of ours.
     Unread,
 }
@@ -96,7 +103,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let (status, line) = match outcome {
         Ok(()) | Err(Failure::Unread) => return ExitCode::SUCCESS,
         Err(Failure::Error(line)) => (1, line),
-        Err(Failure::Usage(line)) => (2, line),
+        Err(Failure::Usage(line) | Failure::Damaged(line)) => (2, line),
     };
     // With standard error closed there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "cellblock: error: {line}");
@@ -121,6 +128,8 @@ impl Cli {
             Command::Throttle(throttle) => throttle.execute(),
             Command::Ps(ps) => ps.execute(),
             Command::Events(events) => events.execute(),
+            Command::Describe(describe) => describe.execute(),
+            Command::Verify(verify) => verify.execute(),
             Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }

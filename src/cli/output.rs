@@ -1,6 +1,6 @@
 //! Writing to standard output, where a reader may leave at any time.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use super::Failure;
 use crate::remedy::printable;
@@ -18,6 +18,39 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 /// Writes one line.
 pub(super) fn print_line(line: &str) -> Result<(), Failure> {
     print(&format!("{line}\n"))
+}
+
+/// How far a long operation is: on standard error, and only if that is a terminal.
+#[derive(Debug)]
+pub(super) struct Progress {
+    what: &'static str,
+    shown: Option<u64>,
+    terminal: bool,
+}
+
+impl Progress {
+    pub(super) fn new(what: &'static str) -> Progress {
+        Progress { what, shown: None, terminal: io::stderr().is_terminal() }
+    }
+
+    /// Shows whole percents, each once.
+    pub(super) fn show(&mut self, done: u64, total: u64) {
+        let percent = (u128::from(done) * 100 / u128::from(total.max(1))) as u64;
+        if self.terminal && self.shown != Some(percent) {
+            self.shown = Some(percent);
+            let filled = percent as usize * 40 / 100;
+            // Nobody misses it if it cannot be shown.
+            let _ =
+                write!(io::stderr(), "\r{} [{:<40}] {percent:3}%", self.what, "#".repeat(filled));
+        }
+    }
+
+    /// Takes it away again.
+    pub(super) fn end(&mut self) {
+        if self.shown.take().is_some() {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
 }
 
 /// Rows under a heading, columns aligned; those of numbers to the right.

@@ -17,6 +17,8 @@ use crate::spec::{DiskSpec, SerialSpec, name_disks};
 const EXAMPLES: &str = "\
 A disk SPEC is PATH[,key=value]...:
   ro             the guest may only read
+  cow, cow=DIR   leave the image alone; what the guest writes is kept until the VM ends, in
+                 memory or in a file without a name in DIR
   id=NAME        name in this VM, [a-z0-9_-]{1,32} [default: disk0, disk1, ...]
   serial=TEXT    what the guest reads as serial number, up to 20 characters [default: the id]
   queues=N       1 to 32 request queues, each with a thread [default: one per vCPU]

@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::throttle::Throttle;
 use super::{SpecError, back_end, fields};
+use crate::cell::overlay::{Overlay, OverlayError, Place};
 use crate::remedy::Remedy;
 
 /// Keys of the documented command line, in its order.
@@ -34,7 +35,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] = &["direct", "cow", "engine"];
+const LATER: &[&str] = &["direct", "engine"];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -57,6 +58,8 @@ pub struct DiskSpec {
     pub id: Option<String>,
     /// Refuse writes.
     pub read_only: bool,
+    /// Leave the image alone, and keep the guest's writes here until the VM ends.
+    pub cow: Option<Place>,
     /// What the guest reads as the disk's serial number; the id where none is given.
     /// At most 20 bytes of printable ASCII.
     pub serial: Option<String>,
@@ -96,6 +99,7 @@ impl FromStr for DiskSpec {
             path: path.into(),
             id: None,
             read_only: false,
+            cow: None,
             serial: None,
             poll_us: POLL_US,
             queues: None,
@@ -106,6 +110,13 @@ impl FromStr for DiskSpec {
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
+                "cow" => {
+                    disk.cow = match field.text() {
+                        None | Some("true") => Some(Place::Memory),
+                        Some("false") => None,
+                        Some(_) => Some(Place::Directory(field.value("DIR")?.into())),
+                    }
+                }
                 "id" => {
                     let id = field.value("NAME")?;
                     check_id(id).map_err(|why| field.bad(why))?;
@@ -150,6 +161,9 @@ impl FromStr for DiskSpec {
                     return Err(SpecError::NotYet(later.to_owned()));
                 }
             }
+        }
+        if disk.read_only && disk.cow.is_some() {
+            return Err(SpecError::ReadOnlyCow);
         }
         disk.throttle =
             throttle.applied_to(&ThrottleLimits::default()).map_err(SpecError::Throttle)?;
@@ -200,8 +214,11 @@ pub struct OpenedDisk {
     pub fd: OwnedFd,
     /// Bytes, a positive multiple of 512.
     pub size: u64,
-    /// How it was opened.
+    /// The guest may only read. The image is open for writing if not, unless there is
+    /// an overlay.
     pub read_only: bool,
+    /// Where the guest's writes go instead of to the image.
+    pub overlay: Option<Overlay>,
     /// What the guest reads as its serial number, at most 20 bytes.
     pub serial: String,
 }
@@ -256,6 +273,9 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
+    /// There is no place for what the guest will write.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// Its size could not be found or its lock not taken, for a reason of the kernel's.
     #[error("{doing} disk {}", path.display())]
     Examine {
@@ -291,8 +311,12 @@ impl Remedy for DiskError {
                 ),
                 None => return None,
             },
+            DiskError::Overlay(OverlayError::File { .. }) => {
+                "give a directory that this user may write to with cow=DIR".into()
+            }
+            DiskError::Overlay(_) => return None,
             DiskError::InUse { read_only: false, .. } => {
-                "stop the other one, or use the image read-only in both with ',ro'".into()
+                "stop the other one, or leave the image alone in both with ',ro' or ',cow'".into()
             }
             DiskError::InUse { read_only: true, .. } => "stop the one that writes it".into(),
             DiskError::Connect { source, .. } => match source.kind() {
@@ -327,34 +351,35 @@ impl DiskSpec {
         }
     }
 
-    /// Opens, checks and locks the image: one writer or any number of readers.
+    /// Opens, checks and locks the image: one writer or any number of readers, to which
+    /// those belong that keep their writes to themselves.
     ///
     /// The lock is one on the open file description, so it is held by whatever
     /// process gets a duplicate of the fd, and gone when the last of them is. Other
     /// machine monitors that lock images in this way respect it, as we do theirs.
     pub fn open(&self) -> Result<OpenedDisk, DiskError> {
         let path = || self.path.clone();
+        let read_only = self.read_only || self.cow.is_some();
         let file = OpenOptions::new()
             .read(true)
-            .write(!self.read_only)
+            .write(!read_only)
             // A FIFO without a peer must not hang the start.
             .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
             .open(&self.path)
             .map_err(|source| match source.raw_os_error() {
                 Some(libc::EISDIR) => DiskError::Kind { path: path(), kind: "a directory" },
                 Some(libc::ENXIO) => DiskError::Kind { path: path(), kind: "a socket or device" },
-                _ => DiskError::Open { path: path(), read_only: self.read_only, source },
+                _ => DiskError::Open { path: path(), read_only, source },
             })?;
         let size = image_size(&file, &self.path)?;
-        lock(&file, self.read_only).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => {
-                DiskError::InUse { path: path(), read_only: self.read_only }
-            }
+        lock(&file, read_only).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => DiskError::InUse { path: path(), read_only },
             errno => DiskError::Examine { doing: "locking", path: path(), source: errno.into() },
         })?;
         let mut serial = self.serial.clone().unwrap_or_else(|| self.id().to_owned());
         serial.truncate(SERIAL_BYTES);
-        Ok(OpenedDisk { fd: file.into(), size, read_only: self.read_only, serial })
+        let overlay = self.cow.as_ref().map(|place| Overlay::new(size, place)).transpose()?;
+        Ok(OpenedDisk { fd: file.into(), size, read_only: self.read_only, overlay, serial })
     }
 }
 
@@ -423,6 +448,7 @@ mod tests {
                 path: "a/b.img".into(),
                 id: Some("root-1".into()),
                 read_only: true,
+                cow: None,
                 serial: Some("S/N=7".into()),
                 poll_us: 50,
                 queues: Some(32),
@@ -431,6 +457,14 @@ mod tests {
             }
         );
         assert_eq!(disk.queues(4), 32);
+        for (spec, cow) in [
+            ("d,cow", Some(Place::Memory)),
+            ("d,cow=true", Some(Place::Memory)),
+            ("d,cow=false,ro", None),
+            ("d,cow=/var/a,,b", Some(Place::Directory("/var/a,b".into()))),
+        ] {
+            assert_eq!(parse(spec).unwrap().cow, cow, "{spec}");
+        }
         let other = parse("vhost-user=a,,b/s,id=far").unwrap();
         assert_eq!((other.vhost_user, other.id), (Some("a,b/s".into()), Some("far".into())));
         assert_eq!(parse("./vhost-user=x").unwrap().path, Path::new("./vhost-user=x"));
@@ -478,6 +512,9 @@ mod tests {
             ("d,iops=5K", "it is a number of requests"),
             ("d,bw-burst=5", "bw-burst needs a rate"),
             ("d,iops=5,iops-burst=4", "has to be at least iops"),
+            ("d,ro,cow", "give one of 'ro' and 'cow'"),
+            ("d,cow=", "'cow' needs a value: cow=DIR"),
+            ("vhost-user=/s,cow", "key 'cow' is the back end's affair"),
             ("d,direct", "'direct' is not supported yet by this version"),
             ("d,vhost-user=/s", "the back end has the image: write vhost-user=SOCKET[,id=NAME]"),
             ("vhost-user=", "'vhost-user' needs a value: vhost-user=SOCKET"),
@@ -574,6 +611,11 @@ mod tests {
         drop(duplicate);
 
         let (_one, _two) = (reader.open().unwrap(), reader.open().unwrap());
+        let cow = DiskSpec { cow: Some(Place::Memory), ..writer.clone() };
+        let opened = cow.open().unwrap();
+        assert!(!opened.read_only && opened.overlay.is_some());
+        let flags = fcntl(&opened.fd, FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & libc::O_ACCMODE, libc::O_RDONLY, "the image can be written");
         let line = one_line(&writer.open().unwrap_err());
         assert!(line.contains("in use") && line.contains(",ro"), "{line}");
     }

@@ -18,6 +18,11 @@ impl Field {
         }
     }
 
+    /// The value as written, if one was.
+    pub(super) fn text(&self) -> Option<&str> {
+        self.value.as_deref()
+    }
+
     /// A switch: the bare key or `=true` is on, `=false` is off.
     pub(super) fn switch(&self) -> Result<bool, SpecError> {
         match self.value.as_deref() {

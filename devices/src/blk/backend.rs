@@ -358,8 +358,14 @@ mod tests {
     #[test]
     fn terms_follow_the_features_agreed_on() {
         let file = tempfile::tempfile().expect("file");
-        let disk =
-            Disk { file, size: 1024, block_size: 512, read_only: true, id: Default::default() };
+        let disk = Disk {
+            file,
+            size: 1024,
+            block_size: 512,
+            read_only: true,
+            id: Default::default(),
+            overlay: None,
+        };
         let plain = limits(0, &disk);
         assert_eq!((plain.sectors, plain.read_only, plain.size_max), (2, true, None));
         let bounded = limits(1 << VIRTIO_BLK_F_SIZE_MAX, &disk);

@@ -1,6 +1,7 @@
 //! Ranges of the disk given up or zeroed: DISCARD and WRITE_ZEROES (virtio 1.2, 5.2.6).
 #![allow(unsafe_code)] // fallocate takes a raw file descriptor
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -9,7 +10,7 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, c_in
 use virtio_bindings::virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 use super::config::SECTOR;
-use super::execute::{Disk, ExecuteError};
+use super::execute::ExecuteError;
 use super::request::Refusal;
 
 /// Bytes of struct virtio_blk_discard_write_zeroes.
@@ -91,47 +92,48 @@ impl Range {
 
 /// Clears `ranges`; durably where `write_through` says so.
 pub(super) fn execute(
-    disk: &Disk,
+    file: &File,
     clear: Clear,
     ranges: &[Range],
     write_through: bool,
 ) -> Result<(), ExecuteError> {
     for range in ranges.iter().filter(|range| range.len > 0) {
         match clear {
-            Clear::Discard => discard(disk, range),
-            Clear::Zero => zero(disk, range),
+            Clear::Discard => discard(file, range),
+            Clear::Zero => zero(file, range),
         }
         .map_err(ExecuteError::Io)?;
     }
-    if write_through { disk.file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
+    if write_through { file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
 }
 
-fn discard(disk: &Disk, range: &Range) -> io::Result<()> {
-    match fallocate(disk, FALLOC_FL_PUNCH_HOLE, range) {
+fn discard(file: &File, range: &Range) -> io::Result<()> {
+    match fallocate(file, FALLOC_FL_PUNCH_HOLE, range) {
         // A discard is advice: what cannot be given up stays (virtio 1.2, 5.2.6.2).
         Err(error) if cannot(&error) => Ok(()),
         result => result,
     }
 }
 
-fn zero(disk: &Disk, range: &Range) -> io::Result<()> {
+/// Makes `range` read as zeros.
+pub(super) fn zero(file: &File, range: &Range) -> io::Result<()> {
     if range.unmap {
-        match fallocate(disk, FALLOC_FL_PUNCH_HOLE, range) {
+        match fallocate(file, FALLOC_FL_PUNCH_HOLE, range) {
             Err(error) if cannot(&error) => {}
             result => return result,
         }
     }
-    match fallocate(disk, FALLOC_FL_ZERO_RANGE, range) {
-        Err(error) if cannot(&error) => write_zeros(disk, range),
+    match fallocate(file, FALLOC_FL_ZERO_RANGE, range) {
+        Err(error) if cannot(&error) => write_zeros(file, range),
         result => result,
     }
 }
 
-fn write_zeros(disk: &Disk, range: &Range) -> io::Result<()> {
+fn write_zeros(file: &File, range: &Range) -> io::Result<()> {
     let mut done = 0;
     while done < range.len {
         let n = (range.len - done).min(ZEROS.len() as u64);
-        disk.file.write_all_at(&ZEROS[..n as usize], range.offset + done)?;
+        file.write_all_at(&ZEROS[..n as usize], range.offset + done)?;
         done += n;
     }
     Ok(())
@@ -142,13 +144,13 @@ fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
 }
 
-fn fallocate(disk: &Disk, mode: c_int, range: &Range) -> io::Result<()> {
+fn fallocate(file: &File, mode: c_int, range: &Range) -> io::Result<()> {
     loop {
         // SAFETY: touches no memory of this process. The range is on the disk, whose
         // size fits an i64.
         let result = unsafe {
             libc::fallocate(
-                disk.file.as_raw_fd(),
+                file.as_raw_fd(),
                 mode | FALLOC_FL_KEEP_SIZE,
                 range.offset as i64,
                 range.len as i64,
@@ -166,9 +168,9 @@ fn fallocate(disk: &Disk, mode: c_int, range: &Range) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::execute::Disk;
     use super::*;
     use proptest::prelude::*;
-    use std::fs::File;
     use std::os::unix::fs::MetadataExt;
 
     const SECTORS: u64 = 2048;
@@ -189,7 +191,14 @@ mod tests {
         let size = SECTORS * SECTOR;
         file.write_all_at(&vec![0xa5; size as usize], 0).expect("fill");
         file.sync_all().expect("allocate");
-        Disk { file, size, block_size: 4096, read_only: false, id: Default::default() }
+        Disk {
+            file,
+            size,
+            block_size: 4096,
+            read_only: false,
+            id: Default::default(),
+            overlay: None,
+        }
     }
 
     #[test]
@@ -227,7 +236,7 @@ mod tests {
                     Range { offset: disk.size - 8192, len: 8192, unmap },
                     Range { offset: 0, len: 0, unmap },
                 ];
-                execute(&disk, clear, &ranges, true).expect("clear");
+                execute(&disk.file, clear, &ranges, true).expect("clear");
                 let mut content = vec![0; disk.size as usize];
                 disk.file.read_exact_at(&mut content, 0).expect("read");
                 for (at, byte) in content.iter().enumerate() {

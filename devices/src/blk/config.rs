@@ -121,6 +121,7 @@ mod tests {
             block_size: 4096,
             read_only: false,
             id: Default::default(),
+            overlay: None,
         };
         let space = super::space(&disk, 4);
         assert_eq!(space[..8], 2048u64.to_le_bytes());

@@ -12,6 +12,7 @@ use vm_memory::Bytes;
 
 use super::clear::{self, Range};
 use super::memory::Slice;
+use super::overlay::Overlay;
 use super::request::Operation;
 
 /// Bytes of a serial number.
@@ -32,6 +33,8 @@ pub(super) struct Disk {
     pub read_only: bool,
     /// Padded with zeros.
     pub id: [u8; ID_BYTES],
+    /// Where writes go instead of to `file`, which is open read-only then.
+    pub overlay: Option<Overlay>,
 }
 
 /// The file could not do what a well-formed request asked for.
@@ -71,13 +74,19 @@ impl Engine {
         ranges: &[Range],
         filled: &mut u64,
     ) -> Result<(), ExecuteError> {
-        match operation {
-            Operation::Read(offset) => self.transfer(disk, data, offset, filled, preadv2),
-            Operation::Write(offset) => self.transfer(disk, data, offset, &mut 0, pwritev2),
-            Operation::Flush if disk.read_only => Ok(()),
-            Operation::Flush => disk.file.sync_data().map_err(ExecuteError::Io),
-            Operation::Clear(what) => clear::execute(disk, what, ranges, self.write_through),
-            Operation::GetId => {
+        let file = &disk.file;
+        match (operation, &disk.overlay) {
+            (Operation::Read(offset), None) => self.read(file, data, offset, filled),
+            (Operation::Read(offset), Some(cow)) => cow.read(self, file, data, offset, filled),
+            (Operation::Write(offset), None) => self.write(file, data, offset),
+            (Operation::Write(offset), Some(cow)) => cow.write(self, file, data, offset),
+            (Operation::Clear(what), None) => {
+                clear::execute(file, what, ranges, self.write_through)
+            }
+            (Operation::Clear(what), Some(cow)) => cow.clear(file, what, ranges),
+            (Operation::Flush, _) if !disk.is_durable() => Ok(()),
+            (Operation::Flush, _) => file.sync_data().map_err(ExecuteError::Io),
+            (Operation::GetId, _) => {
                 for slice in data {
                     let id = &disk.id[*filled as usize..];
                     let n = slice.len().min(id.len());
@@ -89,13 +98,34 @@ impl Engine {
         }
     }
 
-    fn transfer(
+    /// Fills `data` from `file`; `done` is how many bytes were.
+    pub fn read(
         &mut self,
-        disk: &Disk,
+        file: &File,
         data: &[Slice<'_>],
         offset: u64,
         done: &mut u64,
-        call: impl Fn(&Disk, &[iovec], u64, c_int) -> io::Result<usize>,
+    ) -> Result<(), ExecuteError> {
+        self.transfer(file, data, offset, done, preadv2)
+    }
+
+    /// Writes `data` to `file`.
+    pub fn write(
+        &mut self,
+        file: &File,
+        data: &[Slice<'_>],
+        offset: u64,
+    ) -> Result<(), ExecuteError> {
+        self.transfer(file, data, offset, &mut 0, pwritev2)
+    }
+
+    fn transfer(
+        &mut self,
+        file: &File,
+        data: &[Slice<'_>],
+        offset: u64,
+        done: &mut u64,
+        call: impl Fn(&File, &[iovec], u64, c_int) -> io::Result<usize>,
     ) -> Result<(), ExecuteError> {
         let flags = if self.write_through { libc::RWF_DSYNC } else { 0 };
         for chunk in data.chunks(MAX_IOVECS) {
@@ -107,7 +137,7 @@ impl Engine {
             let mut left = self.iovecs.as_mut_slice();
             while !left.is_empty() {
                 let at = offset + *done;
-                match call(disk, left, at, flags) {
+                match call(file, left, at, flags) {
                     Ok(0) => return Err(ExecuteError::EndOfFile(at)),
                     Ok(n) => {
                         *done += n as u64;
@@ -140,27 +170,21 @@ fn advance(iovecs: &mut [iovec], mut n: usize) -> &mut [iovec] {
     left
 }
 
-fn preadv2(disk: &Disk, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
+fn preadv2(file: &File, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
     // SAFETY: every iovec names a part of a slice of mapped guest memory, and
     // `transfer` borrows the slices until after the call. Guest memory is shared
     // with the guest, so it is never behind a Rust reference that these stores
     // could invalidate. The count is at most MAX_IOVECS.
     let n = unsafe {
-        libc::preadv2(disk.file.as_raw_fd(), to.as_ptr(), to.len() as c_int, offset as i64, 0)
+        libc::preadv2(file.as_raw_fd(), to.as_ptr(), to.len() as c_int, offset as i64, 0)
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-fn pwritev2(disk: &Disk, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
+fn pwritev2(file: &File, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
     // SAFETY: as for `preadv2`; the kernel only reads through these.
     let n = unsafe {
-        libc::pwritev2(
-            disk.file.as_raw_fd(),
-            from.as_ptr(),
-            from.len() as c_int,
-            offset as i64,
-            flags,
-        )
+        libc::pwritev2(file.as_raw_fd(), from.as_ptr(), from.len() as c_int, offset as i64, flags)
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
@@ -180,7 +204,7 @@ mod tests {
         file.write_all(&content).expect("fill");
         let mut id = [0; ID_BYTES];
         id[..5].copy_from_slice(b"disk0");
-        Disk { file, size: bytes, block_size: 4096, read_only: false, id }
+        Disk { file, size: bytes, block_size: 4096, read_only: false, id, overlay: None }
     }
 
     fn memory() -> Memory {
@@ -221,16 +245,16 @@ mod tests {
         let to = slices(&memory, &[(0, 100), (1000, 200), (5000, 300)]);
         let calls = std::cell::Cell::new(0);
         // A kernel that is interrupted now and then, and moves at most 70 bytes a call.
-        let stingy = |disk: &Disk, to: &[iovec], at: u64, flags: c_int| {
+        let stingy = |file: &File, to: &[iovec], at: u64, flags: c_int| {
             calls.set(calls.get() + 1);
             if calls.get() % 3 == 0 {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let first = iovec { iov_len: to[0].iov_len.min(70), ..to[0] };
-            preadv2(disk, &[first], at, flags)
+            preadv2(file, &[first], at, flags)
         };
         let mut done = 0;
-        Engine::new(false).transfer(&disk, &to, 300, &mut done, stingy).expect("read");
+        Engine::new(false).transfer(&disk.file, &to, 300, &mut done, stingy).expect("read");
         assert_eq!(done, 600);
         assert!(calls.get() > 10);
         let mut want = vec![0; 600];
@@ -249,11 +273,11 @@ mod tests {
         let (disk, memory) = (disk(8192), memory());
         let from = slices(&memory, &[(0, 512)]);
         for (write_through, want) in [(false, 0), (true, libc::RWF_DSYNC)] {
-            let seen = |disk: &Disk, from: &[iovec], at: u64, flags: c_int| {
+            let seen = |file: &File, from: &[iovec], at: u64, flags: c_int| {
                 assert_eq!(flags, want);
-                pwritev2(disk, from, at, flags)
+                pwritev2(file, from, at, flags)
             };
-            Engine::new(write_through).transfer(&disk, &from, 0, &mut 0, seen).expect("write");
+            Engine::new(write_through).transfer(&disk.file, &from, 0, &mut 0, seen).expect("write");
         }
     }
 
@@ -273,7 +297,8 @@ mod tests {
     fn a_failing_system_call_is_reported() {
         let memory = memory();
         let file = File::open("/dev/null").expect("open");
-        let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id: [0; ID_BYTES] };
+        let id = [0; ID_BYTES];
+        let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id, overlay: None };
         let from = slices(&memory, &[(0, 512)]);
         let error = Engine::new(false)
             .execute(&disk, Operation::Write(0), &from, &[], &mut 0)

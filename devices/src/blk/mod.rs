@@ -19,6 +19,7 @@
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
+//! | `overlay` | what the guest writes kept apart from the image, where the disk is `cow` |
 //! | `throttle` | how much the disk may do |
 //! | `clear` | ranges discarded or zeroed |
 //! | `poll` | how long to look at a ring before sleeping |
@@ -34,6 +35,7 @@ mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod memory;
+mod overlay;
 mod poll;
 mod request;
 mod ring;
@@ -60,10 +62,12 @@ use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
 use crate::protocol::counters::{CountersPage, MAX_QUEUES};
+use crate::protocol::overlay::{Bitmap, overlay_bytes};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
 use execute::{Disk, ID_BYTES};
+use overlay::Overlay;
 use throttle::Throttle;
 use worker::Worker;
 pub use worker::WorkerError;
@@ -72,11 +76,14 @@ pub use worker::WorkerError;
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
-    #[error("a block device takes two file descriptors, not {0}")]
+    #[error("a block device takes two file descriptors, or four with an overlay, not {0}")]
     Fds(usize),
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
+    /// The overlay's map cannot be used.
+    #[error("mapping the overlay's map")]
+    Bitmap(#[source] ShmError),
     /// The disk would be empty, or its last sector cut short.
     #[error("disk size of {0} bytes is not a positive multiple of 512")]
     Size(u64),
@@ -134,8 +141,15 @@ pub fn prepare(
     fds: Vec<OwnedFd>,
     vhost_user: UnixStream,
 ) -> Result<Blk, BlkError> {
-    let [image, page] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| BlkError::Fds(fds.len()))?;
-    let disk = Arc::new(open(&config, image)?);
+    let count = fds.len();
+    let mut fds = fds.into_iter();
+    let (image, page, layer) = match (config.cow, count) {
+        (false, 2) => (fds.next(), fds.next(), None),
+        (true, 4) => (fds.next(), fds.next(), fds.next().zip(fds.next())),
+        _ => return Err(BlkError::Fds(count)),
+    };
+    let (image, page) = image.zip(page).ok_or(BlkError::Fds(count))?;
+    let disk = Arc::new(open(&config, image, layer)?);
     let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
@@ -155,7 +169,12 @@ pub fn prepare(
     Ok(Blk { backend, handler, socket, throttle })
 }
 
-fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
+/// `layer` is an overlay and its map.
+fn open(
+    config: &BlkStart,
+    fd: OwnedFd,
+    layer: Option<(OwnedFd, OwnedFd)>,
+) -> Result<Disk, BlkError> {
     if config.size == 0 || !config.size.is_multiple_of(SECTOR) || config.size > i64::MAX as u64 {
         return Err(BlkError::Size(config.size));
     }
@@ -164,19 +183,31 @@ fn open(config: &BlkStart, fd: OwnedFd) -> Result<Disk, BlkError> {
         Some(id) if config.serial.is_ascii() => id.copy_from_slice(config.serial.as_bytes()),
         _ => return Err(BlkError::Serial(config.serial.clone())),
     }
-    check_mode(fd.as_fd(), config.read_only)?;
-    let mut file = File::from(fd);
-    let found = file.seek(SeekFrom::End(0)).map_err(BlkError::Examine)?;
-    if found < config.size {
-        return Err(BlkError::Short { found, wanted: config.size });
-    }
+    let file = check(fd, config.read_only || config.cow, config.size)?;
+    let overlay = match layer {
+        Some((fd, map)) => {
+            let file = check(fd, false, overlay_bytes(config.size))?;
+            let map = Bitmap::map(map, config.size, Access::ReadWrite);
+            Some(Overlay::new(file, map.map_err(BlkError::Bitmap)?, config.size))
+        }
+        None => None,
+    };
     // A power of two on every file system; a guest is told nothing else.
     let block_size = file.metadata().map_err(BlkError::Examine)?.blksize();
     let block_size = match u32::try_from(block_size) {
         Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
         _ => SECTOR as u32,
     };
-    Ok(Disk { file, block_size, size: config.size, read_only: config.read_only, id })
+    let (size, read_only) = (config.size, config.read_only);
+    Ok(Disk { file, block_size, size, read_only, id, overlay })
+}
+
+/// A file for `size` bytes of a disk, opened as it is to be used.
+fn check(fd: OwnedFd, read_only: bool, size: u64) -> Result<File, BlkError> {
+    check_mode(fd.as_fd(), read_only)?;
+    let mut file = File::from(fd);
+    let found = file.seek(SeekFrom::End(0)).map_err(BlkError::Examine)?;
+    if found < size { Err(BlkError::Short { found, wanted: size }) } else { Ok(file) }
 }
 
 fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {

@@ -88,7 +88,7 @@ impl Server {
         // was told that there is none sends no flush. Done here and not in the answer
         // to the front end, which waits for that.
         if start.write_through
-            && !self.disk.read_only
+            && self.disk.is_durable()
             && let Err(error) = self.disk.file.sync_data()
         {
             tracing::warn!(%error, "writing the image's cached data");
@@ -124,7 +124,7 @@ impl Server {
         ring: &mut Ring<'m>,
         mut parser: Parser<'m>,
     ) -> Result<Infallible, End> {
-        let mut engine = Engine::new(start.write_through);
+        let mut engine = Engine::new(start.write_through && self.disk.is_durable());
         let mut window = PollWindow::new(self.poll);
         ring.suppress_kicks()?;
         loop {

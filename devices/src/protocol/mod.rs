@@ -6,6 +6,7 @@
 //! and with it the process; never the VM.
 
 pub mod counters;
+pub mod overlay;
 pub mod ring;
 
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,8 @@ pub enum SeccompMode {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
     /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
-    /// [`counters`].
+    /// [`counters`]; with [`BlkStart::cow`], and an image opened read-only, the overlay,
+    /// and its map, as [`overlay`] describes them.
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
     /// [`SerialStart`] says so, the input, the output, the listening socket.
@@ -71,6 +73,8 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// What the guest writes goes to a private overlay.
+    pub cow: bool,
 }
 
 /// What a disk may do at most, over all its queues.

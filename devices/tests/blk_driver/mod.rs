@@ -102,6 +102,7 @@ impl Device {
             queues: options.queues,
             poll_us: options.poll_us,
             throttle: options.throttle,
+            cow: false,
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");

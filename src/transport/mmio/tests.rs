@@ -46,6 +46,7 @@ impl Rig {
             queues: 1,
             poll_us: 0,
             throttle: Default::default(),
+            cow: false,
         };
         let (near, far) = UnixStream::pair().expect("pair");
         let (cell, cell_end) = Channel::pair().expect("channel");

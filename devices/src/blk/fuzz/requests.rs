@@ -55,7 +55,7 @@ impl Bench {
         let disk = |read_only| {
             let fd = image();
             let fd = if read_only { reopen(&fd) } else { fd };
-            crate::blk::open(&start(read_only, 1), fd).expect("the image is good")
+            crate::blk::open(&start(read_only, 1), fd, None).expect("the image is good")
         };
         let short = disk(false);
         short.file.set_len(IMAGE / 2).expect("cut");

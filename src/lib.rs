@@ -11,6 +11,7 @@ pub mod event;
 pub mod guest;
 pub mod logging;
 pub mod plugin;
+pub mod plugin_process;
 pub mod remedy;
 pub mod snapshot;
 pub mod spec;

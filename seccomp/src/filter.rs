@@ -20,6 +20,8 @@ pub enum Policy {
     VmmVcpu,
     /// A device's front-end thread in the VMM (`policies/vmm_device.json`).
     VmmDevice,
+    /// The VMM's thread that serves plugins (`policies/vmm_plugin.json`).
+    VmmPlugin,
 }
 
 /// What happens on a call outside the policy.
@@ -56,6 +58,8 @@ impl Policy {
             (Policy::VmmVcpu, Mode::Log) => &VMM_VCPU_LOG,
             (Policy::VmmDevice, Mode::Kill) => &VMM_DEVICE_KILL,
             (Policy::VmmDevice, Mode::Log) => &VMM_DEVICE_LOG,
+            (Policy::VmmPlugin, Mode::Kill) => &VMM_PLUGIN_KILL,
+            (Policy::VmmPlugin, Mode::Log) => &VMM_PLUGIN_LOG,
         }
     }
 }

@@ -10,6 +10,7 @@ mod describe;
 mod events;
 mod output;
 mod pause;
+mod plugin_args;
 mod ps;
 mod resume;
 mod run;

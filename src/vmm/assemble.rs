@@ -11,6 +11,7 @@ use std::time::Instant;
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -21,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::VmmError;
 use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
+use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use crate::bus::{Bus, BusError};
@@ -31,9 +33,10 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
-use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vcpu::{self, Kicks};
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
@@ -51,7 +54,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let mut spawner = fork_spawner(&config)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox, config.seccomp);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let mut spawner = fork_spawner(&config, plan)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
@@ -63,6 +68,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let kvm = kvm::open()?;
     let ram = GuestRam::new(config.memory)?;
+    let guests = Guests::open(&config, &mut spawner, &ram)?;
+    let starts_later = guests.has_owner();
 
     // Every cell is asked for, and its jail is built beside what follows.
     let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
@@ -94,10 +101,11 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
     }
 
-    let machine = Machine::with_kvm(kvm, &ram)?;
+    let machine = Arc::new(Machine::with_kvm(kvm, &ram)?);
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
     let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
+    let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
     let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
@@ -126,29 +134,35 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
-    let vcpus = Vcpus::start(
+    let (vcpus, served) = guests.start_vcpus(
         vcpu_fds,
-        vcpu::Config {
-            on_thread_start: seccomp.map(vcpu_filter),
-            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
-        },
+        &machine,
+        kicks,
+        (pio, mmio),
+        exit,
+        &notifier,
+        seccomp,
     )?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
-        _vmgenid: vmgenid,
+        _vmgenid: Some(vmgenid),
         _machine: machine,
         ram,
         vcpus,
         ended,
-        ring,
+        ring: Some(ring),
         cells,
         devices,
         disks: facts,
         back_ends,
         spawner,
+        plugin: served.process,
+        plugins: served.plugins,
+        plugin_socket: config.plugin_socket.map(|spec| spec.path),
+        starts_later,
         control,
         notifier,
         signals,
@@ -162,12 +176,12 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
+fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, SpawnError> {
     let restore_terminal = match config.serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    spawner::fork(spawner::Options { restore_terminal, plugin })
 }
 
 fn start_console(
@@ -273,7 +287,7 @@ fn facts(
     specs.iter().zip(disks).zip(devices).map(of).collect()
 }
 
-fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
+pub(super) fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
     Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 

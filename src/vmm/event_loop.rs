@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,8 @@ use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::plugin::{Hub, Plugins};
+use crate::plugin_process::PluginProcess;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -34,17 +37,25 @@ use crate::vm::vmgenid::VmGenId;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) _machine: Machine,
-    pub(super) _vmgenid: VmGenId,
+    pub(super) _machine: Arc<Machine>,
+    /// None in a machine that is a plugin's.
+    pub(super) _vmgenid: Option<VmGenId>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
-    pub(super) ring: Arc<Producer>,
+    /// COM1's.
+    pub(super) ring: Option<Arc<Producer>>,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
     pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
+    pub(super) plugin: Option<PluginProcess>,
+    pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
+    /// Whether a plugin decides when there are vCPUs.
+    pub(super) starts_later: bool,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
@@ -84,6 +95,7 @@ enum Source {
     Vcpus,
     Notices,
     Ring,
+    Plugin,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -98,6 +110,7 @@ impl Source {
             Source::Vcpus => 3,
             Source::Notices => 4,
             Source::Ring => 5,
+            Source::Plugin => 6,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -113,6 +126,7 @@ impl Source {
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
+            (0, 6) => Some(Source::Plugin),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -137,9 +151,9 @@ impl Vm {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
-        self.vcpus.run()?;
-        self.event(EventKind::Start);
-        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        if !self.starts_later {
+            self.run_vcpus()?;
+        }
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
@@ -151,10 +165,17 @@ impl Vm {
             for event in &events[..count] {
                 let Some(source) = Source::of(event.data()) else { continue };
                 if let Flow::Break(end) = self.handle(&epoll, source) {
-                    return end;
+                    return self.finish_plugin(end);
                 }
             }
         }
+    }
+
+    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+        self.vcpus.run()?;
+        self.event(EventKind::Start);
+        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        Ok(())
     }
 
     fn watch(&self, epoll: &Epoll) -> nix::Result<()> {
@@ -165,9 +186,14 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
-        add(self.ring.fault_event(), Source::Ring)?;
+        if let Some(ring) = &self.ring {
+            add(ring.fault_event(), Source::Ring)?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(plugin) = &self.plugin {
+            add(plugin.as_fd(), Source::Plugin)?;
         }
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
@@ -204,7 +230,19 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => self.port_markers(),
+            Source::Notices => {
+                if let Err(error) = self.notices() {
+                    return Flow::Break(Err(error));
+                }
+            }
+            Source::Plugin => {
+                if let Some(plugin) = &mut self.plugin {
+                    plugin.log();
+                    if !plugin.is_open() {
+                        let _ = epoll.delete(&*plugin);
+                    }
+                }
+            }
             Source::Ring => self.ring_fault(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
@@ -243,7 +281,7 @@ impl Vm {
 
     /// COM1's process does not answer, or lies. A liar is ended at once.
     fn ring_fault(&mut self) {
-        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(fault) = self.ring.as_ref().and_then(|ring| ring.take_fault()) else { return };
         let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
         let (id, pid) = (cell.id().to_string(), cell.pid());
         tracing::error!(role = "serial", device = id, pid, "{fault}");
@@ -272,10 +310,14 @@ impl Vm {
         }
     }
 
-    fn port_markers(&mut self) {
-        for Notice::Marker(marker) in self.notifier.take() {
-            self.event(requests::marker_event(marker, "port"));
+    fn notices(&mut self) -> Result<(), VmmError> {
+        for notice in self.notifier.take() {
+            match notice {
+                Notice::Marker(marker) => self.event(requests::marker_event(marker, "port")),
+                Notice::Made => self.run_vcpus()?,
+            }
         }
+        Ok(())
     }
 
     fn control_requests(&mut self) {
@@ -301,7 +343,12 @@ impl Vm {
     fn spawner_events(&mut self) -> Flow {
         loop {
             match self.spawner.try_event() {
-                Ok(Some(SpawnerEvent::Exited { pid, status })) => self.process_ended(pid, status),
+                Ok(Some(SpawnerEvent::Exited { pid, status })) => {
+                    if let Some(end) = self.plugin_ended(pid, status) {
+                        return Flow::Break(end);
+                    }
+                    self.process_ended(pid, status);
+                }
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
                 }
@@ -323,7 +370,11 @@ impl Vm {
         tracing::error!(role, device = id, pid, "device process died: {how}");
         match self.devices.iter().find(|(device, _)| *device == id) {
             Some((_, device)) => device.lost(),
-            None => self.ring.set_dead(true),
+            None => {
+                if let Some(ring) = &self.ring {
+                    ring.set_dead(true);
+                }
+            }
         }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
@@ -363,7 +414,8 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
-        self.port_markers(); // those of the guest's last moments
+        let _ = self.notices(); // markers of the guest's last moments
+        self.plugins = None;
         // All at once, so that they share one deadline.
         let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
         for ((id, device), drain) in self.devices.iter().zip(drains) {
@@ -377,7 +429,7 @@ impl Vm {
         }
         self.drain_console();
         let (reason, message) = match end {
-            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
             Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),

@@ -5,12 +5,18 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `plugin` | the plugin's end, and its grace |
+//! | `plugins` | who takes part in a machine that boots a kernel |
+//! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
 mod notice;
+mod plugin;
+mod plugin_vm;
+mod plugins;
 mod ports;
 mod remedy;
 mod requests;
@@ -45,6 +51,8 @@ pub enum VmEnd {
     Stopped,
     /// SIGINT, SIGTERM or SIGHUP.
     Signal,
+    /// The plugin exited with status 0.
+    Plugin,
 }
 
 /// A VM that could not be brought up, or did not end well.
@@ -73,6 +81,16 @@ pub enum VmmError {
     Cell(#[from] CellError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    Plugin(#[from] crate::plugin_process::PluginError),
+    #[error(transparent)]
+    Session(#[from] crate::plugin::SessionError),
+    #[error(transparent)]
+    Attach(#[from] crate::plugin::AttachError),
+    #[error(transparent)]
+    Plugins(#[from] crate::plugin::StartError),
+    #[error("there is no kernel to boot")]
+    NoKernel,
     #[error(transparent)]
     VcpuStart(#[from] crate::vcpu::StartError),
     #[error(transparent)]
@@ -108,7 +126,10 @@ pub enum VmmError {
 /// Runs a VM from start to end. The caller must still be single-threaded: the
 /// spawner is forked before anything else happens.
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
-    let mut vm = assemble::assemble(config)?;
+    let mut vm = match (&config.kernel, config.plugin.clone()) {
+        (None, Some(plugin)) => plugin_vm::assemble(config, &plugin)?,
+        _ => assemble::assemble(config)?,
+    };
     let end = vm.run();
     vm.shut_down(&end);
     end

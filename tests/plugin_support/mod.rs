@@ -60,6 +60,7 @@ impl Vmm {
         let machinery = Machinery {
             machine: machine.clone(),
             supply: Some(supply),
+            vcpus: Vec::new(),
             on_start: Box::new(move || started.send(Order::Started).unwrap()),
             network,
         };

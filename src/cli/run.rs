@@ -163,7 +163,10 @@ impl Run {
             serial: serial.unwrap_or_default(),
             control: self.control.or(file.control),
             plugin,
-            plugin_socket: self.plugin_socket.or(file.plugin_socket),
+            plugin_socket: self
+                .plugin_socket
+                .or(file.plugin_socket)
+                .map(PluginSocketSpec::absolute),
             sandbox: !(self.disable_sandbox || file.disable_sandbox),
             seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,

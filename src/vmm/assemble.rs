@@ -134,15 +134,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
-    let (vcpus, served) = guests.start_vcpus(
-        vcpu_fds,
-        &machine,
-        kicks,
-        (pio, mmio),
-        exit,
-        &notifier,
-        seccomp,
-    )?;
+    let (vcpus, served) =
+        guests.start_vcpus(vcpu_fds, &machine, kicks, (pio, mmio), exit, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;

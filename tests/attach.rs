@@ -282,3 +282,79 @@ fn gdb_without_a_vm_says_what_to_do() {
     assert!(!output.status.success());
     assert!(text.contains("attaching to the VM") && text.contains("--plugin-socket"), "{text}");
 }
+
+/// An example of the plugin interface, built as a reader would.
+fn example(name: &str) -> PathBuf {
+    let built = Command::new(env!("CARGO"))
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "-q",
+            "-p",
+            "cellblock-plugin-api",
+            "--example",
+            name,
+        ])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .unwrap();
+    assert!(built.success());
+    // Beside the program, wherever that is.
+    Path::new(env!("CARGO_BIN_EXE_cellblock")).with_file_name("examples").join(name)
+}
+
+#[test]
+fn trace_prints_what_goes_to_a_device_that_does_not_notice() {
+    let program = example("trace");
+    let mut vm = Vm::with("mode=echo").arg("--plugin-socket").arg("plugin").start();
+    drop(attach(&vm));
+    vm.wait_for("cellblock guest");
+    let mut trace = Gdb(Command::new(program)
+        .args([vm.path("plugin").to_str().unwrap(), "port:0x3f8+8"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap());
+    let lines =
+        common::output::Output::collect(File::from(OwnedFd::from(trace.0.stdout.take().unwrap())));
+    std::thread::sleep(Duration::from_millis(100)); // until it watches
+    vm.say(b"Q");
+    vm.wait_for("Q");
+    let line = lines.wait_for("0x3f8 write 1 51", common::LIMIT).expect("the echo in the trace");
+    assert!(
+        line.contains("vcpu0 port") && line.contains("rip 0x") && line.contains("rdx 0x3f8"),
+        "{line}"
+    );
+    drop(trace);
+    vm.say(b"Z");
+    vm.wait_for("Z");
+}
+
+/// `mov dx, 0x510`; 4: says 1; `mov al, [0x200000]`; with the top bit set says 3, else 2; goes to 4.
+const FUZZED: &[u8] = &[
+    0x66, 0xba, 0x10, 0x05, 0xb0, 1, 0xee, 0x8a, 0x04, 0x25, 0, 0, 0x20, 0, 0xa8, 0x80, 0x75, 5,
+    0xb0, 2, 0xee, 0xeb, 0xed, 0xb0, 3, 0xee, 0xeb, 0xe8,
+];
+
+#[test]
+fn snapfuzz_finds_the_input_that_crashes() {
+    let program = example("snapfuzz");
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = kernel(dir.path(), FUZZED);
+    let vm = Vm::with("").kernel(&kernel).arg("--plugin-socket").arg("plugin,memory=rw").start();
+    drop(attach(&vm));
+    let output = Command::new(program)
+        .args([vm.path("plugin").to_str().unwrap(), "--buffer", "0x200000+1"])
+        .args(["--runs", "60", "--reset", "true"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(3), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let crashes: Vec<_> =
+        text.lines().filter_map(|line| line.split_once("Crashed in run ")).collect();
+    assert!(!crashes.is_empty() && text.contains("60 runs"), "{text}");
+    for (_, rest) in crashes {
+        let byte = rest.split_once("with ").unwrap().1;
+        assert!(u8::from_str_radix(byte, 16).unwrap() >= 0x80, "{text}");
+    }
+}

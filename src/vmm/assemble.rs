@@ -52,7 +52,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let plan = |plugin| plugin_process::plan(plugin, config.sandbox, config.seccomp);
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
     let plan = config.plugin.as_ref().map(plan).transpose()?;
     let mut spawner = fork_spawner(&config, plan)?;
     let signals = Signals::install()

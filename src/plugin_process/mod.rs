@@ -5,6 +5,7 @@
 //! | `config` | what the command line says about it |
 //! | `start` | the plan before the spawner is forked, then the process |
 //! | `output` | its standard error, line by line |
+//! | `violations` | system calls its policy refuses |
 //! | `tap` | the TAP devices it is given |
 //!
 //! | end of the plugin | is for the VM |
@@ -20,6 +21,7 @@ mod config;
 mod output;
 mod start;
 mod tap;
+mod violations;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -30,19 +32,30 @@ pub use config::{PluginConfig, TapConfig, gid_map, gid_map_file, mac, mount, mou
 pub use start::{PluginError, plan, start};
 pub use tap::{Tap, TapError};
 
+use cellblock_seccomp::violation::Violation;
+
 use output::Output;
+use violations::Violations;
+
+use crate::throttle::Throttle;
 
 /// How long a plugin may take to exit once the VM has ended.
 pub const GRACE: Duration = Duration::from_millis(1000);
+
+/// Most refused calls that are handled before others have their turn.
+const ROUND: usize = 32;
 
 /// A plugin that runs.
 #[derive(Debug)]
 pub struct PluginProcess {
     pid: i32,
     program: String,
-    sandbox: bool,
     output: Output,
     open: bool,
+    violations: Option<Violations>,
+    /// The call that is its end.
+    refused: Option<String>,
+    lines: Throttle,
     deadline: Option<Instant>,
 }
 
@@ -62,6 +75,32 @@ impl PluginProcess {
         self.open
     }
 
+    /// Readable when its filter has a question, if it asks.
+    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
+        self.violations.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The calls outside its policy that it has made since: to be told. Where they are its
+    /// end, [`PluginProcess::must_end`] says so.
+    pub fn take_violations(&mut self) -> Vec<Violation> {
+        let Some(violations) = &self.violations else { return Vec::new() };
+        let found: Vec<_> = std::iter::from_fn(|| violations.next()).take(ROUND).collect();
+        for violation in &found {
+            let call = violation.call();
+            if !violations.goes_on() {
+                self.refused.get_or_insert(call);
+            } else if self.lines.take().is_some() {
+                tracing::warn!(role = "plugin", "system call {call} is not in its seccomp policy");
+            }
+        }
+        found
+    }
+
+    /// Whether it has made a call that is its end.
+    pub fn must_end(&self) -> bool {
+        self.refused.is_some()
+    }
+
     /// The VM has ended, or is to end: from now on it has [`GRACE`].
     pub fn begin_grace(&mut self) {
         self.deadline.get_or_insert_with(|| Instant::now() + GRACE);
@@ -78,10 +117,10 @@ impl PluginProcess {
         let program = self.program.clone();
         match status {
             ExitStatus::Code(0) => Ok(()),
-            ExitStatus::Signal(libc::SIGSYS) if self.sandbox => {
-                Err(PluginError::Violation { program })
-            }
-            status => Err(PluginError::Ended { program, status }),
+            status => Err(match self.refused.take() {
+                Some(call) => PluginError::Violation { program, call },
+                None => PluginError::Ended { program, status },
+            }),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! From a configuration to a plugin that runs.
 
 use std::ffi::OsString;
-use std::io::pipe;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{IoSliceMut, pipe};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,13 +13,17 @@ use cellblock_seccomp::plugin::{self, NeedsError, Plan, PlanError, Spec, stub};
 use cellblock_seccomp::spawner::{Event, ExitStatus, Request, SpawnError, Spawner};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
+};
 
 use super::PluginProcess;
 use super::config::PluginConfig;
 use super::output::Output;
 use super::tap::TapError;
+use super::violations::Violations;
 use crate::remedy::{Remedy, printable};
+use crate::throttle::Throttle;
 
 /// The longest from asking for the process to the plugin's first instruction.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -52,8 +56,8 @@ pub enum PluginError {
     Other(ExitStatus),
     #[error("the plugin {program} ended: {status}")]
     Ended { program: String, status: ExitStatus },
-    #[error("the plugin {program} was ended by seccomp: a system call is not in its policy")]
-    Violation { program: String },
+    #[error("the plugin {program} was ended: system call {call} is not in its seccomp policy")]
+    Violation { program: String, call: String },
     #[error("plugin did not exit within timeout")]
     Hung,
 }
@@ -62,8 +66,8 @@ impl Remedy for PluginError {
     fn remedy(&self) -> Option<String> {
         let text = match self {
             PluginError::Violation { .. } => {
-                "--seccomp log lets such calls pass and has the kernel log them (dmesg); then \
-                 give a policy that has them with --seccomp-policy-dir"
+                "--seccomp log lets such calls pass and names all of them; then give a policy that \
+                 has them with --seccomp-policy-dir"
             }
             PluginError::Plan(PlanError::Needs(NeedsError::Missing { .. })) => {
                 "install it, or link the plugin with -Wl,-rpath or statically"
@@ -90,11 +94,7 @@ impl Remedy for PluginError {
 }
 
 /// Opens and checks all that the plugin's jail is made of: before the spawner is forked.
-pub fn plan(
-    config: &PluginConfig,
-    sandbox: bool,
-    seccomp: SeccompMode,
-) -> Result<Plan, PluginError> {
+pub fn plan(config: &PluginConfig, sandbox: bool) -> Result<Plan, PluginError> {
     if let Some(root) = &config.root
         && !root.is_dir()
     {
@@ -112,10 +112,8 @@ pub fn plan(
         mounts: config.mounts.clone(),
         gid_maps: config.gid_maps.clone(),
         policy,
-        violation: match seccomp {
-            SeccompMode::Kill => Violation::Kill,
-            SeccompMode::Log => Violation::Log,
-        },
+        // We name the call, and then end the plugin or not.
+        violation: Violation::Notify,
         sandbox,
     })?)
 }
@@ -140,6 +138,7 @@ pub fn start(
     spawner: &mut Spawner,
     program: &Path,
     sandbox: bool,
+    seccomp: SeccompMode,
 ) -> Result<(PluginProcess, OwnedFd), PluginError> {
     let system = |what| move |source| PluginError::System { what, source };
     let flags = SockFlag::SOCK_CLOEXEC;
@@ -166,28 +165,58 @@ pub fn start(
             _ => {}
         }
     };
-    running(&channel, end)?;
+    let listener = running(&channel, end)?;
+    let goes_on = seccomp == SeccompMode::Log;
     let program = printable(&program.display().to_string());
-    Ok((PluginProcess { pid, program, sandbox, output, open: true, deadline: None }, connection))
+    let process = PluginProcess {
+        pid,
+        program,
+        output,
+        open: true,
+        violations: listener.map(|listener| Violations::new(listener, goes_on)),
+        refused: None,
+        lines: Throttle::default(),
+        deadline: None,
+    };
+    Ok((process, connection))
 }
 
-/// Waits for the end of the stub's channel: its exec. What it says before is a failure.
-fn running(channel: &OwnedFd, end: Instant) -> Result<(), PluginError> {
+/// Waits for the end of the stub's channel: its exec. What comes before is the listener of
+/// the plugin's filter, or a failure.
+#[allow(unsafe_code)] // owning what was received
+fn running(channel: &OwnedFd, end: Instant) -> Result<Option<OwnedFd>, PluginError> {
     let failed = |source| PluginError::System { what: "waiting for it", source };
-    let left = end.saturating_duration_since(Instant::now());
-    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-    let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, timeout) {
-        Ok(0) => return Err(failed(Errno::ETIMEDOUT)),
-        Ok(_) => {}
-        Err(errno) => return Err(failed(errno)),
-    }
-    let mut report = [0; stub::MAX_REPORT];
-    let len = recv(channel.as_raw_fd(), &mut report, MsgFlags::empty()).map_err(failed)?;
-    match stub::parse_report(&report[..len]) {
-        None => Ok(()),
-        Some((step, message)) => {
-            Err(PluginError::Refused { step: printable(&step), message: printable(&message) })
+    let mut listener = None;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Err(failed(Errno::ETIMEDOUT)),
+            Ok(_) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        let mut report = [0; stub::MAX_REPORT];
+        let mut space = nix::cmsg_space!(RawFd);
+        let mut parts = [IoSliceMut::new(&mut report)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut space), flags);
+        let message = message.map_err(failed)?;
+        let len = message.bytes;
+        for control in message.cmsgs().map_err(failed)? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                // SAFETY: new fds that nobody else knows; there is room for one.
+                listener = fds.first().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) });
+            }
+        }
+        if len == 0 {
+            return Ok(listener);
+        }
+        if let Some((step, message)) = stub::parse_report(&report[..len]) {
+            return Err(PluginError::Refused {
+                step: printable(&step),
+                message: printable(&message),
+            });
         }
     }
 }

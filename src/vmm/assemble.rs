@@ -11,7 +11,6 @@ use std::time::Instant;
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
-use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -33,7 +32,6 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
-use crate::plugin_process;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks};
@@ -54,9 +52,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let plan = |plugin| plugin_process::plan(plugin, config.sandbox, config.seccomp);
-    let plan = config.plugin.as_ref().map(plan).transpose()?;
-    let mut spawner = fork_spawner(&config, plan)?;
+    let mut spawner = fork_spawner(&config)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
@@ -169,12 +165,12 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, SpawnError> {
+fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
     let restore_terminal = match config.serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin })
+    spawner::fork(spawner::Options { restore_terminal, plugin: None })
 }
 
 fn start_console(

@@ -96,6 +96,7 @@ enum Source {
     Notices,
     Ring,
     Plugin,
+    PluginFilter,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -111,6 +112,7 @@ impl Source {
             Source::Notices => 4,
             Source::Ring => 5,
             Source::Plugin => 6,
+            Source::PluginFilter => 7,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -127,6 +129,7 @@ impl Source {
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
             (0, 6) => Some(Source::Plugin),
+            (0, 7) => Some(Source::PluginFilter),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -194,6 +197,9 @@ impl Vm {
         }
         if let Some(plugin) = &self.plugin {
             add(plugin.as_fd(), Source::Plugin)?;
+            if let Some(listener) = plugin.listener() {
+                add(listener, Source::PluginFilter)?;
+            }
         }
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
@@ -235,6 +241,7 @@ impl Vm {
                     return Flow::Break(Err(error));
                 }
             }
+            Source::PluginFilter => self.plugin_violations(),
             Source::Plugin => {
                 if let Some(plugin) = &mut self.plugin {
                     plugin.log();

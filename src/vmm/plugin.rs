@@ -8,6 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::event_loop::Vm;
 use super::{VmEnd, VmmError};
+use crate::control::protocol::EventKind;
 use crate::plugin_process::PluginError;
 
 /// How long a plugin that was killed may take to be gone.
@@ -22,6 +23,24 @@ impl Vm {
     ) -> Option<Result<VmEnd, VmmError>> {
         let mut plugin = self.plugin.take_if(|plugin| plugin.pid() == pid)?;
         Some(plugin.ended(status).map(|()| VmEnd::Plugin).map_err(VmmError::from))
+    }
+
+    /// The plugin has made calls that its policy does not have.
+    pub(super) fn plugin_violations(&mut self) {
+        let Some(plugin) = &mut self.plugin else { return };
+        let (found, pid) = (plugin.take_violations(), plugin.pid());
+        if plugin.must_end()
+            && let Err(error) = self.spawner.kill(pid)
+        {
+            tracing::error!(error = crate::remedy::chain(&error), "ending the plugin");
+        }
+        for violation in found {
+            self.event(EventKind::Violation {
+                process: "plugin plugin0".to_string(),
+                syscall: violation.call(),
+                thread: violation.tid.to_string(),
+            });
+        }
     }
 
     /// The machine has come to its `end`: the plugin is told and has its grace. How it exits
@@ -78,8 +97,10 @@ impl Vm {
         let output = plugin.is_open().then(|| PollFd::new(plugin.as_fd(), PollFlags::POLLIN));
         let mut fds = vec![PollFd::new(self.spawner.as_fd(), PollFlags::POLLIN)];
         fds.extend(output);
+        fds.extend(plugin.listener().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         let _ = poll(&mut fds, timeout); // interrupted is nothing yet
         plugin.log();
+        self.plugin_violations();
         match self.spawner.try_event() {
             Ok(Some(Event::Exited { pid, status })) => self.plugin_ended(pid, status),
             Ok(_) => None,

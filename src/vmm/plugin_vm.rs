@@ -31,7 +31,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         SeccompMode::Log => filter::Mode::Log,
     });
     let system = |what| move |source| VmmError::System { what, source };
-    let plan = plugin_process::plan(plugin, config.sandbox, config.seccomp)?;
+    let plan = plugin_process::plan(plugin, config.sandbox)?;
     let options = spawner::Options { plugin: Some(plan), ..spawner::Options::default() };
     let mut spawner = spawner::fork(options)?;
     let signals = Signals::install().map_err(system("taking signals over"))?;
@@ -43,7 +43,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     let attach = config.plugin_socket.as_ref().map(AttachSocket::bind).transpose()?;
     let kvm = kvm::open()?;
     let (process, connection) =
-        plugin_process::start(&mut spawner, &plugin.program, config.sandbox)?;
+        plugin_process::start(&mut spawner, &plugin.program, config.sandbox, config.seccomp)?;
 
     // From here on there are threads, each of which confines itself.
     if seccomp.is_some() {

@@ -202,10 +202,15 @@ fn policies_of_ones_own() {
     };
     let end = with("read: 1\n", &[]);
     assert_eq!(end.status.code(), Some(1));
-    assert!(end.stderr.contains("was ended by seccomp"), "{}", end.stderr);
+    let call = "was ended: system call sendmsg (46) is not in its seccomp policy";
+    assert!(end.stderr.contains(call), "{}", end.stderr);
     assert!(end.stderr.contains("--seccomp log"), "{}", end.stderr);
     let end = with("read: 1\n", &["--seccomp", "log"]);
     assert_eq!(end.status.code(), Some(0), "{}", end.stderr);
+    for call in ["sendmsg (46)", "recvmsg (47)", "memfd_create (319)"] {
+        let line = format!("system call {call} is not in its seccomp policy");
+        assert!(end.stderr.contains(&line), "{}", end.stderr);
+    }
     let needed = "{sendmsg, recvmsg, memfd_create, ftruncate, fcntl, poll, ppoll, lseek}: 1\n\
                   {clock_nanosleep, clock_gettime, sched_yield, sigaltstack, madvise}: 1\n\
                   mmap: arg2 in ~PROT_EXEC\n";
@@ -230,7 +235,8 @@ fn what_cannot_be_is_said() {
         (&["--plugin", "p", "--plugin-gid-map", "5:6:0"], "the range is empty"),
         (&["--plugin", "p", "--plugin-gid-map", "5::2", "--plugin-gid-map", "6"], "overlap"),
         (&["--plugin", "p", "-c", "65"], "with nothing but a plugin up to 64"),
-        (&["--kernel", "k", "-c", "33"], "a VM has 1 to 32 CPUs"),
+        (&["--kernel", "k", "-c", "33"], "has 1 to 32 CPUs"),
+        (&["--plugin", "p", "--kernel", "k"], "leave one of them out"),
         (
             &[
                 "--plugin",
@@ -269,4 +275,18 @@ fn what_cannot_be_is_said() {
         assert_eq!(status, Some(1), "{line}");
         assert!(line.contains(part) && line.lines().count() == 1, "{line}");
     }
+}
+
+/// The console of `plugin-api/examples`, as its documentation has it run.
+#[test]
+fn the_uart_example() {
+    let source = std::fs::read_to_string("plugin-api/examples/uart.c").unwrap();
+    assert!(source.lines().count() < 200);
+    let mut vm = Plugin::example("uart").start();
+    vm.expect("A serial console by a plugin. Type; ctrl-d ends.");
+    vm.type_in(b"hello\r");
+    vm.expect("hello");
+    vm.type_in(b"\x04");
+    let end = vm.finish();
+    assert_eq!((end.status.code(), end.stderr.as_str()), (Some(0), ""));
 }

@@ -23,6 +23,7 @@ pub struct Plugin {
     sandbox: bool,
     options: Vec<String>,
     user: bool,
+    example: bool,
 }
 
 impl Plugin {
@@ -35,7 +36,13 @@ impl Plugin {
             sandbox: true,
             options: Vec::new(),
             user: false,
+            example: false,
         }
+    }
+
+    /// `plugin-api/examples/NAME.c`.
+    pub fn example(name: &str) -> Plugin {
+        Plugin { example: true, ..Plugin::new(name) }
     }
 
     pub fn cpus(self, cpus: u32) -> Plugin {
@@ -66,7 +73,8 @@ impl Plugin {
     pub fn start(self) -> Vm {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut path = compiled(&self.name);
+        let folder = if self.example { "plugin-api/examples" } else { "tests/plugins" };
+        let mut path = compiled(folder, &self.name);
         let mut words: Vec<String> = Vec::new();
         let mut program = PathBuf::from(PROGRAM);
         if self.user {
@@ -112,13 +120,14 @@ impl Plugin {
     }
 }
 
-/// Compiles `tests/plugins/NAME.c`, once.
-fn compiled(name: &str) -> PathBuf {
+/// Compiles `FOLDER/NAME.c`, once.
+fn compiled(folder: &str, name: &str) -> PathBuf {
     static DONE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugin-{name}"));
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
     if done.insert(name.into()) {
-        compile(name, &path);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join(name);
+        compile(&source.with_extension("c"), &path);
     }
     path
 }
@@ -128,13 +137,13 @@ fn library() -> PathBuf {
     std::env::current_exe().unwrap().with_file_name("libcrosvm_plugin.so")
 }
 
-fn compile(name: &str, to: &Path) {
+fn compile(source: &Path, to: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = library().parent().unwrap().to_owned();
     let output = Command::new("cc")
         .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-pthread", "-I"])
         .arg(root.join("plugin-api/include"))
-        .arg(root.join("tests/plugins").join(name).with_extension("c"))
+        .arg(source)
         .arg("-o")
         .arg(to)
         .arg("-L")
@@ -182,6 +191,11 @@ impl Vm {
     /// A line to the plugin.
     pub fn say(&mut self, line: &str) {
         writeln!(self.stdin, "{line}").unwrap();
+    }
+
+    /// Keys for the guest.
+    pub fn type_in(&mut self, keys: &[u8]) {
+        self.stdin.write_all(keys).unwrap();
     }
 
     /// Waits until the VMM is in a state of /proc/PID/stat.

@@ -315,7 +315,7 @@ fn trace_prints_what_goes_to_a_device_that_does_not_notice() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap());
-    let lines =
+    let mut lines =
         common::output::Output::collect(File::from(OwnedFd::from(trace.0.stdout.take().unwrap())));
     std::thread::sleep(Duration::from_millis(100)); // until it watches
     vm.say(b"Q");

@@ -124,13 +124,6 @@ impl Run {
                 "no kernel given; say --kernel FILE, or kernel in --config FILE".into(),
             ));
         }
-        if kernel.is_some() && plugin.is_some() {
-            return Err(Failure::Usage(
-                "--plugin makes all of its machine, and --kernel is for a machine of ours; leave \
-                 one of them out"
-                    .into(),
-            ));
-        }
         let cpus = self.cpus.or(file.cpus).unwrap_or(1);
         if kernel.is_some() && cpus > config::MAX_CPUS {
             let most = config::MAX_CPUS;

@@ -11,6 +11,7 @@ use std::time::Instant;
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -32,6 +33,7 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
 use crate::vcpu::{self, Kicks};
@@ -52,7 +54,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let mut spawner = fork_spawner(&config)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let mut spawner = fork_spawner(&config, plan)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
@@ -64,8 +68,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let kvm = kvm::open()?;
     let ram = GuestRam::new(config.memory)?;
-    let guests = Guests::open(&config, &mut spawner, &ram)?;
-    let starts_later = guests.has_owner();
+    let mut guests = Guests::open(&config, &ram)?;
 
     // Every cell is asked for, and its jail is built beside what follows.
     let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
@@ -112,6 +115,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
+    guests.launch(&config, &mut spawner)?;
+    let starts_later = guests.has_owner();
     let kicks = Kicks::new(usize::from(config.cpus));
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
@@ -130,8 +135,12 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
+    let vcpu_config = vcpu::Config {
+        on_thread_start: seccomp.map(vcpu_filter),
+        ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
+    };
     let (vcpus, served) =
-        guests.start_vcpus(vcpu_fds, &machine, kicks, (pio, mmio), exit, &notifier, seccomp)?;
+        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
@@ -165,12 +174,12 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
+fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, SpawnError> {
     let restore_terminal = match config.serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    spawner::fork(spawner::Options { restore_terminal, plugin })
 }
 
 fn start_console(

@@ -11,11 +11,10 @@ use super::VmmError;
 use super::assemble::confine;
 use super::notice::{Notice, Notifier};
 use super::plugin_vm::network;
-use crate::bus::Bus;
 use crate::config::VmConfig;
 use crate::plugin::{AttachSocket, Hub, Machinery, Network, Plugins};
 use crate::plugin_process::{self, PluginProcess};
-use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vcpu::{self, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
 
@@ -34,12 +33,8 @@ pub(super) struct Served {
 }
 
 impl Guests {
-    /// Opens what has a path and starts the plugin's process, before privileges go.
-    pub(super) fn open(
-        config: &VmConfig,
-        spawner: &mut Spawner,
-        ram: &GuestRam,
-    ) -> Result<Guests, VmmError> {
+    /// Opens what has a path, before privileges go.
+    pub(super) fn open(config: &VmConfig, ram: &GuestRam) -> Result<Guests, VmmError> {
         let mut attach = config.plugin_socket.as_ref().map(AttachSocket::bind).transpose()?;
         if let Some(attach) = &mut attach {
             attach.hand_out(ram)?;
@@ -48,11 +43,21 @@ impl Guests {
             Some(plugin) => network(plugin)?,
             None => None,
         };
-        let start = |plugin: &plugin_process::PluginConfig| {
-            plugin_process::start(spawner, &plugin.program, config.sandbox)
-        };
-        let process = config.plugin.as_ref().map(start).transpose()?;
-        Ok(Guests { attach, process, network })
+        Ok(Guests { attach, process: None, network })
+    }
+
+    /// Starts the plugin's process, when all device processes serve.
+    pub(super) fn launch(
+        &mut self,
+        config: &VmConfig,
+        spawner: &mut Spawner,
+    ) -> Result<(), VmmError> {
+        if let Some(plugin) = &config.plugin {
+            let (sandbox, seccomp) = (config.sandbox, config.seccomp);
+            let process = plugin_process::start(spawner, &plugin.program, sandbox, seccomp)?;
+            self.process = Some(process);
+        }
+        Ok(())
     }
 
     /// Whether a plugin says when the guest runs for the first time.
@@ -66,24 +71,21 @@ impl Guests {
         self,
         fds: Vec<VcpuFd>,
         machine: &Arc<Machine>,
-        kicks: Arc<Kicks>,
-        (pio, mmio): (Bus, Bus),
-        exit: vcpu::ExitNotifier,
+        config: vcpu::Config,
         notifier: &Arc<Notifier>,
         seccomp: Option<filter::Mode>,
     ) -> Result<(Vcpus, Served), VmmError> {
-        let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
         let owned = self.has_owner();
         let wanted = owned || self.attach.is_some();
-        let hub = wanted.then(|| Hub::new(kicks.clone(), pio.clone(), mmio.clone(), owned));
+        let hub = wanted.then(|| {
+            let vcpu::Config { kicks, pio, mmio, .. } = config.clone();
+            Hub::new(kicks, pio, mmio, owned)
+        });
         let hub = hub.transpose()?;
-        let mut config = vcpu::Config {
-            on_thread_start: seccomp.map(super::assemble::vcpu_filter),
-            ..vcpu::Config::new(kicks, pio, mmio, exit)
+        let config = match &hub {
+            Some(hub) => config.with_plugins(hub),
+            None => config,
         };
-        if let Some(hub) = &hub {
-            config = config.with_plugins(hub);
-        }
         let (vcpus, supply) = Vcpus::start_later(config)?;
         let (supply, made) = if owned {
             (Some(supply), fds)

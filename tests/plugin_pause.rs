@@ -194,7 +194,11 @@ fn a_flood_of_calls_hangs_no_pause_and_no_stop() {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for vcpu in &vcpus {
-            scope.spawn(|| while !over.load(Ordering::Relaxed) && vcpu.fpu().is_ok() {});
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) && vcpu.fpu().is_ok() {
+                    std::hint::spin_loop()
+                }
+            });
         }
         for _ in 0..2 {
             let vm = vm.new_connection().unwrap();

@@ -71,7 +71,13 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut guests = Guests::open(&config, &ram)?;
 
     // Every cell is asked for, and its jail is built beside what follows.
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
     let mut starting = Vec::new();

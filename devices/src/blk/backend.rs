@@ -31,6 +31,7 @@ use super::request::Limits;
 use super::ring::{Layout, Ring};
 use super::view::View;
 use super::worker::{Start, Worker};
+use crate::lazy::Lazy;
 
 /// The feature bit that says that there are protocol features.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -65,6 +66,8 @@ pub(super) struct Backend {
     acked: u64,
     protocol: VhostUserProtocolFeatures,
     memory: Option<MemTable>,
+    /// While guest memory is still to come.
+    pub lazy: Option<Lazy>,
     vrings: Vec<Vring>,
     refused: bool,
 }
@@ -89,6 +92,7 @@ impl Backend {
             acked: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             memory: None,
+            lazy: None,
             vrings: workers.into_iter().map(vring).collect(),
             refused: false,
             disk,
@@ -254,6 +258,9 @@ impl Backend {
         files: Vec<File>,
     ) -> Result<()> {
         let table = MemTable::map(regions, files).map_err(internal)?;
+        if let Some(lazy) = &self.lazy {
+            lazy.register(table.memory()).map_err(internal)?;
+        }
         self.stop()?;
         self.memory = Some(table);
         (0..self.vrings.len()).try_for_each(|index| self.settle(index, false))

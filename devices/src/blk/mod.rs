@@ -61,6 +61,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
+use crate::lazy::Lazy;
 use crate::protocol::counters::{CountersPage, MAX_QUEUES};
 use crate::protocol::overlay::{Bitmap, overlay_bytes};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
@@ -228,6 +229,11 @@ fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {
 }
 
 impl Blk {
+    /// Guest memory is still to come, and is registered when it is mapped.
+    pub fn memory_comes(&mut self, lazy: Option<Lazy>) {
+        self.backend().lazy = lazy;
+    }
+
     /// Serves the front end and the VMM until either closes its socket; then every
     /// ring has stopped, with all that was taken from it answered.
     pub fn serve(mut self, cell: &Channel) -> Result<(), BlkError> {

@@ -179,6 +179,9 @@ impl<'m> Parser<'m> {
     ) -> Result<Request<'_, 'm>, Broken> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
+        // The rings are the VMM's to mark, who knows where they are.
+        self.memory.will_write(&status);
+        self.writable.iter().for_each(|slice| self.memory.will_write(slice));
         let writable = total(&self.writable);
         let operation = self.check(&walk, writable);
         let this = &*self;

@@ -13,7 +13,7 @@ use crate::plugin_process::{
 };
 use cellblock_seccomp::plugin::{GidMap, Mount};
 
-/// A plugin controls the machine: with `--plugin` there need be no kernel.
+/// A plugin makes all of its machine: memory and devices.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Plugin")]
 pub(super) struct PluginArgs {

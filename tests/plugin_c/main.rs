@@ -202,7 +202,7 @@ fn policies_of_ones_own() {
     };
     let end = with("read: 1\n", &[]);
     assert_eq!(end.status.code(), Some(1));
-    let call = "was ended: system call sendmsg (46) is not in its seccomp policy";
+    let call = "was ended: system call fcntl (72) is not in its seccomp policy";
     assert!(end.stderr.contains(call), "{}", end.stderr);
     assert!(end.stderr.contains("--seccomp log"), "{}", end.stderr);
     let end = with("read: 1\n", &["--seccomp", "log"]);

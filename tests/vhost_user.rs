@@ -303,6 +303,15 @@ fn what_cannot_be_served_is_said() {
 struct StorageDaemon(Child);
 
 impl StorageDaemon {
+    /// In the place of one that was killed.
+    #[track_caller]
+    fn again(dir: &Path) -> StorageDaemon {
+        for name in ["pid", "socket"] {
+            std::fs::remove_file(dir.join(name)).unwrap();
+        }
+        StorageDaemon::start(dir)
+    }
+
     /// Serves `image` at `socket`, both in `dir`.
     #[track_caller]
     fn start(dir: &Path) -> StorageDaemon {
@@ -384,8 +393,31 @@ fn a_guest_of_ours_on_a_block_process_of_ours() {
     server.ends_well(Signal::SIGTERM);
 }
 
+/// A back end with a record of requests goes on where it died.
 #[test]
-fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
+fn a_back_end_that_keeps_a_record_loses_nothing() {
+    let mut server = Server::start("");
+    let mut vm = vm_on(&server.path("socket"), "mode=blk mib=2 rounds=1000000 qd=8").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    for round in 1..=3 {
+        send(server.serves(), Signal::SIGKILL);
+        let back = poll(LIMIT, || (vm.stats().disks[0].restarts >= round).then_some(()));
+        assert!(back.is_some(), "{}", vm.stderr.text());
+        // All it wrote is verified, in every round.
+        let rounds = |vm: &Vm| vm.console.text().matches("verified=").count();
+        let before = rounds(&vm);
+        let more = poll(LIMIT, || (rounds(&vm) > before + 2).then_some(()));
+        assert!(more.is_some(), "{}", vm.console.text());
+    }
+    let resumed = EventKind::BackEndBack { id: "far".into(), resumed: true };
+    assert_eq!(events.all().into_iter().filter(|event| event.kind == resumed).count(), 3);
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+}
+
+#[test]
+fn a_back_end_that_dies_and_comes_back_is_used_again() {
     let dir = image_dir();
     let daemon = StorageDaemon::start(dir.path());
     let mut vm = vm_on(&dir.path().join("socket"), "mode=blk mib=2 rounds=1000000 qd=4").start();
@@ -398,6 +430,15 @@ fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
     // The machine is as alive as before.
     vm.pause();
     vm.resume();
+    // This one keeps no record of what it left unfinished: its driver has to begin anew.
+    let daemon = StorageDaemon::again(dir.path());
+    let back = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndBack { .. }));
+    assert_eq!(back.kind, EventKind::BackEndBack { id: "far".into(), resumed: false });
+    assert_eq!(
+        (vm.stats().disks[0].state, vm.stats().disks[0].restarts),
+        (DeviceState::Running, 1)
+    );
+    drop(daemon);
     vm.signal(Signal::SIGTERM);
     vm.ends_well();
 }

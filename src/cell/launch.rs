@@ -129,7 +129,7 @@ pub fn wait_ready(cells: &mut [&mut Cell], spawner: &mut Spawner) -> Result<(), 
                     return Err(died(cell, status));
                 }
             }
-            Event::Failed { .. } | Event::Processes(_) => {}
+            _ => {} // answers to what was not asked for yet
         }
     }
     Ok(())

@@ -25,6 +25,7 @@ use super::notice::Notifier;
 use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::supervise::{Kind, Supervisor};
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -127,10 +128,25 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&config.disks, &disks, &devices);
     drop(disks);
@@ -150,7 +166,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
         _vmgenid: Some(vmgenid),
         _machine: machine,
@@ -167,6 +183,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         plugins: served.plugins,
         plugin_socket: config.plugin_socket.map(|spec| spec.path),
         starts_later,
+        supervisor,
         control,
         notifier,
         signals,
@@ -176,7 +193,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
-    })
+    };
+    vm.watch_links();
+    Ok(vm)
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
@@ -185,7 +204,9 @@ fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, Spaw
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin })
+    // In the order of the machine's back ends.
+    let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
 fn start_console(

@@ -8,6 +8,8 @@
 //! | `plugin` | the plugin's end, and its grace |
 //! | `plugins` | who takes part in a machine that boots a kernel |
 //! | `plugin_vm` | the machine of a plugin without a kernel |
+//! | `reconnect` | back ends of other programs that go away and come back |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -18,9 +20,11 @@ mod plugin;
 mod plugin_vm;
 mod plugins;
 mod ports;
+mod reconnect;
 mod remedy;
 mod requests;
 pub(crate) mod signals;
+mod supervise;
 
 use std::time::Duration;
 

@@ -14,7 +14,9 @@ use super::assemble::{confine, drop_privileges, vcpu_filter};
 use super::event_loop::Vm;
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::supervise::Supervisor;
 use crate::bus::Bus;
+use crate::cell::launch::Common;
 use crate::config::VmConfig;
 use crate::control::server::ControlServer;
 use crate::plugin::{AttachSocket, Hub, Machinery, Network, Plugins};
@@ -73,6 +75,16 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         on_start: Box::new(move || made.send(Notice::Made)),
         network,
     };
+    // There are no device processes that could be watched.
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
+    let supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| system("creating an event")(e.into()))?;
     let plugins = serve(hub.clone(), machinery, connection, attach, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
@@ -90,6 +102,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         disks: Vec::new(),
         back_ends: Vec::new(),
         spawner,
+        supervisor,
         plugin: Some(process),
         plugins: Some((hub, plugins)),
         plugin_socket: config.plugin_socket.map(|spec| spec.path),

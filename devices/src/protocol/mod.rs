@@ -81,6 +81,9 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// Answer every request with an I/O error, and do not keep the image: processes of
+    /// this disk died too often.
+    pub failed: bool,
     /// What the guest writes goes to a private overlay.
     pub cow: bool,
 }

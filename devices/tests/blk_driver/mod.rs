@@ -109,6 +109,7 @@ impl Device {
             queues: options.queues,
             poll_us: options.poll_us,
             throttle: options.throttle,
+            failed: false,
             cow: false,
         };
         let page = new_counters().expect("page");

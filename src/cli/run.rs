@@ -8,11 +8,12 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 
 use super::Failure;
+use super::plugin_args::PluginArgs;
 use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
 use crate::logging;
 use crate::remedy::one_line;
 use crate::snapshot::trigger::SnapshotResources;
-use crate::spec::{DiskSpec, SerialSpec, name_disks};
+use crate::spec::{DiskSpec, PluginSocketSpec, SerialSpec, name_disks};
 
 const EXAMPLES: &str = "\
 A disk SPEC is PATH[,key=value]...:
@@ -32,6 +33,10 @@ A serial SPEC is one of:
   pty            a new pseudo-terminal, whose name is printed
   socket=PATH    a new Unix stream socket, one client at a time
   null           nothing
+A plugin-socket SPEC is PATH[,key=value]...; who runs the VM, and root, may do everything:
+  observe=UID    users that may stop vCPUs and look, several with : between
+  control=UID    users that may do everything
+  memory=MODE    how guest memory is handed out: none, ro or rw [default: ro]
 A comma inside a value is written twice. A size takes K, M, G or T.
 
 Examples:
@@ -88,6 +93,11 @@ pub(super) struct Run {
     config: Option<PathBuf>,
     #[command(flatten)]
     snapshot: SnapshotOptions,
+    /// Make a socket here for programs that attach to the VM, as 'cellblock gdb' does
+    #[arg(long, value_name = "SPEC")]
+    plugin_socket: Option<PluginSocketSpec>,
+    #[command(flatten)]
+    plugin: PluginArgs,
     /// End when the process that started this one does
     #[arg(long, hide = true)]
     die_with_parent: bool,
@@ -152,7 +162,7 @@ impl Run {
 
     /// Puts options, configuration file and defaults together.
     fn into_config(self, log: Option<LogLevel>) -> Result<VmConfig, Failure> {
-        let file = match &self.config {
+        let mut file = match &self.config {
             Some(path) => ConfigFile::read(path).map_err(|error| match error {
                 ConfigFileError::Read { .. } => Failure::Error(one_line(&error)),
                 ConfigFileError::Content { .. } => Failure::Usage(one_line(&error)),
@@ -160,24 +170,59 @@ impl Run {
             None => ConfigFile::default(),
         };
         let snapshot = self.snapshot.resources(&file)?;
-        let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
-            Failure::Usage("no kernel given; say --kernel FILE, or kernel in --config FILE".into())
-        })?;
-        let cmdline = self.cmdline.or(file.cmdline).unwrap_or_default();
+        let plugin = self.plugin.into_config(file.plugin())?;
+        let kernel = self.kernel.or(file.kernel);
+        if kernel.is_none() && plugin.is_none() {
+            return Err(Failure::Usage(
+                "no kernel given; say --kernel FILE, or kernel in --config FILE".into(),
+            ));
+        }
+        let cpus = self.cpus.or(file.cpus).unwrap_or(1);
+        if kernel.is_some() && cpus > config::MAX_CPUS {
+            let most = config::MAX_CPUS;
+            return Err(Failure::Usage(format!(
+                "'{cpus}' CPUs are too many: a VM with a kernel has 1 to {most} CPUs"
+            )));
+        }
+        let (cmdline, initrd) = (self.cmdline.or(file.cmdline), self.initrd.or(file.initrd));
+        let memory = self.memory.or(file.memory);
+        let serial = self.serial.or(file.serial);
+        let mut disks = if self.disk.is_empty() { file.disk } else { self.disk };
+        if kernel.is_none() {
+            // What a plugin makes itself.
+            let without_kernel = [
+                (initrd.is_some(), "--initrd"),
+                (cmdline.is_some(), "--cmdline"),
+                (memory.is_some(), "--memory"),
+                (!disks.is_empty(), "--disk"),
+                (serial.is_some(), "--serial"),
+            ];
+            if let Some((_, option)) = without_kernel.iter().find(|(given, _)| *given) {
+                return Err(Failure::Usage(format!(
+                    "{option} is for a VM with a kernel, and a plugin without one makes memory \
+                     and devices itself; leave it out, or say --kernel FILE"
+                )));
+            }
+        }
+        let cmdline = cmdline.unwrap_or_default();
         if cmdline.contains('\0') {
             return Err(Failure::Usage("the kernel's command line has a zero byte in it".into()));
         }
-        let mut disks = if self.disk.is_empty() { file.disk } else { self.disk };
         name_disks(&mut disks).map_err(|error| Failure::Usage(error.to_string()))?;
         Ok(VmConfig {
             kernel,
-            initrd: self.initrd.or(file.initrd),
+            initrd,
             cmdline,
-            cpus: self.cpus.or(file.cpus).unwrap_or(1),
-            memory: self.memory.or(file.memory).unwrap_or(config::DEFAULT_MEMORY),
+            cpus,
+            memory: memory.unwrap_or(config::DEFAULT_MEMORY),
             disks,
-            serial: self.serial.or(file.serial).unwrap_or_default(),
+            serial: serial.unwrap_or_default(),
             control: self.control.or(file.control),
+            plugin,
+            plugin_socket: self
+                .plugin_socket
+                .or(file.plugin_socket)
+                .map(PluginSocketSpec::absolute),
             sandbox: !(self.disable_sandbox || file.disable_sandbox),
             seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
             max_deaths: (self.max_deaths)

@@ -98,6 +98,12 @@ impl Vm {
         trigger: Option<String>,
         token: Token,
     ) -> Response {
+        if self.plugin.is_some() {
+            return Response::Now(Reply::error(
+                "no snapshot: the VM has a plugin, whose own state cannot be part of one yet",
+                Some("take snapshots of VMs without --plugin"),
+            ));
+        }
         if self.snapshots.held.is_some() {
             return Response::Now(Reply::error("another snapshot holds the VM", Some("try again")));
         }

@@ -29,6 +29,8 @@ pub const MAX_PLUGIN_CPUS: u8 = 64;
 pub const MIN_MEMORY: u64 = 32 << 20;
 /// Guest memory where none is asked for, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Deaths of its process within 10 s by which a device fails, unless told otherwise.
+pub const DEFAULT_MAX_DEATHS: u16 = 5;
 /// Guest memory is a whole number of these.
 const MIB: u64 = 1 << 20;
 
@@ -57,6 +59,8 @@ pub struct VmConfig {
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
     pub seccomp: SeccompMode,
+    /// Deaths of a device's process within 10 s by which the device fails.
+    pub max_deaths: u16,
     /// What is logged, here and by the device processes.
     pub log: LogLevel,
 }
@@ -80,6 +84,12 @@ pub fn memory(text: &str) -> Result<u64, String> {
     } else {
         Ok(bytes)
     }
+}
+
+/// Reads a number of deaths.
+pub fn max_deaths(text: &str) -> Result<u16, String> {
+    let count = text.parse::<u16>().ok().filter(|n| *n > 0);
+    count.ok_or_else(|| format!("it is a number from 1 to {}", u16::MAX))
 }
 
 /// Reads what happens on a system call outside a policy.
@@ -248,6 +258,7 @@ mod tests {
             plugin: None,
             sandbox: true,
             seccomp: SeccompMode::Kill,
+            max_deaths: DEFAULT_MAX_DEATHS,
             log: LogLevel::Warn,
         }
     }

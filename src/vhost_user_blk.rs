@@ -86,7 +86,13 @@ pub fn run(config: &Config) -> Result<(), ServeError> {
     let spawner = spawner::fork(spawner::Options::default())?;
     let signals = Signals::install().map_err(system("taking signals over"))?;
     let image = config.disk.open()?;
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     let mut server = Server { spawner, signals, common, disk: &config.disk, image, now: None };
     server.try_out()?;
     let (listener, _node) = listen(config)?;

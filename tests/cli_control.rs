@@ -80,6 +80,7 @@ fn stats(paused: bool) -> Stats {
         disks: vec![DiskStats {
             id: "disk0".into(),
             pid: Some(8),
+            restarts: 0,
             state: DeviceState::Running,
             read_only: false,
             size: 1 << 20,
@@ -99,6 +100,7 @@ fn stats(paused: bool) -> Stats {
         serials: vec![SerialStats {
             id: "com1".into(),
             pid: None,
+            restarts: 0,
             state: DeviceState::Dead,
             output: 1,
             input: 2,

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::EventKind;
-use common::Vm;
+use common::{LIMIT, Vm, poll, proc, send};
+use nix::sys::signal::Signal;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: usize = 512;
@@ -291,4 +292,52 @@ fn refused_requests_are_counted_as_errors() {
     assert_eq!((disk.writes, disk.counters.bytes_written, disk.flushes), (0, 0, 0), "{disk:?}");
     vm.cli("stop", &[]);
     vm.ends_well();
+}
+
+/// An image that loses its end under a running guest is an error of the disk, for the
+/// guest to deal with.
+#[test]
+fn an_image_cut_short_is_an_error_to_the_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(4 * MIB).unwrap();
+    let spec = image.to_str().unwrap();
+    let mut vm = Vm::with("mode=blk mib=4 seed=3 qd=8").arg("--disk").arg(spec).start();
+    vm.wait_for("blk: ok");
+    vm.ends_well();
+
+    // Slow enough to be still reading when the end goes.
+    let slow = format!("{spec},iops=100,iops-burst=100");
+    let mut vm = Vm::with("mode=blk mib=4 seed=3 qd=8 keep").arg("--disk").arg(slow).start();
+    vm.wait_for("blk: capacity=");
+    File::options().write(true).open(&image).unwrap().set_len(MIB / 2).unwrap();
+    let line = vm.console.wait_for("FAIL: ", LIMIT).expect("a request that fails");
+    assert!(line.contains("request type 0") && line.contains("status 1"), "{line}");
+    vm.wait_exit();
+    let text = vm.stderr.text();
+    assert!(!text.contains("died") && !text.contains("panic"), "{text}");
+}
+
+/// What was counted is known, whatever became of who counted.
+#[test]
+fn counters_are_read_of_the_stopped_and_the_dead() {
+    let mut vm = Vm::with("mode=blk mib=1 rounds=100000 seed=7 qd=4").disk(3).start();
+    vm.wait_for("blk: verified=");
+    let counters = |vm: &mut Vm| vm.stats().disks[0].counters.clone();
+    let pid = vm.pid_of("blk", "disk0");
+    send(pid, Signal::SIGSTOP);
+    poll(LIMIT, || (proc::status(pid, pid)["State"].starts_with('T')).then_some(())).unwrap();
+    let stopped = counters(&mut vm);
+    assert!(stopped.writes_completed > 0 && stopped.bytes_read > 0, "{stopped:?}");
+    std::thread::sleep(Duration::from_millis(50)); // what must not happen gives no notice
+    assert_eq!(counters(&mut vm), stopped);
+    send(pid, Signal::SIGCONT);
+    poll(LIMIT, || (counters(&mut vm).bytes_read > stopped.bytes_read).then_some(())).unwrap();
+    send(pid, Signal::SIGSTOP);
+    poll(LIMIT, || (proc::status(pid, pid)["State"].starts_with('T')).then_some(())).unwrap();
+    let before = counters(&mut vm);
+    send(pid, Signal::SIGKILL);
+    let after = counters(&mut vm);
+    assert!(after.bytes_written >= before.bytes_written, "{before:?} {after:?}");
+    assert!(after.bytes_read >= before.bytes_read, "{before:?} {after:?}");
 }

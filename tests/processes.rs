@@ -191,6 +191,7 @@ fn device_processes_have_no_file_open_but_those_they_need() {
         let mut expected = standard.to_vec();
         expected.extend(["3 socket:", "4 socket:", disk.as_str()]);
         expected.push("socket");
+        expected.push("/memfd:cellblock-inflight (deleted)"); // for a front end that asks
         // Each queue's thread, one a vCPU: what it waits on, what wakes it, its throttle.
         for _ in 0..2 {
             expected.extend(["anon_inode:[eventpoll]", event, "anon_inode:[timerfd]"]);
@@ -334,27 +335,36 @@ fn answers(vm: &mut Vm) {
 }
 
 #[test]
-fn a_killed_block_process_is_named_and_the_vm_lives() {
+fn a_killed_block_process_is_named_and_replaced() {
     // The first disk is in use, the second has not been touched by the guest.
     for id in ["disk0", "disk1"] {
         let mut vm = busy().start();
         vm.wait_for("pause: n=");
+        let (events, before) = (vm.events(), vm.ps());
+        let files = kinds(vm.pid_of("blk", id));
         kill_device(&mut vm, "blk", id);
+        let event =
+            vm.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceReplaced { .. }));
+        let EventKind::DeviceReplaced { role, id: named, pid, restarts, .. } = event.kind else {
+            unreachable!()
+        };
+        assert_eq!((role.as_str(), named.as_str(), restarts), ("blk", id, 1));
         answers(&mut vm);
-        let disks = vm.stats().disks;
-        for disk in &disks {
-            let dead = disk.id == id;
-            let state = if dead { DeviceState::Dead } else { DeviceState::Running };
-            assert_eq!(disk.state, state, "{disks:?}");
+        for disk in &vm.stats().disks {
+            let restarts = u64::from(disk.id == id);
+            assert_eq!((disk.state, disk.restarts), (DeviceState::Running, restarts));
         }
-        assert!(vm.ps().iter().all(|p| p.id != id), "ps lists the dead");
-        if id == "disk1" {
-            vm.wait_for("pause: n=");
-            vm.say(b"q");
-            vm.wait_for("pause: ok");
-        } else {
-            vm.ask(Request::Stop);
-        }
+        // In a jail of the same shape, and all its own.
+        let of = |list: &[Process]| list.iter().find(|p| p.id == id).unwrap().clone();
+        let (old, new) = (of(&before), of(&vm.ps()));
+        assert_eq!(new.pid, pid);
+        assert_eq!((new.seccomp, new.no_new_privs), (old.seccomp, old.no_new_privs));
+        assert_eq!((new.cap_eff, new.cap_bnd), (old.cap_eff, old.cap_bnd));
+        assert!(new.namespaces.keys().eq(old.namespaces.keys()), "{new:?}");
+        assert_eq!(kinds(pid), files);
+        vm.wait_for("pause: n=");
+        vm.say(b"q");
+        vm.wait_for("pause: ok");
         vm.ends_well();
     }
 }

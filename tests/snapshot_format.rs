@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 
 use cellblock::snapshot::format::{
     Base, CHUNK, Chain, Contents, Fault, FormatError, PAGE, Snapshot, WriteError, Writer, describe,
+    merge,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -164,11 +165,21 @@ fn a_chain_of_diffs_is_its_last_and_survives_a_move() {
     assert_eq!(chain.snapshot().state().unwrap(), b"state 4");
     chain.verify_all(|_, _| {}).unwrap();
 
+    let flat = dir.path().join("flat");
+    let manifest = merge(&chain, &flat, |_, _| {}).unwrap();
+    assert_eq!((manifest.parent, manifest.vcpus), (None, 2));
+    assert_ne!(manifest.id, chain.manifest().id);
+
     let elsewhere = tempfile::tempdir().unwrap();
     for name in ["one", "diff2", "diff3", "diff4"] {
         copy_dir(&dir.path().join(name), &elsewhere.path().join(name));
     }
     verify(&elsewhere.path().join("diff4")).unwrap();
+    fs::rename(&flat, elsewhere.path().join("flat")).unwrap();
+    let flat = Chain::open(&elsewhere.path().join("flat")).unwrap();
+    assert_eq!((flat.links().len(), contents(&flat)), (1, bytes_of(&ram)));
+    assert_eq!(flat.snapshot().state().unwrap(), b"state 4");
+    flat.verify_all(|_, _| {}).unwrap();
     // Another snapshot in the place of one of the chain is not taken for it.
     fs::remove_dir_all(elsewhere.path().join("one")).unwrap();
     write(&elsewhere.path().join("one"), &ram);
@@ -188,7 +199,8 @@ fn chunks_can_come_from_another_snapshot() {
     ram.write_all_at(&[1; PAGE], 0).unwrap();
     let mut writer = Writer::create(&target, CONTENTS, None).unwrap();
     writer.copy_chunks(ram.as_fd(), |index| index == 3).unwrap();
-    writer.copy_from(&Chain::open(&one).unwrap(), |index| index != 3).unwrap();
+    let others = (0..CHUNKS).filter(|index| *index != 3);
+    writer.copy_from(&Chain::open(&one).unwrap(), others).unwrap();
     writer.state(STATE).unwrap();
     writer.commit().unwrap();
     fs::remove_dir_all(&one).unwrap();
@@ -431,4 +443,38 @@ fn absurd_numbers_are_refused_before_anything_is_allocated() {
         let line = refused(&one);
         assert!(line.contains("this program reads up to 1.0; use the version"), "{line}");
     }
+}
+
+/// Snapshots of format 1.0 as the first version wrote them: readable for ever.
+#[test]
+fn golden_snapshots_stay_readable() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/1.0");
+    let page = |n: u8| [n; PAGE];
+    let check = |name: &str, pages: [(usize, u8); 5]| {
+        let chain = Chain::open(&golden.join(name)).unwrap();
+        chain.verify_all(|_, _| {}).unwrap();
+        let mut chunk = vec![0xee; CHUNK];
+        for index in 0..2 {
+            chain.read_chunk(index, &mut chunk).unwrap();
+            for (at, byte) in pages.iter().filter(|(at, _)| at / 64 == index) {
+                let at = at % 64 * PAGE;
+                assert_eq!(chunk[at..at + PAGE], page(*byte), "{name}: page {at}");
+            }
+        }
+        chain
+    };
+    let full = check("full", [(0, 1), (1, 0), (3, 2), (74, 3), (75, 0)]);
+    let manifest = full.manifest();
+    assert_eq!((manifest.version, manifest.memory, manifest.vcpus), ((1, 0), 512 << 10, 2));
+    assert_eq!((manifest.live, &manifest.parent), (false, &None));
+    assert_eq!(full.snapshot().state().unwrap(), b"state of a golden snapshot");
+    let mut image = Vec::new();
+    let mut copy = full.snapshot().disk("data").unwrap().unwrap();
+    std::io::Read::read_to_end(&mut copy, &mut image).unwrap();
+    assert_eq!(image, [7; 1024]);
+
+    let diff = check("diff", [(0, 1), (1, 4), (3, 5), (74, 0), (75, 0)]);
+    assert_eq!(diff.links().len(), 2);
+    assert!(diff.manifest().live);
+    assert_eq!(diff.snapshot().state().unwrap(), b"state of a golden diff");
 }

@@ -5,19 +5,20 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use cellblock::control::protocol::{DeviceState, EventKind};
+use cellblock_wire::sealed_memfd;
 use common::output::Output;
 use common::{LIMIT, Vm, poll, proc, send};
 use nix::sys::signal::Signal;
-use vhost::VhostBackend;
-use vhost::vhost_user::Frontend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
 const MIB: u64 = 1 << 20;
 
@@ -174,6 +175,100 @@ fn a_dead_block_process_is_named_and_the_next_front_end_served() {
     server.ends_well(Signal::SIGTERM);
 }
 
+/// Sends the messages of a front end one by one and leaves after `steps` of them.
+fn leave_after(socket: &Path, steps: usize) {
+    let stream = UnixStream::connect(socket).unwrap();
+    let mut front_end = Frontend::from_stream(stream, 1);
+    let ram = sealed_memfd("ram", 1 << 16).unwrap();
+    let event = || vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let (kick, call) = (event(), event());
+    let memory = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: 1 << 16,
+        userspace_addr: 0,
+        mmap_offset: 0,
+        mmap_handle: ram.as_raw_fd(),
+    };
+    let ring = VringConfigData {
+        queue_max_size: 16,
+        queue_size: 16,
+        flags: 0,
+        desc_table_addr: 0,
+        avail_ring_addr: 0x1000,
+        used_ring_addr: 0x2000,
+        log_addr: None,
+    };
+    // A flush, available from the start.
+    let file = File::from(ram.try_clone().unwrap());
+    let write = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
+    write(0, &0x3000u64.to_le_bytes());
+    write(8, &[16, 0, 0, 0, 1, 0, 1, 0]);
+    write(16, &0x3100u64.to_le_bytes());
+    write(24, &[1, 0, 0, 0, 2, 0, 0, 0]);
+    write(0x1002, &[1, 0]);
+    write(0x3000, &[4]);
+    type Step<'a> = &'a dyn Fn(&mut Frontend) -> vhost::Result<()>;
+    let all: [Step<'_>; LEAVES] = [
+        &|f| f.set_owner(),
+        &|f| f.get_features().map(drop),
+        &|f| f.get_protocol_features().and_then(|p| f.set_protocol_features(p)).map(drop),
+        &|f| f.set_features(VERSION_1 | 1 << 30),
+        &|f| f.set_mem_table(&[memory]).map(drop),
+        &|f| f.set_vring_num(0, 16),
+        &|f| f.set_vring_addr(0, &ring),
+        &|f| f.set_vring_base(0, 0),
+        &|f| f.set_vring_call(0, &call),
+        &|f| f.set_vring_kick(0, &kick),
+        &|f| f.set_vring_enable(0, true),
+        &|f| f.get_vring_base(0).map(drop),
+    ];
+    for step in &all[..steps] {
+        step(&mut front_end).unwrap();
+    }
+}
+
+/// How many messages it can leave after.
+const LEAVES: usize = 12;
+
+#[test]
+fn front_ends_that_leave_anywhere_leave_the_service() {
+    let mut server = Server::start("");
+    for steps in 0..=LEAVES {
+        leave_after(&server.path("socket"), steps);
+    }
+    // Many at once, of which most are gone before it is their turn.
+    let crowd: Vec<_> =
+        (0..64).map(|_| UnixStream::connect(server.path("socket")).unwrap()).collect();
+    drop(crowd);
+    let (_stream, features) = connect(&server.path("socket"));
+    assert_ne!(features & VERSION_1, 0);
+    assert!(!server.stderr.text().contains("error: "), "{}", server.stderr.text());
+    server.says("the front end disconnected");
+    server.ends_well(Signal::SIGTERM);
+}
+
+#[test]
+fn a_front_end_that_stops_in_a_message_holds_nothing_up() {
+    use std::io::Write;
+    let set_features = [2u32, 1, 8].map(u32::to_ne_bytes).concat();
+    for part in [&set_features[..0], &set_features[..5], &set_features[..]] {
+        // Its end lets the next one in...
+        let mut server = Server::start("");
+        let mut stream = UnixStream::connect(server.path("socket")).unwrap();
+        stream.write_all(part).unwrap();
+        server.serves();
+        drop(stream);
+        let (stream, _) = connect(&server.path("socket"));
+        server.serves();
+        drop(stream);
+        // ...and the server's end does not wait for it.
+        let mut stream = UnixStream::connect(server.path("socket")).unwrap();
+        stream.write_all(part).unwrap();
+        server.serves();
+        server.ends_well(Signal::SIGTERM);
+    }
+}
+
 #[test]
 fn what_cannot_be_served_is_said() {
     let run = |args: &[&str]| {
@@ -208,6 +303,15 @@ fn what_cannot_be_served_is_said() {
 struct StorageDaemon(Child);
 
 impl StorageDaemon {
+    /// In the place of one that was killed.
+    #[track_caller]
+    fn again(dir: &Path) -> StorageDaemon {
+        for name in ["pid", "socket"] {
+            std::fs::remove_file(dir.join(name)).unwrap();
+        }
+        StorageDaemon::start(dir)
+    }
+
     /// Serves `image` at `socket`, both in `dir`.
     #[track_caller]
     fn start(dir: &Path) -> StorageDaemon {
@@ -289,8 +393,31 @@ fn a_guest_of_ours_on_a_block_process_of_ours() {
     server.ends_well(Signal::SIGTERM);
 }
 
+/// A back end with a record of requests goes on where it died.
 #[test]
-fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
+fn a_back_end_that_keeps_a_record_loses_nothing() {
+    let mut server = Server::start("");
+    let mut vm = vm_on(&server.path("socket"), "mode=blk mib=2 rounds=1000000 qd=8").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    for round in 1..=3 {
+        send(server.serves(), Signal::SIGKILL);
+        let back = poll(LIMIT, || (vm.stats().disks[0].restarts >= round).then_some(()));
+        assert!(back.is_some(), "{}", vm.stderr.text());
+        // All it wrote is verified, in every round.
+        let rounds = |vm: &Vm| vm.console.text().matches("verified=").count();
+        let before = rounds(&vm);
+        let more = poll(LIMIT, || (rounds(&vm) > before + 2).then_some(()));
+        assert!(more.is_some(), "{}", vm.console.text());
+    }
+    let resumed = EventKind::BackEndBack { id: "far".into(), resumed: true };
+    assert_eq!(events.all().into_iter().filter(|event| event.kind == resumed).count(), 3);
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
+}
+
+#[test]
+fn a_back_end_that_dies_and_comes_back_is_used_again() {
     let dir = image_dir();
     let daemon = StorageDaemon::start(dir.path());
     let mut vm = vm_on(&dir.path().join("socket"), "mode=blk mib=2 rounds=1000000 qd=4").start();
@@ -303,6 +430,15 @@ fn a_back_end_that_dies_fails_its_disk_and_not_the_vm() {
     // The machine is as alive as before.
     vm.pause();
     vm.resume();
+    // This one keeps no record of what it left unfinished: its driver has to begin anew.
+    let daemon = StorageDaemon::again(dir.path());
+    let back = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndBack { .. }));
+    assert_eq!(back.kind, EventKind::BackEndBack { id: "far".into(), resumed: false });
+    assert_eq!(
+        (vm.stats().disks[0].state, vm.stats().disks[0].restarts),
+        (DeviceState::Running, 1)
+    );
+    drop(daemon);
     vm.signal(Signal::SIGTERM);
     vm.ends_well();
 }

@@ -16,7 +16,7 @@ mod log;
 
 use std::error::Error;
 use std::fmt::Write as _;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -30,6 +30,8 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use crate::blk::{self, Blk};
+use crate::lazy::Lazy;
+use crate::protocol::write_log::{self, WriteLog};
 use crate::protocol::{
     CELL_ARG, CELL_FD, FromCell, Hello, LogLevel, SeccompMode, Start, VHOST_USER_FD,
 };
@@ -133,7 +135,15 @@ fn live(role: &str, channel: &'static Channel) -> Result<(), Failure> {
         jail::enter()?;
         install_violation(page, &format!("{role} {}", hello.id))?;
     }
-    let device = prepare(hello.start, fds.collect())?;
+    let lazy = hello.lazy.map(|chunks| Lazy::receive(&mut fds, chunks));
+    let lazy = lazy.transpose().map_err(Failure::at("prepare for memory to come"))?;
+    if let Some(memory) = hello.logged {
+        log_writes(fds.next(), memory)?;
+    }
+    let mut device = prepare(hello.start, fds.collect())?;
+    if let Device::Blk(blk) = &mut device {
+        blk.memory_comes(lazy);
+    }
     if hello.sandbox {
         let mode = match hello.seccomp {
             SeccompMode::Kill => Mode::Kill,
@@ -165,6 +175,16 @@ fn prepare(start: Start, fds: Vec<OwnedFd>) -> Result<Device, Failure> {
             Ok(Device::Serial(Box::new(serial)))
         }
     }
+}
+
+fn log_writes(log: Option<OwnedFd>, memory: u64) -> Result<(), Failure> {
+    const STEP: &str = "prepare the log of writes to guest memory";
+    let log = log.ok_or_else(|| Failure::Start {
+        step: STEP.into(),
+        message: "hello came without it".into(),
+    })?;
+    write_log::set_own(WriteLog::map(log.as_fd(), memory).map_err(Failure::at(STEP))?);
+    Ok(())
 }
 
 fn install_violation(page: Option<OwnedFd>, process: &str) -> Result<(), Failure> {

@@ -10,10 +10,12 @@
 //! |---|---|
 //! | [`protocol`] | messages of the cell channel, and the register ring in shared memory |
 //! | [`cell`] | the life of a device process: hello, jail, prepare, seal, serve |
+//! | [`lazy`] | a process of a VM whose memory is still to come |
 //! | [`blk`] | virtio-blk as a vhost-user back end |
 //! | [`serial`] | a 16550 UART behind the register ring |
 
 pub mod blk;
 pub mod cell;
+pub mod lazy;
 pub mod protocol;
 pub mod serial;

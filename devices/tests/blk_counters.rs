@@ -5,6 +5,9 @@
 #[allow(dead_code)] // shared with other tests; each uses a part
 mod blk_driver;
 
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use blk_driver::*;
@@ -39,8 +42,12 @@ struct Rig {
 
 impl Rig {
     fn new(read_only: bool, throttle: ThrottleLimits) -> Rig {
-        let options = Options { read_only, throttle, queues: 2, ..Options::default() };
-        let clear = if read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
+        Rig::with(Options { read_only, throttle, ..Options::default() })
+    }
+
+    fn with(options: Options) -> Rig {
+        let options = Options { queues: 2, ..options };
+        let clear = if options.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
         let features = F_VERSION_1 | F_FLUSH | F_SIZE_MAX | F_INDIRECT | clear;
         let mut device = Device::start(&options, features);
         let queue = Queue::set_up(&mut device, QUEUE.into(), 16, features);
@@ -409,6 +416,57 @@ fn nothing_refused_takes_a_token_or_touches_the_image() {
         assert_eq!(rig.counted(), row.counts.saturating_add(&flush()), "{}", row.what);
         assert_eq!(rig.device.image_sectors(0, SECTORS as usize), image, "{}", row.what);
     }
+}
+
+/// A file system of its own, as small as it is to be. It goes with the process.
+struct SmallFileSystem(Child);
+
+impl SmallFileSystem {
+    fn new(bytes: u64) -> SmallFileSystem {
+        let script = format!("mount -t tmpfs -o size={bytes} small /mnt && echo made && cat");
+        let mut child = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare");
+        let mut line = [0; 5];
+        child.stdout.as_mut().expect("output").read_exact(&mut line).expect("it is made");
+        SmallFileSystem(child)
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/root/mnt", self.0.id()).into()
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_full_file_system_is_an_error_and_not_the_end() {
+    let small = SmallFileSystem::new(64 << 10);
+    let mut rig = Rig::with(Options { dir: Some(small.path()), ..Options::default() });
+    let mut written = 0;
+    let write = |rig: &mut Rig, n: u64| rig.request(T_OUT, 8 * n, &[out(DATA, 4096)]);
+    while write(&mut rig, written) == OK {
+        written += 1;
+        assert!(written <= 16, "there is no room for more");
+    }
+    assert!(written > 0);
+    let full = Snapshot { writes_completed: written, ..wrote(4096 * written) };
+    assert_eq!(rig.counted(), Snapshot { io_errors: 1, ..full.clone() });
+    // What was written is still read, and room that is made can be used.
+    assert_eq!(rig.request(T_IN, 0, &[into(DATA, 512)]), OK);
+    rig.segment(0, 8, 0);
+    assert_eq!(rig.request(T_DISCARD, 0, &[out(DATA, 16)]), OK);
+    assert_eq!(write(&mut rig, written), OK);
+    let counted = rig.counted();
+    assert_eq!((counted.writes_completed, counted.io_errors), (written + 1, 1));
 }
 
 #[test]

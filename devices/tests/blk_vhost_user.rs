@@ -568,6 +568,7 @@ fn prepare_names_what_is_wrong() {
         queues: 1,
         poll_us: 0,
         throttle: Default::default(),
+        failed: false,
         cow: false,
     };
     let prepare = |start: BlkStart, fds: Vec<OwnedFd>| {

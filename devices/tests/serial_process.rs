@@ -126,6 +126,8 @@ fn launch(
     let (cell, far) = Channel::pair().unwrap();
     let page = violation::new_page().unwrap();
     let hello = Hello {
+        lazy: None,
+        logged: None,
         id: "com1".into(),
         seccomp: SeccompMode::Kill,
         sandbox: true,

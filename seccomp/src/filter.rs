@@ -22,6 +22,8 @@ pub enum Policy {
     VmmDevice,
     /// The VMM's thread that serves plugins (`policies/vmm_plugin.json`).
     VmmPlugin,
+    /// The pager of a restored VM (`policies/vmm_pager.json`).
+    VmmPager,
 }
 
 /// What happens on a call outside the policy.
@@ -60,6 +62,8 @@ impl Policy {
             (Policy::VmmDevice, Mode::Log) => &VMM_DEVICE_LOG,
             (Policy::VmmPlugin, Mode::Kill) => &VMM_PLUGIN_KILL,
             (Policy::VmmPlugin, Mode::Log) => &VMM_PLUGIN_LOG,
+            (Policy::VmmPager, Mode::Kill) => &VMM_PAGER_KILL,
+            (Policy::VmmPager, Mode::Log) => &VMM_PAGER_LOG,
         }
     }
 }

@@ -13,6 +13,7 @@
 //! the request, and is refused where there is no plan.
 
 mod child;
+mod connect;
 mod ids;
 mod inspect;
 mod messages;
@@ -21,6 +22,7 @@ mod terminal;
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use cellblock_wire::{Channel, ChannelError};
@@ -51,6 +53,8 @@ pub struct Options {
     pub restore_terminal: Option<RawFd>,
     /// The plugin that may be asked for.
     pub plugin: Option<plugin::Plan>,
+    /// Sockets that may be connected to, by their place in this list.
+    pub connect: Vec<PathBuf>,
 }
 
 /// A failed exchange with the spawner.
@@ -120,6 +124,20 @@ pub enum Event {
         /// How it ended.
         status: ExitStatus,
     },
+    /// Answer to [`Spawner::connect`].
+    Connected {
+        /// Of the request.
+        place: u32,
+        /// The socket.
+        socket: OwnedFd,
+    },
+    /// Answer to [`Spawner::connect`] where nobody accepts.
+    NotConnected {
+        /// Of the request.
+        place: u32,
+        /// The kernel's reason.
+        why: String,
+    },
     /// Answer to [`Spawner::inspect`]: the VMM, the spawner, the children.
     Processes(Vec<ProcessInfo>),
 }
@@ -156,7 +174,16 @@ pub fn fork(options: Options) -> Result<Spawner, SpawnError> {
         ForkResult::Child => {
             drop(near);
             let plugin = options.plugin;
-            server::main(server::Inherited { channel: far, vmm, exe, null, terminal, plugin })
+            let places = options.connect;
+            server::main(server::Inherited {
+                channel: far,
+                vmm,
+                exe,
+                null,
+                terminal,
+                plugin,
+                places,
+            })
         }
         ForkResult::Parent { child } => {
             let pid = child.as_raw();
@@ -207,6 +234,12 @@ impl Spawner {
         Ok(self.channel.send(&ToSpawner::Inspect, &[])?)
     }
 
+    /// Asks for a connection to a place of [`Options::connect`]; [`Event::Connected`] or
+    /// [`Event::NotConnected`] follows.
+    pub fn connect(&mut self, place: u32) -> Result<(), SpawnError> {
+        Ok(self.channel.send(&ToSpawner::Connect { place }, &[])?)
+    }
+
     /// The spawner's process id.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -252,6 +285,12 @@ fn event(message: FromSpawner, fds: Vec<OwnedFd>) -> Result<Event, SpawnError> {
         }
         FromSpawner::Failed { ticket, step, message } => Event::Failed { ticket, step, message },
         FromSpawner::Exited { pid, status } => Event::Exited { pid, status },
+        FromSpawner::Connected { place } => {
+            let socket = fds.into_iter().next();
+            let socket = socket.ok_or(SpawnError::Request("the spawner sent no connection"))?;
+            Event::Connected { place, socket }
+        }
+        FromSpawner::NotConnected { place, why } => Event::NotConnected { place, why },
         FromSpawner::Processes(list) => Event::Processes(list),
     })
 }

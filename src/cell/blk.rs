@@ -1,11 +1,11 @@
 //! A virtio disk: the VMM's end of a block cell.
 
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use cellblock_devices::protocol::{BlkStart, Start};
+use cellblock_devices::protocol::{BlkStart, Start, ThrottleLimits};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
@@ -64,10 +64,81 @@ pub enum DiskError {
 pub struct StartingDisk {
     /// The process, where it is ours.
     pub cell: Option<Cell>,
+    /// How to make it again.
+    pub recipe: Option<Recipe>,
     id: String,
     queues: u16,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
+}
+
+/// All it takes to make the process of a disk, and to make it again.
+#[derive(Debug)]
+pub struct Recipe {
+    id: String,
+    start: BlkStart,
+    /// Its lock is held for as long as the machine lives, whoever else has it.
+    image: OwnedFd,
+    /// Of a `cow` disk.
+    overlay: Vec<OwnedFd>,
+}
+
+impl Recipe {
+    /// For `disk`, with so many queues.
+    pub fn new(spec: &DiskSpec, disk: &OpenedDisk, queues: u16) -> Result<Recipe, CellError> {
+        let id = spec.id().to_string();
+        let keep = |source| CellError::Image { id: id.clone(), source };
+        let image = disk.fd.try_clone().map_err(keep)?;
+        let overlay = disk.overlay.iter().flat_map(Overlay::fds);
+        let overlay = overlay.map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>();
+        let overlay = overlay.map_err(keep)?;
+        let start = BlkStart {
+            read_only: disk.read_only,
+            size: disk.size,
+            serial: disk.serial.clone(),
+            queues,
+            poll_us: spec.poll_us,
+            throttle: spec.throttle,
+            failed: false,
+            cow: disk.overlay.is_some(),
+        };
+        Ok(Recipe { id, start, image, overlay })
+    }
+
+    /// Asks for a process that serves the front end at the other end of `socket` under
+    /// `throttle`; one that `failed` gives nothing but errors.
+    pub fn launch(
+        &self,
+        spawner: &mut Spawner,
+        common: Common,
+        counters: &BlkCounters,
+        throttle: ThrottleLimits,
+        failed: bool,
+        socket: UnixStream,
+    ) -> Result<Cell, CellError> {
+        let start = Start::Blk(BlkStart { throttle, failed, ..self.start.clone() });
+        let mut fds = vec![self.image.as_fd(), counters.fd()];
+        fds.extend(self.overlay.iter().map(OwnedFd::as_fd));
+        launch(spawner, common, &self.id, start, &fds, Some(socket))
+    }
+
+    /// The first process, with a page to count in.
+    fn begin(
+        &self,
+        spawner: &mut Spawner,
+        common: Common,
+        socket: UnixStream,
+    ) -> Result<Cell, CellError> {
+        let counters = BlkCounters::new(self.start.queues).map_err(|source| CellError::Shm {
+            role: "blk",
+            id: self.id.clone(),
+            source,
+        })?;
+        let throttle = self.start.throttle;
+        let mut cell = self.launch(spawner, common, &counters, throttle, false, socket)?;
+        cell.counters = Some(counters);
+        Ok(cell)
+    }
 }
 
 /// Asks for a process that serves `disk` to the front end at the other end of `socket`.
@@ -79,31 +150,13 @@ pub fn process(
     queues: u16,
     socket: UnixStream,
 ) -> Result<Cell, CellError> {
-    let counters = BlkCounters::new(queues).map_err(|source| CellError::Shm {
-        role: "blk",
-        id: spec.id().to_string(),
-        source,
-    })?;
-    let start = Start::Blk(BlkStart {
-        read_only: disk.read_only,
-        size: disk.size,
-        serial: disk.serial.clone(),
-        queues,
-        poll_us: spec.poll_us,
-        throttle: spec.throttle,
-        cow: disk.overlay.is_some(),
-    });
-    let mut fds = vec![disk.fd.as_fd(), counters.fd()];
-    fds.extend(disk.overlay.iter().flat_map(Overlay::fds));
-    let mut cell = launch(spawner, common, spec.id(), start, &fds, Some(socket))?;
-    cell.counters = Some(counters);
-    Ok(cell)
+    Recipe::new(spec, disk, queues)?.begin(spawner, common, socket)
 }
 
 /// A disk of ours that some other program's back end serves.
 pub fn back_end(spec: &DiskSpec, socket: UnixStream) -> StartingDisk {
     let id = spec.id().to_string();
-    StartingDisk { cell: None, id, queues: 1, socket: Some(socket), front_end: None }
+    StartingDisk { cell: None, recipe: None, id, queues: 1, socket: Some(socket), front_end: None }
 }
 
 /// Asks for the process of `disk`, for a device of our own in a VM with `cpus` vCPUs.
@@ -118,9 +171,11 @@ pub fn start(
     let queues = spec.queues(cpus);
     let (near, far) =
         UnixStream::pair().map_err(|source| DiskError::Connect { id: id.to_string(), source })?;
-    let cell = process(spawner, common, spec, disk, queues, far)?;
+    let recipe = Recipe::new(spec, disk, queues)?;
+    let cell = Some(recipe.begin(spawner, common, far)?);
     let id = id.to_string();
-    Ok(StartingDisk { cell: Some(cell), id, queues, socket: Some(near), front_end: None })
+    let recipe = Some(recipe);
+    Ok(StartingDisk { cell, recipe, id, queues, socket: Some(near), front_end: None })
 }
 
 /// Bytes of a disk as its back end gives them, and whether it is read-only.

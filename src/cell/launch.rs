@@ -13,6 +13,8 @@ use cellblock_seccomp::violation;
 use cellblock_wire::{Access, Channel, ChannelError, Mapping};
 
 use super::{Cell, CellError};
+use crate::snapshot::dirty::WriteLogs;
+use crate::snapshot::pager::{Invitation, Inviter};
 use crate::throttle::Throttle;
 
 /// The longest a cell may take from being asked for to serving.
@@ -27,6 +29,11 @@ pub struct Common {
     pub sandbox: bool,
     /// Most detailed level logged.
     pub log: LogLevel,
+    /// Who brings guest memory, where it is still to come. One VM's, for as long as the
+    /// process lives.
+    pub lazy: Option<&'static Inviter>,
+    /// The logs of what processes write to guest memory; as above.
+    pub writes: Option<&'static WriteLogs>,
 }
 
 /// Asks for a process that becomes what `start` says. `fds` are those `start`
@@ -49,7 +56,18 @@ pub fn launch(
     let (near, far) = Channel::pair().map_err(channel_error)?;
     let page = violation::new_page().map_err(shm_error)?;
     let violation = Mapping::new(&page, violation::PAGE, Access::ReadOnly).map_err(shm_error)?;
+    let invited = common.lazy.filter(|_| role == "blk").map(Inviter::invite).transpose();
+    let invited = invited.map_err(|error| CellError::Refused {
+        role,
+        id: id.to_string(),
+        step: "inviting it to lazy memory".into(),
+        message: crate::remedy::chain(&error),
+    })?;
+    let logs = common.writes.filter(|_| role == "blk");
+    let log = logs.map(WriteLogs::issue).transpose().map_err(shm_error)?;
     let hello = Hello {
+        logged: log.as_ref().map(|(memory, _)| *memory),
+        lazy: invited.as_ref().map(|invitation| invitation.chunks as u64),
         id: id.to_string(),
         seccomp: common.seccomp,
         sandbox: common.sandbox,
@@ -57,6 +75,8 @@ pub fn launch(
         start,
     };
     let mut all = vec![page.as_fd()];
+    all.extend(invited.iter().flat_map(Invitation::fds));
+    all.extend(log.iter().map(|(_, fd)| fd.as_fd()));
     all.extend_from_slice(fds);
     // Sent before the process exists: it waits in the socket.
     near.send(&hello, &all).map_err(channel_error)?;
@@ -109,7 +129,7 @@ pub fn wait_ready(cells: &mut [&mut Cell], spawner: &mut Spawner) -> Result<(), 
                     return Err(died(cell, status));
                 }
             }
-            Event::Failed { .. } | Event::Processes(_) => {}
+            _ => {} // answers to what was not asked for yet
         }
     }
     Ok(())

@@ -59,6 +59,15 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
+    /// The image's descriptor could not be kept.
+    #[error("keeping the image of {id}")]
+    Image {
+        /// Device id.
+        id: String,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// The spawner could not be asked, or is gone.
     #[error("asking the spawner for the {role} process {id}")]
     Spawner {
@@ -111,6 +120,30 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// Of the request that it was asked for by.
+    pub fn ticket(&self) -> u32 {
+        self.ticket
+    }
+
+    /// The spawner told us its pid.
+    pub fn started(&mut self, pid: i32, pidfd: OwnedFd) {
+        self.process = Some((pid, pidfd));
+    }
+
+    /// Becomes the process that `launch` asks for, which goes on counting where this one
+    /// stopped. Unchanged where that fails.
+    pub fn succeed<E>(
+        &mut self,
+        launch: impl FnOnce(Option<&BlkCounters>) -> Result<Cell, E>,
+    ) -> Result<(), E> {
+        let next = launch(self.counters.as_ref())?;
+        let before = std::mem::replace(self, next);
+        self.counters = before.counters;
+        self.stats = before.stats;
+        self.lines = before.lines;
+        Ok(())
+    }
+
     /// `blk` or `serial`.
     pub fn role(&self) -> &'static str {
         self.role
@@ -224,6 +257,11 @@ impl Cell {
     /// The system call that seccomp stopped, if one was.
     pub fn violation(&self) -> Option<Violation> {
         violation::read(&self.violation)
+    }
+
+    /// It could not start, and says why.
+    pub fn refused(&mut self, step: &str, message: &str) {
+        self.log(LogLevel::Error, &format!("{step}: {message}"));
     }
 
     fn log(&mut self, level: LogLevel, message: &str) {

@@ -45,10 +45,23 @@ fn text(event: &Event) -> String {
         EventKind::DeviceDied { role, id, pid, how } => {
             format!("device process {role} {id} (pid {pid}) died: {how}")
         }
+        EventKind::DeviceReplaced { role, id, pid, took_us, .. } => {
+            let took = duration(*took_us);
+            format!("another process (pid {pid}) took over {role} {id} after {took}")
+        }
+        EventKind::DeviceFailed { role, id, deaths } => {
+            format!("{role} {id} has failed: {deaths} of its processes died within 10 s")
+        }
         EventKind::DeviceStalled { role, id } => {
             format!("device process {role} {id} does not answer the guest")
         }
         EventKind::BackEndGone { id } => format!("the vhost-user back end of {id} is gone"),
+        EventKind::BackEndBack { id, resumed: true } => {
+            format!("the vhost-user back end of {id} is back")
+        }
+        EventKind::BackEndBack { id, resumed: false } => {
+            format!("the vhost-user back end of {id} is back; the driver has to reset the disk")
+        }
         EventKind::NeedsReset { id } => {
             format!("the driver of {id} broke the rules of its queue and has to reset the device")
         }

@@ -78,6 +78,10 @@ pub(super) struct Run {
     /// log (let it pass and have the kernel log it) [default: kill]
     #[arg(long, value_name = "MODE", value_parser = config::seccomp)]
     seccomp: Option<SeccompMode>,
+    /// A device fails when its process dies this often within 10 s; up to then another
+    /// takes its place [default: 5]
+    #[arg(long, value_name = "N", value_parser = config::max_deaths, allow_hyphen_values = true)]
+    max_deaths: Option<u16>,
     /// Read options from a TOML file: the same names without dashes, disk as a list;
     /// options on the command line win
     #[arg(long, value_name = "FILE")]
@@ -168,6 +172,9 @@ impl Run {
             plugin,
             sandbox: !(self.disable_sandbox || file.disable_sandbox),
             seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
+            max_deaths: (self.max_deaths)
+                .or(file.max_deaths.map(Into::into))
+                .unwrap_or(config::DEFAULT_MAX_DEATHS),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
         })
     }

@@ -106,6 +106,7 @@ fn device(state: DeviceState) -> &'static str {
         DeviceState::Starting => "starting",
         DeviceState::Running => "running",
         DeviceState::Dead => "dead",
+        DeviceState::Failed => "failed",
     }
 }
 

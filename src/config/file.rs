@@ -41,6 +41,8 @@ pub struct ConfigFile {
     /// `--seccomp`.
     #[serde(deserialize_with = "seccomp")]
     pub seccomp: Option<SeccompMode>,
+    /// `--max-deaths`; a number.
+    pub max_deaths: Option<std::num::NonZeroU16>,
     /// `--log`.
     #[serde(deserialize_with = "log")]
     pub log: Option<LogLevel>,

@@ -133,6 +133,8 @@ pub enum DeviceState {
     Running,
     /// Died.
     Dead,
+    /// Its process died too often: it gives nothing but errors.
+    Failed,
 }
 
 /// Answer to [`Request::Stats`].
@@ -205,6 +207,9 @@ pub struct DiskStats {
     pub id: String,
     /// Its process; absent while there is none.
     pub pid: Option<i32>,
+    /// How often another process took the place of one that died.
+    #[serde(default)]
+    pub restarts: u64,
     /// State of its process.
     pub state: DeviceState,
     /// Whether the guest may only read.
@@ -237,6 +242,9 @@ pub struct SerialStats {
     pub id: String,
     /// Its process; absent while there is none.
     pub pid: Option<i32>,
+    /// How often another process took the place of one that died.
+    #[serde(default)]
+    pub restarts: u64,
     /// State of its process.
     pub state: DeviceState,
     /// Bytes the guest wrote.
@@ -362,6 +370,28 @@ pub enum EventKind {
         /// `exit status 1`, `signal 9 (SIGKILL)`.
         how: String,
     },
+    /// Another process has taken the place of one that died; to the guest it was a delay.
+    DeviceReplaced {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// Host process id of the new one.
+        pid: i32,
+        /// How often that happened to this device.
+        restarts: u64,
+        /// From the death to the device being as it was, in microseconds.
+        took_us: u64,
+    },
+    /// The processes of a device died too often: it gives nothing but errors from now on.
+    DeviceFailed {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// How many died within 10 s.
+        deaths: u64,
+    },
     /// A device process does not answer the guest: reads give 0xff, writes are dropped,
     /// until it moves again.
     DeviceStalled {
@@ -374,6 +404,13 @@ pub enum EventKind {
     BackEndGone {
         /// Id of the disk.
         id: String,
+    },
+    /// There is a connection to a back end that was gone.
+    BackEndBack {
+        /// Id of the disk.
+        id: String,
+        /// The disk went on where it was; else its driver has to reset it.
+        resumed: bool,
     },
     /// The driver of a device broke the rules of its queue and has to reset it.
     NeedsReset {

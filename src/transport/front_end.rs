@@ -9,24 +9,26 @@
 //! the socket down, which ends any exchange with an error.
 //!
 //! Only control messages pass here. Requests and interrupts never do.
+//!
+//! **A connection that ended** is the end of a front end, unless somebody watches over
+//! it ([`FrontEnd::watch`]): then jobs wait, the one that was under way among them, until
+//! there is another connection ([`FrontEnd::reconnect`]) or there will be none
+//! ([`FrontEnd::abandon`]). Over the new one everything is set up as it was, with the
+//! record of the requests in flight, before the jobs go on.
 
-use std::collections::BTreeSet;
+mod worker;
+
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cellblock_seccomp::filter::FilterError;
-use crossbeam_channel::{Receiver, Sender, unbounded};
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
-};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use crossbeam_channel::{Sender, unbounded};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{QUEUE_SIZE_MAX, QueueConfig};
+use self::worker::Worker;
+use super::queue::QueueConfig;
 use super::wait::{Completion, Waited};
 use crate::vm::memory::GuestRam;
 
@@ -70,6 +72,14 @@ pub enum FrontEndError {
         /// The device.
         id: String,
         /// What it lacks.
+        what: &'static str,
+    },
+    /// The back end that came after another is not what that was.
+    #[error("back end of {id} came back with {what}")]
+    Changed {
+        /// The device.
+        id: String,
+        /// What is not as it was.
         what: &'static str,
     },
     /// No answer within [`DEADLINE`].
@@ -138,14 +148,49 @@ enum Job {
     Activate(Activation, Answer<()>),
     SetConfig(u32, Vec<u8>, Answer<()>),
     Reset(Answer<()>),
+    /// An activation that a reconnect was to make.
+    Resume(Answer<()>),
+    Watch(Watcher),
+    Reconnect(u64, Connection),
+    Abandon,
 }
+
+/// A connection, and a second descriptor of it to end it by. The thread may not make one.
+struct Connection {
+    stream: UnixStream,
+    end: UnixStream,
+}
+
+impl Connection {
+    fn new(stream: UnixStream) -> std::io::Result<Connection> {
+        Ok(Connection { end: stream.try_clone()?, stream })
+    }
+}
+
+/// What becomes of a connection, which goes by its number: 0, then what
+/// [`FrontEnd::reconnect`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// It ended, or the exchange over it failed. Whoever is at the other end is of no more
+    /// use, and may be alive.
+    Lost(u64),
+    /// It is there, and the device is as it was.
+    Restored(u64),
+    /// It is there, but what the driver had begun could not be resumed, for want of a
+    /// record: it has to reset the device.
+    Fresh(u64),
+}
+
+/// Who is told.
+pub type Watcher = Box<dyn Fn(Link) + Send>;
 
 /// Handle of a device's front-end thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct FrontEnd {
     id: String,
     jobs: Sender<Job>,
-    socket: UnixStream,
+    /// The connection there is, and its number.
+    socket: Mutex<(u64, UnixStream)>,
 }
 
 impl FrontEnd {
@@ -161,26 +206,18 @@ impl FrontEnd {
         let wrap = |source| FrontEndError::Thread { id: id.to_string(), source };
         let handle = socket.try_clone().map_err(wrap)?;
         let (jobs, inbox) = unbounded();
-        let worker = Worker {
-            id: id.to_string(),
-            frontend: Frontend::from_stream(socket, needs.queues.into()),
-            ram,
-            needs,
-            live: Vec::new(),
-            config: Vec::new(),
-            written: BTreeSet::new(),
-        };
+        let worker = Worker::new(id, Connection::new(socket).map_err(wrap)?, needs, ram);
         std::thread::Builder::new()
             .name(format!("vu-{id}"))
             .spawn(move || {
-                if let Err(error) = on_start() {
-                    tracing::error!(device = worker.id, error = crate::remedy::chain(&error));
-                    return worker.refuse(&inbox);
+                let confined = on_start();
+                if let Err(error) = &confined {
+                    tracing::error!(device = worker.id(), error = crate::remedy::chain(error));
                 }
-                worker.run(&inbox);
+                worker.run(&inbox, confined.is_ok());
             })
             .map_err(wrap)?;
-        Ok(FrontEnd { id: id.to_string(), jobs, socket: handle })
+        Ok(FrontEnd { id: id.to_string(), jobs, socket: Mutex::new((0, handle)) })
     }
 
     /// Negotiates with the back end. The first job.
@@ -204,9 +241,42 @@ impl FrontEnd {
         self.post(Job::Reset)
     }
 
+    /// From now on an end of the connection is told to `watcher`, and jobs wait for another.
+    pub fn watch(&self, watcher: Watcher) {
+        self.send(Job::Watch(watcher));
+    }
+
+    /// Goes on over another connection. To be called only when whoever was at the other end
+    /// of the one before has ended, with all that it did.
+    pub fn reconnect(&self, socket: UnixStream) -> Result<u64, FrontEndError> {
+        let wrap = |source| FrontEndError::Thread { id: self.id.clone(), source };
+        let handle = socket.try_clone().map_err(wrap)?;
+        let connection = Connection::new(socket).map_err(wrap)?;
+        let mut current = self.lock();
+        let _ = current.1.shutdown(Shutdown::Both); // its end may not have been noticed yet
+        let number = current.0 + 1;
+        *current = (number, handle);
+        self.send(Job::Reconnect(number, connection));
+        Ok(number)
+    }
+
+    /// There will be no other connection: what waits for one fails, and so does what comes.
+    pub fn abandon(&self) {
+        self.send(Job::Abandon);
+    }
+
     /// Gives the connection up: a job that waits for an answer fails now.
     pub fn abort(&self) {
-        let _ = self.socket.shutdown(Shutdown::Both); // it may be closed already
+        let _ = self.lock().1.shutdown(Shutdown::Both); // it may be closed already
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, (u64, UnixStream)> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, job: Job) {
+        // Without a thread there is nobody to tell, and nothing to go on with.
+        let _ = self.jobs.send(job);
     }
 
     /// Waits for an answer on a thread that is not a vCPU.
@@ -241,174 +311,6 @@ impl Drop for FrontEnd {
     /// Ends an exchange under way too, and with it the thread.
     fn drop(&mut self) {
         self.abort();
-    }
-}
-
-struct Worker {
-    id: String,
-    frontend: Frontend,
-    ram: GuestRam,
-    needs: Needs,
-    live: Vec<usize>,
-    /// The configuration as it was found.
-    config: Vec<u8>,
-    /// Where the driver has written to it.
-    written: BTreeSet<(u32, usize)>,
-}
-
-impl Worker {
-    fn run(mut self, inbox: &Receiver<Job>) {
-        while let Ok(job) = inbox.recv() {
-            match job {
-                Job::Open(answer) => answer.complete(self.open()),
-                Job::Activate(activation, answer) => answer.complete(self.activate(&activation)),
-                Job::SetConfig(offset, bytes, answer) => {
-                    answer.complete(self.set_config(offset, &bytes));
-                }
-                Job::Reset(answer) => answer.complete(self.reset()),
-            }
-        }
-    }
-
-    fn refuse(self, inbox: &Receiver<Job>) {
-        let gone = || FrontEndError::Gone { id: self.id.clone() };
-        while let Ok(job) = inbox.recv() {
-            match job {
-                Job::Open(answer) => answer.complete(Err(gone())),
-                Job::Activate(_, answer) | Job::SetConfig(_, _, answer) | Job::Reset(answer) => {
-                    answer.complete(Err(gone()));
-                }
-            }
-        }
-    }
-
-    fn exchange<T>(
-        &self,
-        what: &'static str,
-        result: vhost::Result<T>,
-    ) -> Result<T, FrontEndError> {
-        result.map_err(|source| FrontEndError::Exchange { id: self.id.clone(), what, source })
-    }
-
-    fn open(&mut self) -> Result<DeviceInfo, FrontEndError> {
-        self.exchange("taking ownership", self.frontend.set_owner())?;
-        let features = self.exchange("reading features", self.frontend.get_features())?;
-        if features & F_PROTOCOL_FEATURES == 0 {
-            return Err(FrontEndError::Missing {
-                id: self.id.clone(),
-                what: "protocol features (VHOST_USER_F_PROTOCOL_FEATURES)",
-            });
-        }
-        let offered = self.frontend.get_protocol_features();
-        let offered = self.exchange("reading protocol features", offered)?;
-        let wanted = VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK;
-        let missing = |what| FrontEndError::Missing { id: self.id.clone(), what };
-        if !offered.contains(VhostUserProtocolFeatures::CONFIG) {
-            return Err(missing("its configuration (VHOST_USER_PROTOCOL_F_CONFIG)"));
-        }
-        let set = self.frontend.set_protocol_features(offered & wanted);
-        self.exchange("setting protocol features", set)?;
-        let queues = if offered.contains(VhostUserProtocolFeatures::MQ) {
-            let queues = self.frontend.get_queue_num();
-            self.exchange("reading the number of queues", queues)?
-        } else {
-            1
-        };
-        // Kicks of a queue without a worker would go nowhere.
-        if queues < self.needs.queues.into() {
-            return Err(missing("as many queues as its guest is to have"));
-        }
-        let len = self.needs.config_len;
-        let space = vec![0; len as usize];
-        let config = self.frontend.get_config(0, len, VhostUserConfigFlags::empty(), &space);
-        let (_, config) = self.exchange("reading the configuration", config)?;
-        self.config.clone_from(&config);
-        Ok(DeviceInfo {
-            features: features & GUEST_FEATURES,
-            config,
-            queues: u16::try_from(queues).unwrap_or(u16::MAX),
-        })
-    }
-
-    fn activate(&mut self, activation: &Activation) -> Result<(), FrontEndError> {
-        self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-        let features = self.frontend.set_features(activation.features | F_PROTOCOL_FEATURES);
-        self.exchange("setting features", features)?;
-        let regions: Vec<_> = self
-            .ram
-            .regions()
-            .iter()
-            .map(|region| VhostUserMemoryRegionInfo {
-                guest_phys_addr: region.gpa,
-                memory_size: region.len,
-                // Any numbering will do that the ring addresses share. The guest's own
-                // tells the jail nothing about where this process maps memory.
-                userspace_addr: region.gpa,
-                mmap_offset: region.offset,
-                mmap_handle: self.ram.fd().as_raw_fd(),
-            })
-            .collect();
-        self.exchange("sharing memory", self.frontend.set_mem_table(&regions))?;
-        for queue in &activation.queues {
-            self.set_up(queue)?;
-        }
-        // The stream keeps its order and a back end that fails a message closes the
-        // connection, so the answer to the last message vouches for all of them.
-        for (n, queue) in activation.queues.iter().enumerate() {
-            if n + 1 == activation.queues.len() {
-                self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-            }
-            let enabled = self.frontend.set_vring_enable(queue.index, true);
-            self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-            self.exchange("starting a queue", enabled)?;
-            self.live.push(queue.index);
-        }
-        Ok(())
-    }
-
-    fn set_up(&self, queue: &QueueSetup) -> Result<(), FrontEndError> {
-        let vring = VringConfigData {
-            queue_max_size: QUEUE_SIZE_MAX,
-            queue_size: queue.config.size,
-            flags: 0,
-            desc_table_addr: queue.config.desc,
-            used_ring_addr: queue.config.used,
-            avail_ring_addr: queue.config.avail,
-            log_addr: None,
-        };
-        let frontend = &self.frontend;
-        let index = queue.index;
-        self.exchange("sizing a queue", frontend.set_vring_num(index, queue.config.size))?;
-        self.exchange("placing a queue", frontend.set_vring_addr(index, &vring))?;
-        self.exchange("positioning a queue", frontend.set_vring_base(index, 0))?;
-        self.exchange("connecting an interrupt", frontend.set_vring_call(index, &queue.call))?;
-        self.exchange("connecting an error event", frontend.set_vring_err(index, &queue.err))?;
-        self.exchange("connecting a doorbell", frontend.set_vring_kick(index, &queue.kick))
-    }
-
-    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontEndError> {
-        self.written.insert((offset, bytes.len()));
-        self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let set = self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
-        self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-        self.exchange("writing the configuration", set)
-    }
-
-    fn reset(&mut self) -> Result<(), FrontEndError> {
-        for index in std::mem::take(&mut self.live) {
-            let base = self.frontend.get_vring_base(index);
-            self.exchange("stopping a queue", base)?;
-        }
-        for (offset, len) in std::mem::take(&mut self.written) {
-            let at = offset as usize;
-            if let Some(bytes) = self.config.get(at..at + len).map(<[u8]>::to_vec) {
-                self.set_config(offset, &bytes)?;
-            }
-        }
-        self.written.clear();
-        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod tests;
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_mmio as reg;
@@ -21,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers};
 use super::front_end::{
-    Activation, Answer, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup,
+    Activation, Answer, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup, Watcher,
 };
 use super::queue::QueueError;
 use super::wait::Waited;
@@ -173,6 +174,33 @@ impl VirtioMmio {
     /// The device process is gone: nothing waits for it any longer.
     pub fn lost(&self) {
         self.front_end.abort();
+        self.fail();
+    }
+
+    /// Has the ends of its connections told to `watcher`. What the driver asks for while
+    /// there is none waits for the next.
+    pub fn watch(&self, watcher: Watcher) {
+        self.front_end.watch(watcher);
+    }
+
+    /// Goes on with another process, at the other end of `socket`. See
+    /// [`FrontEnd::reconnect`].
+    pub fn reconnect(&self, socket: UnixStream) -> Result<u64, FrontEndError> {
+        self.front_end.reconnect(socket)
+    }
+
+    /// Ends the connection, whatever is going on over it.
+    pub fn disconnect(&self) {
+        self.front_end.abort();
+    }
+
+    /// There will be no other process: see [`FrontEnd::abandon`].
+    pub fn abandon(&self) {
+        self.front_end.abandon();
+    }
+
+    /// What the driver had begun is lost: it has to reset the device.
+    pub fn must_reset(&self) {
         self.fail();
     }
 

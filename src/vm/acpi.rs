@@ -7,7 +7,8 @@
 //! keyboard, VGA or CMOS clock to probe for, and the tables say so.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -21,7 +22,8 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::layout::{
     ACPI_START, I8042_COMMAND_PORT, IOAPIC, LAPIC, RESET_VALUE, SERIAL_GSI, SERIAL_PORT,
-    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5, VIRTIO_GSI, VIRTIO_MMIO_SIZE, VirtioSlot,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5, VIRTIO_GSI, VIRTIO_MMIO_SIZE, VMGENID,
+    VMGENID_GSI, VirtioSlot,
 };
 use super::memory::{GuestRam, MemoryError};
 
@@ -113,6 +115,8 @@ fn dsdt(cpus: u8, virtio: &[VirtioSlot]) -> Sdt {
         devices.processor(id);
     }
     devices.serial();
+    devices.generation_id();
+    devices.events();
     for (n, slot) in virtio.iter().enumerate() {
         devices.virtio(n, slot);
     }
@@ -149,6 +153,33 @@ impl Devices {
         let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
         let crs = Name::new(Path::new("_CRS"), &resources);
         Device::new(Path::new("COM1"), vec![&hid, &uid, &crs]).to_aml_bytes(self);
+    }
+
+    /// The VM generation id: where it is, for the driver that every system has for it.
+    fn generation_id(&mut self) {
+        let hid = Name::new(Path::new("_HID"), &"CLBK0001");
+        let cid = Name::new(Path::new("_CID"), &"VM_Gen_Counter");
+        let ddn = Name::new(Path::new("_DDN"), &"VM_Gen_Counter");
+        let (low, high) = (VMGENID as u32, (VMGENID >> 32) as u32);
+        let address = Package::new(vec![&low, &high]);
+        let address = Name::new(Path::new("ADDR"), &address);
+        Device::new(Path::new("VGEN"), vec![&hid, &cid, &ddn, &address]).to_aml_bytes(self);
+    }
+
+    /// The generic event device: without general-purpose events, which a hardware-reduced
+    /// machine has none of, it is what turns an interrupt into a notification.
+    fn events(&mut self) {
+        let hid = Name::new(Path::new("_HID"), &"ACPI0013");
+        let uid = Name::new(Path::new("_UID"), &0u8);
+        let interrupt = edge(VMGENID_GSI);
+        let resources = ResourceTemplate::new(vec![&interrupt]);
+        let crs = Name::new(Path::new("_CRS"), &resources);
+        let changed = Path::new("\\_SB_.VGEN");
+        let notify = Notify::new(&changed, &0x80u8);
+        let is_ours = Equal::new(&Arg(0), &VMGENID_GSI);
+        let when = If::new(&is_ours, vec![&notify]);
+        let event = Method::new(Path::new("_EVT"), 1, true, vec![&when]);
+        Device::new(Path::new("GED0"), vec![&hid, &uid, &crs, &event]).to_aml_bytes(self);
     }
 
     fn virtio(&mut self, n: usize, slot: &VirtioSlot) {
@@ -278,6 +309,23 @@ mod tests {
             resources.extend_from_slice(&slot.gsi.to_le_bytes());
             assert_eq!(count(dsdt, &resources), 1, "slot {n}");
         }
+    }
+
+    #[test]
+    fn the_generation_id_has_a_place_and_an_event() {
+        let block = Block::new(1, 1);
+        let dsdt = block.dsdt();
+        assert_eq!(count(dsdt, b"\x08_CID\x0dVM_Gen_Counter\0"), 1);
+        // ADDR = Package (2) { 0x000f0000, 0 }
+        assert_eq!(count(dsdt, b"\x08ADDR\x12\x08\x02\x0c\x00\x00\x0f\x00\x00"), 1);
+        // The event device's interrupt: Consumer, Edge, ActiveHigh, Exclusive.
+        let mut interrupt = vec![0x89, 6, 0, 3, 1];
+        interrupt.extend_from_slice(&VMGENID_GSI.to_le_bytes());
+        assert_eq!(count(dsdt, &interrupt), 1);
+        assert_eq!(count(dsdt, b"\x08_HID\x0dACPI0013\0"), 1);
+        // _EVT (1, Serialized) { If (Arg0 == 8) { Notify (\_SB_.VGEN, 0x80) } }
+        let event = b"_EVT\x09\xa0\x12\x93\x68\x0a\x08\x86\\\x2e_SB_VGEN\x0a\x80";
+        assert_eq!(count(dsdt, event), 1, "{}", dsdt.escape_ascii());
     }
 
     #[test]

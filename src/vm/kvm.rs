@@ -7,9 +7,12 @@
 #![allow(unsafe_code)] // hands guest RAM to the kernel as memory slots
 
 use std::io;
+use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clear_dirty_log, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::errno;
@@ -60,6 +63,13 @@ pub enum KvmError {
         source: io::Error,
     },
 }
+
+/// Bytes of guest memory that a word of a dirty log is for.
+const DIRTY_WORD: u64 = 64 * 4096;
+
+nix::ioctl_readwrite!(
+    /// KVM_CLEAR_DIRTY_LOG, which no crate wraps.
+    clear_dirty, 0xae, 0xc0, kvm_clear_dirty_log);
 
 /// Wraps a failed KVM request with what it was for.
 pub(super) fn step(step: &'static str) -> impl FnOnce(errno::Error) -> KvmError {
@@ -132,9 +142,19 @@ impl Machine {
     pub fn with_kvm(kvm: Kvm, ram: &GuestRam) -> Result<Machine, KvmError> {
         let vm = create_vm(&kvm)?;
         let machine = Machine { kvm, vm, ram: ram.clone() };
+        machine.prepare_dirty_log()?;
         machine.add_memory()?;
         machine.add_interrupt_controllers()?;
         Ok(machine)
+    }
+
+    /// How the dirty log will work, should it be wanted: cleared by hand, and all set at
+    /// first. Said now, for it is a capability, which no filter could tell from others.
+    fn prepare_dirty_log(&self) -> Result<(), KvmError> {
+        let mut cap =
+            kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+        cap.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+        self.vm.enable_cap(&cap).map_err(step("choosing KVM's kind of dirty log"))
     }
 
     fn add_memory(&self) -> Result<(), KvmError> {
@@ -162,6 +182,69 @@ impl Machine {
         self.vm.create_irq_chip().map_err(step("creating the interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.vm.create_pit2(pit).map_err(step("creating the interval timer"))
+    }
+
+    /// Has KVM note every page the guest writes from now on. What it has at first is all
+    /// pages, none of them protected yet: that costs next to nothing, and the first
+    /// [`Machine::take_dirty_pages`] pays.
+    pub fn log_dirty_pages(&self) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(self.ram.regions()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: KVM_MEM_LOG_DIRTY_PAGES,
+                guest_phys_addr: region.gpa,
+                memory_size: region.len,
+                userspace_addr: region.hva,
+            };
+            // SAFETY: the slot is there with the same range; only its flags change.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(step("having KVM log what the guest writes"))?;
+        }
+        Ok(())
+    }
+
+    /// The pages the guest wrote since this was last called, a bit each, in the order of
+    /// guest memory's file.
+    pub fn take_dirty_pages(&self) -> Result<Vec<u64>, KvmError> {
+        let mut all = Vec::new();
+        for (slot, region) in (0..).zip(self.ram.regions()) {
+            let mut pages = self
+                .vm
+                .get_dirty_log(slot, region.len as usize)
+                .map_err(step("reading what the guest wrote"))?;
+            self.clear_dirty_log(slot, region.len, &mut pages)?;
+            // A region is a whole number of MiB, and so of words.
+            pages.truncate((region.len / DIRTY_WORD) as usize);
+            all.extend(pages);
+        }
+        Ok(all)
+    }
+
+    /// Has KVM note the pages that are set in `pages` again. Runs without any are left out:
+    /// the kernel would look at each of them.
+    fn clear_dirty_log(&self, slot: u32, len: u64, pages: &mut [u64]) -> Result<(), KvmError> {
+        let words = (len / DIRTY_WORD) as usize;
+        let mut at = 0;
+        while let Some(first) = pages[at..words].iter().position(|word| *word != 0) {
+            let first = at + first;
+            let run = pages[first..words].iter().position(|word| *word == 0);
+            let end = run.map_or(words, |run| first + run);
+            let mut args = kvm_clear_dirty_log {
+                slot,
+                num_pages: ((end - first) * 64) as u32,
+                first_page: (first * 64) as u64,
+                ..Default::default()
+            };
+            args.__bindgen_anon_1.dirty_bitmap = pages[first..end].as_mut_ptr().cast();
+            // SAFETY: the kernel reads as many bits of the bitmap as `num_pages` says.
+            let done = unsafe { clear_dirty(self.vm.as_raw_fd(), &mut args) };
+            done.map_err(|e| KvmError::Step {
+                step: "having KVM log pages again",
+                source: e.into(),
+            })?;
+            at = end;
+        }
+        Ok(())
     }
 
     /// Creates the vCPU with this index, which is its APIC id as well.

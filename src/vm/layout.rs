@@ -3,7 +3,7 @@
 //! ```text
 //! 0                low RAM: boot structures, kernel, initrd
 //! 0x000a_0000      hole of the PC (no RAM in the e820 map up to 1 MiB)
-//! 0x000e_0000        ACPI tables, reset vector
+//! 0x000e_0000        ACPI tables, VM generation id, reset vector
 //! 0x0010_0000      low RAM goes on, to 3 GiB at most
 //! 0xc000_0000      MMIO hole: virtio-mmio, IOAPIC, local APIC, KVM's own pages
 //! 0x1_0000_0000    high RAM
@@ -42,6 +42,8 @@ pub const LOW_RAM_640K: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables' area.
 pub const ACPI_END: u64 = 0xf_0000;
+/// The VM generation id, 16 bytes, in a page that nothing else is in.
+pub const VMGENID: u64 = 0xf_0000;
 /// Where a PC's firmware starts: kernels that know no better way to restart jump here
 /// in real mode. The code there resets the machine.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
@@ -68,6 +70,9 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// COM1's interrupt.
 pub const SERIAL_GSI: u32 = 4;
+/// Interrupt that says that the VM generation id has changed: that of the CMOS clock, which
+/// this machine does not have.
+pub const VMGENID_GSI: u32 = 8;
 /// Port a guest writes a readiness marker to.
 pub const MARKER_PORT: u16 = 0xcb0;
 /// Keyboard controller, data port.
@@ -134,6 +139,7 @@ mod tests {
             (CMDLINE, CMDLINE_ROOM),
             (LOW_RAM_640K, 0xa_0000 - LOW_RAM_640K),
             (ACPI_START, ACPI_END - ACPI_START),
+            (VMGENID, 0x1000),
             (RESET_VECTOR, FIRMWARE_END - RESET_VECTOR),
             (KERNEL_MIN, LOW_RAM_END - KERNEL_MIN),
             (VIRTIO_MMIO_BASE, VIRTIO_GSI.len() as u64 * VIRTIO_MMIO_SIZE),
@@ -146,13 +152,14 @@ mod tests {
         for pair in places.windows(2) {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{:#x} and {:#x}", pair[0].0, pair[1].0);
         }
+        assert!(VMGENID.is_multiple_of(8) && VMGENID >= ACPI_START && VMGENID < FIRMWARE_END);
     }
 
     #[test]
     fn slots_have_distinct_interrupts_that_no_legacy_device_has() {
         for (n, gsi) in VIRTIO_GSI.iter().enumerate() {
             assert!(!VIRTIO_GSI[..n].contains(gsi));
-            assert!(*gsi < 24 && ![0, 1, 2, SERIAL_GSI, 8, 13].contains(gsi));
+            assert!(*gsi < 24 && ![0, 1, 2, SERIAL_GSI, VMGENID_GSI, 13].contains(gsi));
         }
         assert_eq!(virtio_slot(3), Some(VirtioSlot { base: 0xd000_3000, gsi: 9 }));
         assert_eq!(virtio_slot(VIRTIO_GSI.len()), None);

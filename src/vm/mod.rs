@@ -13,6 +13,7 @@
 //! | [`kvm`] | `/dev/kvm`, the VM, memory slots, interrupt controllers, eventfds |
 //! | [`cpu`] | CPUID, registers, MSRs and local APIC of each vCPU |
 //! | [`boot`] | kernel files: ELF, PVH and bzImage, initrd, command line, e820 |
+//! | [`vmgenid`] | the id that tells a guest that it is a copy |
 //! | [`acpi`] | the tables by which an unmodified kernel finds CPUs and devices |
 //!
 //! # Trust
@@ -27,3 +28,4 @@ pub mod cpu;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod vmgenid;

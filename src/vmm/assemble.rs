@@ -23,6 +23,7 @@ use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::supervise::{Kind, Supervisor};
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -39,6 +40,7 @@ use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
 use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 use crate::vm::{acpi, boot, layout};
 
 /// Guest output kept for a slow console reader, in bytes.
@@ -64,7 +66,13 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let ram = GuestRam::new(config.memory)?;
 
     // Every cell is asked for, and its jail is built beside what follows.
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
     let mut starting = Vec::new();
@@ -101,6 +109,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
     let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
+    let vmgenid = VmGenId::new(&machine)?;
+    vmgenid.set(&ram, vmgenid.fresh()?)?;
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
@@ -110,10 +120,25 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
-    for (starting, slot) in starting.into_iter().zip(&slots) {
+    let mut recipes = Vec::new();
+    for (mut starting, slot) in starting.into_iter().zip(&slots) {
+        recipes.push(starting.recipe.take());
         let (cell, device) = starting.connect(&machine, &ram, *slot, kicks.clone())?;
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
+    }
+    let mut supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    for (device, recipe) in recipes.into_iter().enumerate() {
+        let kind = match recipe {
+            Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
+            None => {
+                let place = back_ends.iter().position(|end| end.id == devices[device].0);
+                let Some(place) = place else { continue };
+                Kind::BackEnd { device, place }
+            }
+        };
+        supervisor.add(&devices[device].0, kind);
     }
     let facts = facts(&config.disks, &disks, &devices);
     drop(disks);
@@ -134,8 +159,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
-    Ok(Vm {
+    let vm = Vm {
         started,
+        _vmgenid: Some(vmgenid),
         _machine: Arc::new(machine),
         ram,
         vcpus,
@@ -149,6 +175,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         plugin: None,
         plugins: None,
         starts_later: false,
+        supervisor,
         control,
         notifier,
         signals,
@@ -158,7 +185,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
-    })
+    };
+    vm.watch_links();
+    Ok(vm)
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
@@ -167,7 +196,9 @@ fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
-    spawner::fork(spawner::Options { restore_terminal, plugin: None })
+    // In the order of the machine's back ends.
+    let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
 }
 
 fn start_console(

@@ -12,10 +12,11 @@ use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::supervise::Supervisor;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::{Cell, ROUND};
@@ -30,12 +31,14 @@ use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenId;
 
 /// A machine that is ready to run, or runs.
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) _machine: Arc<Machine>,
+    pub(super) _vmgenid: Option<VmGenId>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
@@ -50,6 +53,7 @@ pub(super) struct Vm {
     pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
     /// Whether a plugin decides when there are vCPUs.
     pub(super) starts_later: bool,
+    pub(super) supervisor: Supervisor,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
@@ -91,6 +95,7 @@ enum Source {
     Ring,
     Plugin,
     PluginFilter,
+    Links,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -105,8 +110,9 @@ impl Source {
             Source::Vcpus => 3,
             Source::Notices => 4,
             Source::Ring => 5,
-            Source::Plugin => 6,
-            Source::PluginFilter => 7,
+            Source::Links => 6,
+            Source::Plugin => 7,
+            Source::PluginFilter => 8,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -122,8 +128,9 @@ impl Source {
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
-            (0, 6) => Some(Source::Plugin),
-            (0, 7) => Some(Source::PluginFilter),
+            (0, 6) => Some(Source::Links),
+            (0, 7) => Some(Source::Plugin),
+            (0, 8) => Some(Source::PluginFilter),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -154,7 +161,7 @@ impl Vm {
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
-            let count = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            let count = match epoll.wait(&mut events, self.supervision_due()) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(system("waiting for events")(e)),
@@ -165,6 +172,7 @@ impl Vm {
                     return self.finish_plugin(end);
                 }
             }
+            self.supervise(&epoll);
         }
     }
 
@@ -186,6 +194,7 @@ impl Vm {
         if let Some(ring) = &self.ring {
             add(ring.fault_event(), Source::Ring)?;
         }
+        add(self.supervisor.links.as_fd(), Source::Links)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -198,10 +207,8 @@ impl Vm {
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
         }
-        for (n, back_end) in self.back_ends.iter().enumerate() {
-            // Not what it says, which is for the front end's thread, but that it is gone.
-            let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
-            epoll.add(&back_end.socket, EpollEvent::new(flags, Source::BackEnd(n).token()))?;
+        for n in 0..self.back_ends.len() {
+            self.watch_back_end(epoll, n);
         }
         for (n, (_, device)) in self.devices.iter().enumerate() {
             // Edge-triggered, because it must not be read: see there.
@@ -223,7 +230,7 @@ impl Vm {
                     return Flow::Break(outcome(end.vcpu, &end.exit));
                 }
             }
-            Source::Spawner => return self.spawner_events(),
+            Source::Spawner => return self.spawner_events(epoll),
             Source::Control => {
                 self.control_requests();
                 if self.asked_to_stop {
@@ -245,6 +252,7 @@ impl Vm {
                 }
             }
             Source::Ring => self.ring_fault(),
+            Source::Links => self.link_news(),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -306,6 +314,8 @@ impl Vm {
                 self.event(requests::marker_event(marker, "console"))
             }
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
+            FromCell::Ready => self.process_ready(n),
+            FromCell::Failed { step, message } => self.cells[n].refused(&step, &message),
             // The rest is said only when asked for, and then waited for.
             _ => {}
         }
@@ -341,19 +351,30 @@ impl Vm {
         }
     }
 
-    fn spawner_events(&mut self) -> Flow {
+    fn spawner_events(&mut self, epoll: &Epoll) -> Flow {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => {
                     if let Some(end) = self.plugin_ended(pid, status) {
                         return Flow::Break(end);
                     }
-                    self.process_ended(pid, status);
+                    self.process_ended(epoll, pid, status);
+                }
+                Ok(Some(SpawnerEvent::Started { ticket, pid, pidfd })) => {
+                    self.process_started(ticket, pid, pidfd);
+                }
+                Ok(Some(SpawnerEvent::Failed { ticket, step, message })) => {
+                    self.process_failed(epoll, ticket, &step, &message);
                 }
                 Ok(Some(SpawnerEvent::Processes(processes))) => {
                     self.answer_processes(&requests::processes(&processes));
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(SpawnerEvent::Connected { place, socket })) => {
+                    self.back_end_there(epoll, place, socket);
+                }
+                Ok(Some(SpawnerEvent::NotConnected { place, why })) => {
+                    self.back_end_absent(place, &why);
+                }
                 Ok(None) => return ON,
                 Err(error) => {
                     tracing::error!(error = crate::remedy::chain(&error), "spawner");
@@ -363,19 +384,14 @@ impl Vm {
         }
     }
 
-    /// A device process is gone: whoever waits for it stops waiting, and it is named.
-    fn process_ended(&mut self, pid: i32, status: ExitStatus) {
+    /// A device process is gone: it is named, and another takes its place.
+    fn process_ended(&mut self, epoll: &Epoll, pid: i32, status: ExitStatus) {
         let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        match self.devices.iter().find(|(device, _)| *device == id) {
-            Some((_, device)) => device.lost(),
-            None => {
-                if let Some(ring) = &self.ring {
-                    ring.set_dead(true);
-                }
-            }
+        if let (Some(ring), "serial") = (&self.ring, role) {
+            ring.set_dead(true);
         }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
@@ -385,17 +401,27 @@ impl Vm {
             });
         }
         self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
+        self.process_over(epoll, n);
     }
 
-    /// A back end of another program closed its connection, or was given up for silence.
-    fn back_end_gone(&mut self, n: usize) {
-        self.back_ends[n].gone = true;
-        let id = self.back_ends[n].id.clone();
-        tracing::error!(device = id, "the vhost-user back end is gone; its disk has failed");
-        if let Some((_, device)) = self.devices.iter().find(|(device, _)| *device == id) {
-            device.lost();
+    /// Hears when a back end goes.
+    pub(super) fn watch_back_end(&self, epoll: &Epoll, n: usize) {
+        // Not what it says, which is for the front end's thread, but that it is gone.
+        let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
+        let event = EpollEvent::new(flags, Source::BackEnd(n).token());
+        if let Err(errno) = epoll.add(&self.back_ends[n].socket, event) {
+            tracing::error!(device = self.back_ends[n].id, %errno, "watching a back end");
         }
-        self.event(EventKind::BackEndGone { id });
+    }
+
+    /// Takes messages of the process of a device, which is a new one.
+    pub(super) fn watch_cell(&self, epoll: &Epoll, id: &str) {
+        let Some(n) = self.cells.iter().position(|cell| cell.id() == id) else { return };
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Cell(n).token());
+        if let Err(errno) = epoll.add(self.cells[n].channel(), event) {
+            // It is too slow, then, and ended.
+            tracing::error!(device = id, %errno, "watching its process");
+        }
     }
 
     /// Tells whoever listens on the control socket.
@@ -417,6 +443,7 @@ impl Vm {
         }
         let _ = self.notices(); // markers of the guest's last moments
         self.plugins = None;
+        self.end_supervision();
         // All at once, so that they share one deadline.
         let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
         for ((id, device), drain) in self.devices.iter().zip(drains) {

@@ -7,6 +7,8 @@
 //! | `requests` | what the control socket can ask for |
 //! | `plugin` | the plugin's end, and its grace |
 //! | `plugin_vm` | the machine of a plugin without a kernel |
+//! | `reconnect` | back ends of other programs that go away and come back |
+//! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
 //! | `notice`, `signals` | what wakes the main thread |
 
@@ -16,9 +18,11 @@ mod notice;
 mod plugin;
 mod plugin_vm;
 mod ports;
+mod reconnect;
 mod remedy;
 mod requests;
 pub(crate) mod signals;
+mod supervise;
 
 use std::time::Duration;
 
@@ -67,6 +71,8 @@ pub enum VmmError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error(transparent)]
+    VmGenId(#[from] crate::vm::vmgenid::VmGenIdError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]

@@ -14,7 +14,9 @@ use super::assemble::{confine, drop_privileges, vcpu_filter};
 use super::event_loop::Vm;
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::supervise::Supervisor;
 use crate::bus::Bus;
+use crate::cell::launch::Common;
 use crate::config::VmConfig;
 use crate::control::server::ControlServer;
 use crate::plugin::{Hub, Machinery, Network, Plugins};
@@ -73,11 +75,17 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     };
     let plugins = serve(hub.clone(), machinery, connection, seccomp)?;
 
+    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    // It has nothing to do here.
+    let supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| system("creating an event")(e.into()))?;
+
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
         started,
         _machine: machine,
+        _vmgenid: None,
         ram,
         vcpus,
         ended,
@@ -87,6 +95,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         disks: Vec::new(),
         back_ends: Vec::new(),
         spawner,
+        supervisor,
         plugin: Some(process),
         plugins: Some((hub, plugins)),
         starts_later: true,

@@ -102,6 +102,11 @@ impl Vm {
             Some(Ok(false)) => {
                 Reply::error("the disk's process does not listen", Some("try again"))
             }
+            // The one that takes its place is told at its start.
+            Some(Err(_)) | None if self.supervisor.replaces(&id) => {
+                disk.throttle = limits;
+                Reply::Throttle { id, limits: limits.into() }
+            }
             Some(Err(_)) | None => Reply::error("the disk's process is dead", None),
         }
     }
@@ -123,7 +128,9 @@ impl Vm {
             DiskStats {
                 id: disk.id.clone(),
                 pid: cell.and_then(Cell::pid),
+                restarts: self.supervisor.history(&disk.id).0,
                 state: match cell {
+                    _ if self.supervisor.history(&disk.id).1 => DeviceState::Failed,
                     Some(cell) => cell_state(cell),
                     None if gone => DeviceState::Dead,
                     None => DeviceState::Running,
@@ -147,7 +154,11 @@ impl Vm {
             SerialStats {
                 id: cell.id().to_string(),
                 pid: cell.pid(),
-                state: cell_state(cell),
+                restarts: self.supervisor.history(cell.id()).0,
+                state: match self.supervisor.history(cell.id()).1 {
+                    true => DeviceState::Failed,
+                    false => cell_state(cell),
+                },
                 output,
                 input,
                 dropped,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vhost::vhost_user::message::{
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserInflight, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
     VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Error, Result};
@@ -26,11 +26,13 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::config::{self, CONFIG_BYTES, QUEUE_SIZE, SECTOR, WRITEBACK, has};
 use super::execute::Disk;
+use super::inflight::{Offer, Record, Records};
 use super::memory::MemTable;
 use super::request::Limits;
 use super::ring::{Layout, Ring};
 use super::view::View;
 use super::worker::{Start, Worker};
+use crate::lazy::Lazy;
 
 /// The feature bit that says that there are protocol features.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -65,13 +67,19 @@ pub(super) struct Backend {
     acked: u64,
     protocol: VhostUserProtocolFeatures,
     memory: Option<MemTable>,
+    /// While guest memory is still to come.
+    pub lazy: Option<Lazy>,
     vrings: Vec<Vring>,
+    offer: Offer,
+    records: Option<Records>,
     refused: bool,
+    /// Every request is answered with an I/O error.
+    failed: bool,
 }
 
 impl Backend {
-    /// A device with one ring for each of `workers`.
-    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>) -> Backend {
+    /// A device with one ring for each of `workers`, and a record to give away.
+    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>, offer: Offer) -> Backend {
         let queues = workers.len() as u16;
         let vring = |worker| Vring {
             worker,
@@ -89,10 +97,19 @@ impl Backend {
             acked: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             memory: None,
+            lazy: None,
             vrings: workers.into_iter().map(vring).collect(),
+            offer,
+            records: None,
             refused: false,
+            failed: false,
             disk,
         }
+    }
+
+    /// From now on every request is answered with an I/O error.
+    pub fn fail(&mut self) {
+        self.failed = true;
     }
 
     /// True if the last message was well-formed but refused, and its sender was
@@ -184,13 +201,16 @@ impl Backend {
             used,
             next_avail: vring.next_avail,
             event_idx: has(self.acked, VIRTIO_RING_F_EVENT_IDX),
+            record: self.records.as_ref().and_then(|records| records.queue(index)),
         };
         let view = View::new(table.memory()).map_err(internal)?;
-        Ring::new(&view, &layout).map_err(internal)?;
+        Ring::check(&view, &layout).map_err(internal)?;
+        // A process that died may have published an answer and not said so.
+        let interrupt = interrupt || layout.record.as_ref().is_some_and(Record::is_used);
         let start = Start {
             memory: table.memory().clone(),
             layout,
-            limits: limits(self.acked, &self.disk),
+            limits: Limits { failed: self.failed, ..limits(self.acked, &self.disk) },
             write_through: write_through(self.acked, self.writeback()),
             kick: kick.clone(),
             call: vring.call.clone(),
@@ -254,9 +274,21 @@ impl Backend {
         files: Vec<File>,
     ) -> Result<()> {
         let table = MemTable::map(regions, files).map_err(internal)?;
+        if let Some(lazy) = &self.lazy {
+            lazy.register(table.memory()).map_err(internal)?;
+        }
         self.stop()?;
         self.memory = Some(table);
         (0..self.vrings.len()).try_for_each(|index| self.settle(index, false))
+    }
+
+    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: &File) -> Result<()> {
+        if self.any_running() {
+            return Err(Error::InvalidOperation("the record cannot change while a ring runs"));
+        }
+        let queues = self.vrings.len() as u16;
+        self.records = Some(Records::map(told, file, queues).map_err(internal)?);
+        Ok(())
     }
 
     fn try_set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -303,6 +335,7 @@ impl Backend {
     fn reset(&mut self) -> Result<()> {
         self.stop()?;
         self.acked = 0;
+        self.records = None;
         self.config = config::space(&self.disk, self.vrings.len() as u16);
         for vring in &mut self.vrings {
             vring.forget();
@@ -328,6 +361,7 @@ fn limits(acked: u64, disk: &Disk) -> Limits {
         size_max: has(acked, VIRTIO_BLK_F_SIZE_MAX).then_some(config::SIZE_MAX),
         discard: has(acked, VIRTIO_BLK_F_DISCARD),
         write_zeroes: has(acked, VIRTIO_BLK_F_WRITE_ZEROES),
+        failed: false,
     }
 }
 

@@ -16,6 +16,8 @@
 //! | `memory`, `view` | the memory table, checked and mapped; how the data path looks at it |
 //! | `backend` | vhost-user messages and the state of each ring |
 //! | `worker`, `server` | the thread of a queue, and what it does |
+//! | `chain` | the descriptors of a chain |
+//! | `inflight` | the record of requests in flight, and recovery from it |
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
 //! | `execute` | a request done on the image |
@@ -29,11 +31,13 @@
 //! guest waits for it, and a ring whose driver breaks it is stopped by itself.
 
 mod backend;
+mod chain;
 mod clear;
 mod config;
 mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod inflight;
 mod memory;
 mod overlay;
 mod poll;
@@ -54,19 +58,21 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cellblock_wire::{Access, Channel, ChannelError, ShmError};
+use cellblock_wire::{Access, Channel, ChannelError, ShmError, sealed_memfd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll as poll_fds};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
+use crate::lazy::Lazy;
 use crate::protocol::counters::{CountersPage, MAX_QUEUES};
 use crate::protocol::overlay::{Bitmap, overlay_bytes};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
 use execute::{Disk, ID_BYTES};
+use inflight::Offer;
 use overlay::Overlay;
 use throttle::Throttle;
 use worker::Worker;
@@ -81,6 +87,9 @@ pub enum BlkError {
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
+    /// The record of requests in flight cannot be made.
+    #[error("making the record of requests in flight")]
+    Record(#[source] ShmError),
     /// The overlay's map cannot be used.
     #[error("mapping the overlay's map")]
     Bitmap(#[source] ShmError),
@@ -163,7 +172,12 @@ pub fn prepare(
         let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
-    let backend = Arc::new(Mutex::new(Backend::new(disk, workers)));
+    let offer = Offer::new(config.queues).map_err(BlkError::Record)?;
+    let mut backend = Backend::new(disk, workers, offer);
+    if config.failed {
+        backend.fail();
+    }
+    let backend = Arc::new(Mutex::new(backend));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
     Ok(Blk { backend, handler, socket, throttle })
@@ -199,6 +213,11 @@ fn open(
         _ => SECTOR as u32,
     };
     let (size, read_only) = (config.size, config.read_only);
+    if config.failed {
+        // Looked at for what the guest was told of it, and not to be touched.
+        let none = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?;
+        return Ok(Disk { file: none.into(), block_size, size, read_only, id, overlay: None });
+    }
     Ok(Disk { file, block_size, size, read_only, id, overlay })
 }
 
@@ -228,6 +247,11 @@ fn check_mode(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), BlkError> {
 }
 
 impl Blk {
+    /// Guest memory is still to come, and is registered when it is mapped.
+    pub fn memory_comes(&mut self, lazy: Option<Lazy>) {
+        self.backend().lazy = lazy;
+    }
+
     /// Serves the front end and the VMM until either closes its socket; then every
     /// ring has stopped, with all that was taken from it answered.
     pub fn serve(mut self, cell: &Channel) -> Result<(), BlkError> {

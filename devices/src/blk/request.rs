@@ -10,7 +10,6 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
@@ -47,6 +46,9 @@ pub(super) enum Refusal {
     /// More descriptors than `seg_max` allows.
     #[error("request has more than {MAX_DESCRIPTORS} descriptors")]
     TooManyDescriptors,
+    /// The device does nothing any more.
+    #[error("the device has failed")]
+    Failed,
     /// A readable descriptor behind a writable one.
     #[error("request has a readable descriptor behind a writable one")]
     Order,
@@ -130,6 +132,8 @@ pub(super) struct Limits {
     pub discard: bool,
     /// The driver may zero ranges.
     pub write_zeroes: bool,
+    /// Nothing may be done: the device has failed.
+    pub failed: bool,
 }
 
 /// A request that can be answered.
@@ -175,10 +179,13 @@ impl<'m> Parser<'m> {
     /// Walks and checks one chain.
     pub fn parse(
         &mut self,
-        chain: DescriptorChain<&'m View<'m>>,
+        chain: impl Iterator<Item = Descriptor>,
     ) -> Result<Request<'_, 'm>, Broken> {
         let walk = self.walk(chain)?;
         let status = self.take_status(&walk)?;
+        // The rings are the VMM's to mark, who knows where they are.
+        self.memory.will_write(&status);
+        self.writable.iter().for_each(|slice| self.memory.will_write(slice));
         let writable = total(&self.writable);
         let operation = self.check(&walk, writable);
         let this = &*self;
@@ -193,7 +200,7 @@ impl<'m> Parser<'m> {
         Ok(Request { status, writable, ranges: &this.ranges, body })
     }
 
-    fn walk(&mut self, mut chain: DescriptorChain<&'m View<'m>>) -> Result<Walk, Broken> {
+    fn walk(&mut self, mut chain: impl Iterator<Item = Descriptor>) -> Result<Walk, Broken> {
         self.readable.clear();
         self.writable.clear();
         self.ranges.clear();
@@ -236,6 +243,9 @@ impl<'m> Parser<'m> {
         }
         let header = if walk.bad_readable { None } else { self.take_header() };
         let header = header.ok_or(Refusal::Header)?;
+        if self.limits.failed {
+            return Err(Refusal::Failed);
+        }
         if walk.misordered {
             return Err(Refusal::Order);
         }

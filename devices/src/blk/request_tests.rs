@@ -42,6 +42,7 @@ fn limits() -> Limits {
         size_max: None,
         discard: false,
         write_zeroes: false,
+        failed: false,
     }
 }
 

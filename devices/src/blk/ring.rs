@@ -4,14 +4,16 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::chain::Chain;
 use super::config::QUEUE_SIZE;
+use super::inflight::{InflightError, Record, Tracker};
 use super::view::View;
 
 /// Where the parts of a ring are, and where to go on in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct Layout {
     /// Entries: a power of two up to [`QUEUE_SIZE`].
     pub size: u16,
@@ -25,6 +27,9 @@ pub(super) struct Layout {
     pub next_avail: u16,
     /// VIRTIO_RING_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// Where requests in flight are recorded. One that was used before says where to go
+    /// on, whatever `next_avail` does.
+    pub record: Option<Record>,
 }
 
 impl Layout {
@@ -69,6 +74,9 @@ pub(super) enum RingError {
     /// descriptor number beyond its table.
     #[error("driver broke the ring")]
     Poisoned(#[source] virtio_queue::Error),
+    /// The record of the requests in flight makes no sense.
+    #[error("finding the requests that were left unfinished")]
+    Record(#[source] InflightError),
     /// The timer of a request that has to wait was refused.
     #[error("arming the throttle's timer")]
     Timer(#[source] nix::errno::Errno),
@@ -89,37 +97,43 @@ impl RingError {
 pub(super) struct Ring<'m> {
     memory: &'m View<'m>,
     queue: Queue,
+    tracker: Option<Tracker>,
+    /// Chains that a process before this one took and did not answer, the first last.
+    unfinished: Vec<u16>,
+    /// The chain taken last.
+    last: Taken,
     /// A chain was seen to be available and not taken yet.
     promised: bool,
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Taken {
+    Nothing,
+    Available(u16),
+    Unfinished(u16),
+}
+
 impl<'m> Ring<'m> {
+    /// Whether `layout` is one that a ring can have.
+    pub fn check(memory: &'m View<'m>, layout: &Layout) -> Result<(), RingError> {
+        queue(memory, layout).map(|_| ())
+    }
+
     /// Checks `layout` and goes on where it says; used entries go on behind those
-    /// the used ring has.
+    /// the used ring has. What a process before this one left unfinished comes first.
     pub fn new(memory: &'m View<'m>, layout: &Layout) -> Result<Ring<'m>, RingError> {
-        let size = layout.size;
-        let setup = |source| RingError::Setup { size, source };
-        // To `Queue` an available ring there is one that was never set up.
-        if layout.avail == GuestAddress(0) {
-            return Err(setup(virtio_queue::Error::QueueNotReady));
+        let mut queue = queue(memory, layout)?;
+        let used = queue.next_used();
+        let (mut tracker, mut unfinished) = (None, Vec::new());
+        if let Some(record) = &layout.record {
+            let past = record.recover(layout.size, used).map_err(RingError::Record)?;
+            if past.known {
+                // No more than the ring has entries.
+                queue.set_next_avail(used.wrapping_add(past.unfinished.len() as u16));
+            }
+            (tracker, unfinished) = (Some(past.tracker), past.unfinished);
         }
-        let mut queue = Queue::new(QUEUE_SIZE).map_err(setup)?;
-        queue.try_set_size(size).map_err(setup)?;
-        queue.try_set_desc_table_address(layout.descriptors).map_err(setup)?;
-        queue.try_set_avail_ring_address(layout.avail).map_err(setup)?;
-        queue.try_set_used_ring_address(layout.used).map_err(setup)?;
-        queue.set_event_idx(layout.event_idx);
-        queue.set_next_avail(layout.next_avail);
-        queue.set_ready(true);
-        if !queue.is_valid(memory) {
-            return Err(RingError::Outside { size });
-        }
-        if layout.overlaps() {
-            return Err(RingError::Overlap { size });
-        }
-        let used = queue.used_idx(memory, Ordering::Acquire).map_err(setup)?;
-        queue.set_next_used(used.0);
-        Ok(Ring { memory, queue, promised: false })
+        Ok(Ring { memory, queue, tracker, unfinished, last: Taken::Nothing, promised: false })
     }
 
     /// First available entry not taken yet.
@@ -132,40 +146,69 @@ impl<'m> Ring<'m> {
         self.queue.size()
     }
 
-    /// True when the driver has made a chain available. One load.
+    /// True when the driver has made a chain available, or one is left. One load.
     pub fn has_work(&self) -> Result<bool, RingError> {
         let idx =
             self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
-        Ok(idx.0 != self.queue.next_avail())
+        Ok(idx.0 != self.queue.next_avail() || !self.unfinished.is_empty())
     }
 
-    /// Takes the next available chain.
-    pub fn pop(&mut self) -> Result<Option<DescriptorChain<&'m View<'m>>>, RingError> {
-        let chain = self.queue.iter(self.memory).map_err(RingError::Poisoned)?.next();
-        match chain {
-            Some(chain) if chain.head_index() >= self.queue.size() => {
-                Err(RingError::Poisoned(virtio_queue::Error::InvalidDescriptorIndex))
-            }
+    /// Takes the next chain: one that was left unfinished, or else the next available.
+    pub fn pop(&mut self) -> Result<Option<Chain<'m>>, RingError> {
+        if let Some(head) = self.unfinished.pop() {
+            self.last = Taken::Unfinished(head);
+            return Ok(Some(self.chain(head)));
+        }
+        let mut available = self.queue.iter(self.memory).map_err(RingError::Poisoned)?;
+        let Some(head) = available.next().map(|chain| chain.head_index()) else {
             // The driver took back what it had made available. Looking again could go on
             // for ever.
-            None if std::mem::take(&mut self.promised) => {
-                Err(RingError::Poisoned(virtio_queue::Error::InvalidAvailRingIndex))
-            }
-            chain => {
-                self.promised = false;
-                Ok(chain)
-            }
+            return match std::mem::take(&mut self.promised) {
+                true => Err(RingError::Poisoned(virtio_queue::Error::InvalidAvailRingIndex)),
+                false => Ok(None),
+            };
+        };
+        if head >= self.queue.size() {
+            return Err(RingError::Poisoned(virtio_queue::Error::InvalidDescriptorIndex));
         }
+        self.promised = false;
+        self.last = Taken::Available(head);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.take(head);
+        }
+        Ok(Some(self.chain(head)))
+    }
+
+    fn chain(&self, head: u16) -> Chain<'m> {
+        let table = GuestAddress(self.queue.desc_table());
+        Chain::new(self.memory, table, self.queue.size(), head)
     }
 
     /// Puts the chain that was taken last back: it is taken again next.
     pub fn put_back(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        match std::mem::replace(&mut self.last, Taken::Nothing) {
+            Taken::Available(head) => {
+                self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+                if let Some(tracker) = &mut self.tracker {
+                    tracker.put_back(head);
+                }
+            }
+            // It stays marked: nobody but the record knows of it.
+            Taken::Unfinished(head) => self.unfinished.push(head),
+            Taken::Nothing => debug_assert!(false, "no chain was taken"),
+        }
     }
 
     /// Gives the chain that starts at `head` back; the driver sees it at once.
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
-        self.queue.add_used(self.memory, head, len).map_err(RingError::Poisoned)
+        if let Some(tracker) = &self.tracker {
+            tracker.publishing(head);
+        }
+        self.queue.add_used(self.memory, head, len).map_err(RingError::Poisoned)?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(head, self.queue.next_used());
+        }
+        Ok(())
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call.
@@ -194,6 +237,33 @@ impl<'m> Ring<'m> {
     }
 }
 
+/// Checks a layout: all parts are in guest memory.
+fn queue(memory: &View<'_>, layout: &Layout) -> Result<Queue, RingError> {
+    let size = layout.size;
+    let setup = |source| RingError::Setup { size, source };
+    // To `Queue` an available ring there is one that was never set up.
+    if layout.avail == GuestAddress(0) {
+        return Err(setup(virtio_queue::Error::QueueNotReady));
+    }
+    let mut queue = Queue::new(QUEUE_SIZE).map_err(setup)?;
+    queue.try_set_size(size).map_err(setup)?;
+    queue.try_set_desc_table_address(layout.descriptors).map_err(setup)?;
+    queue.try_set_avail_ring_address(layout.avail).map_err(setup)?;
+    queue.try_set_used_ring_address(layout.used).map_err(setup)?;
+    queue.set_event_idx(layout.event_idx);
+    queue.set_next_avail(layout.next_avail);
+    queue.set_ready(true);
+    if !queue.is_valid(memory) {
+        return Err(RingError::Outside { size });
+    }
+    if layout.overlaps() {
+        return Err(RingError::Overlap { size });
+    }
+    let used = queue.used_idx(memory, Ordering::Acquire).map_err(setup)?;
+    queue.set_next_used(used.0);
+    Ok(queue)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +281,7 @@ mod tests {
             used: USED,
             next_avail: 0,
             event_idx,
+            record: None,
         }
     }
 
@@ -226,17 +297,17 @@ mod tests {
         let good = layout(&queue, false);
         assert!(Ring::new(&view, &good).is_ok());
         let odd = |l: Layout| matches!(Ring::new(&view, &l), Err(RingError::Setup { .. }));
-        assert!(odd(Layout { size: 0, ..good }));
-        assert!(odd(Layout { size: 12, ..good }));
-        assert!(odd(Layout { size: 512, ..good }));
-        assert!(odd(Layout { descriptors: GuestAddress(8), ..good }));
-        assert!(odd(Layout { avail: GuestAddress(1), ..good }));
-        assert!(odd(Layout { avail: GuestAddress(0), ..good }));
-        assert!(odd(Layout { used: GuestAddress(2), ..good }));
+        assert!(odd(Layout { size: 0, ..good.clone() }));
+        assert!(odd(Layout { size: 12, ..good.clone() }));
+        assert!(odd(Layout { size: 512, ..good.clone() }));
+        assert!(odd(Layout { descriptors: GuestAddress(8), ..good.clone() }));
+        assert!(odd(Layout { avail: GuestAddress(1), ..good.clone() }));
+        assert!(odd(Layout { avail: GuestAddress(0), ..good.clone() }));
+        assert!(odd(Layout { used: GuestAddress(2), ..good.clone() }));
         let out = |l: Layout| matches!(Ring::new(&view, &l), Err(RingError::Outside { .. }));
-        assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good }));
-        assert!(out(Layout { avail: GuestAddress(0xfff0), ..good }));
-        assert!(out(Layout { used: GuestAddress(u64::MAX - 3), ..good }));
+        assert!(out(Layout { descriptors: GuestAddress(0xfff0), ..good.clone() }));
+        assert!(out(Layout { avail: GuestAddress(0xfff0), ..good.clone() }));
+        assert!(out(Layout { used: GuestAddress(u64::MAX - 3), ..good.clone() }));
     }
 
     #[test]
@@ -255,13 +326,13 @@ mod tests {
             (at(good.used, 134), good.used, true),
             (at(good.used, 132), good.used, false),
         ] {
-            let layout = Layout { avail, used, ..good };
+            let layout = Layout { avail, used, ..good.clone() };
             let made = Ring::new(&view, &layout);
             assert_eq!(made.is_ok(), fits, "{layout:?}: {made:?}");
             assert!(fits || matches!(made, Err(RingError::Overlap { size: 16 })));
         }
         // The event fields are only there where they were agreed on.
-        let close = Layout { avail: at(good.used, -36), event_idx: false, ..good };
+        let close = Layout { avail: at(good.used, -36), event_idx: false, ..good.clone() };
         assert!(Ring::new(&view, &close).is_ok());
     }
 

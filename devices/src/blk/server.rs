@@ -10,9 +10,9 @@ use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
-use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
 
+use super::chain::Chain;
 use super::execute::{Disk, Engine};
 use super::memory::Slice;
 use super::poll::PollWindow;
@@ -200,7 +200,7 @@ impl Server {
     /// Nothing was done for one that has to wait.
     fn answer<'m>(
         &self,
-        chain: DescriptorChain<&'m View<'m>>,
+        chain: Chain<'m>,
         parser: &mut Parser<'m>,
         engine: &mut Engine,
     ) -> Result<u32, Stall> {

@@ -9,11 +9,12 @@ use std::iter::FusedIterator;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    Address, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
-    Permissions,
+    Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError,
+    GuestMemoryRegion, Permissions,
 };
 
 use super::memory::{Memory, Slice};
+use crate::protocol::write_log::{self, WriteLog};
 
 type Result<T> = std::result::Result<T, GuestMemoryError>;
 
@@ -21,12 +22,16 @@ type Result<T> = std::result::Result<T, GuestMemoryError>;
 #[derive(Debug)]
 pub(super) struct View<'m> {
     runs: Vec<Run<'m>>,
+    /// Where this process notes what it writes.
+    log: Option<&'m WriteLog>,
 }
 
 #[derive(Debug)]
 struct Run<'m> {
     start: u64,
     memory: Slice<'m>,
+    /// Where it is in guest memory's file.
+    offset: u64,
 }
 
 impl<'m> View<'m> {
@@ -34,9 +39,24 @@ impl<'m> View<'m> {
     pub fn new(memory: &'m Memory) -> Result<View<'m>> {
         let run = |region: &'m <Memory as GuestMemoryBackend>::R| {
             let start = region.start_addr().raw_value();
-            Ok(Run { start, memory: region.as_volatile_slice()? })
+            let offset = region.file_offset().map_or(0, FileOffset::start);
+            Ok(Run { start, memory: region.as_volatile_slice()?, offset })
         };
-        Ok(View { runs: memory.iter().map(run).collect::<Result<_>>()? })
+        let runs = memory.iter().map(run).collect::<Result<_>>()?;
+        Ok(View { runs, log: write_log::own() })
+    }
+
+    /// Notes that `slice`, a part of this memory, is going to be written.
+    #[inline]
+    pub fn will_write(&self, slice: &Slice<'_>) {
+        let Some(log) = self.log else { return };
+        let at = slice.ptr_guard().as_ptr() as usize;
+        for run in &self.runs {
+            let into = at.wrapping_sub(run.memory.ptr_guard().as_ptr() as usize);
+            if into < run.memory.len() {
+                return log.mark(run.offset + into as u64, slice.len() as u64);
+            }
+        }
     }
 
     /// The memory at `address`, at most `len` bytes of it. `len` is not zero.

@@ -7,7 +7,9 @@
 
 pub mod counters;
 pub mod overlay;
+pub mod presence;
 pub mod ring;
+pub mod write_log;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +22,9 @@ pub const CELL_ARG: &str = "@cell";
 
 /// The first message a device process receives.
 ///
-/// Its fds are, in order: the violation page (a sealed memfd of one page), then
-/// those that [`Start`] lists for the role.
+/// Its fds are, in order: the violation page (a sealed memfd of one page), with
+/// [`Hello::lazy`] the three of [`crate::lazy`], with [`Hello::logged`] the log, then those
+/// that [`Start`] lists for the role.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     /// The device's id, unique in the VM: `disk0`, `com1`.
@@ -32,6 +35,11 @@ pub struct Hello {
     pub sandbox: bool,
     /// The most detailed level the device process logs.
     pub log: LogLevel,
+    /// For a process that maps guest memory which is still to come: its number of chunks.
+    pub lazy: Option<u64>,
+    /// For a process that maps guest memory: how many bytes of it its log of what it
+    /// writes ([`write_log`]) is for.
+    pub logged: Option<u64>,
     /// What to be.
     pub start: Start,
 }
@@ -73,6 +81,9 @@ pub struct BlkStart {
     pub poll_us: u32,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// Answer every request with an I/O error, and do not keep the image: processes of
+    /// this disk died too often.
+    pub failed: bool,
     /// What the guest writes goes to a private overlay.
     pub cow: bool,
 }
@@ -119,6 +130,25 @@ pub enum SerialEndpoint {
     Pty,
     /// One fd: a listening Unix stream socket; one client at a time, the newest refused.
     Socket,
+}
+
+/// A mapping of guest memory in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultWindow {
+    /// Its address.
+    pub start: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Where it starts in guest memory's memfd.
+    pub offset: u64,
+}
+
+/// What a device process has registered with the userfaultfd that comes with it, on the
+/// channel to the pager of a VM whose memory is still to come. A later one replaces it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Registered {
+    /// All mappings of guest memory.
+    pub windows: Vec<FaultWindow>,
 }
 
 /// VMM to device process.

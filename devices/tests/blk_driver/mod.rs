@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -48,6 +49,8 @@ pub struct Options {
     pub read_only: bool,
     pub poll_us: u32,
     pub throttle: ThrottleLimits,
+    /// Where the image is to be, sparse; else it is full of patterns, where all such files are.
+    pub dir: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -58,6 +61,7 @@ impl Default for Options {
             read_only: false,
             poll_us: 0,
             throttle: Default::default(),
+            dir: None,
         }
     }
 }
@@ -83,8 +87,11 @@ pub fn pattern(sector: u64) -> [u8; 512] {
 impl Device {
     /// Makes a device and does nothing on its vhost-user socket yet.
     pub fn bare(options: &Options) -> (Device, UnixStream) {
-        let image = tempfile::NamedTempFile::new().expect("image");
-        for sector in 0..options.bytes / 512 {
+        let dir = options.dir.clone().unwrap_or_else(std::env::temp_dir);
+        let image = tempfile::NamedTempFile::new_in(dir).expect("image");
+        image.as_file().set_len(options.bytes).expect("size");
+        let filled = if options.dir.is_none() { options.bytes / 512 } else { 0 };
+        for sector in 0..filled {
             use std::os::unix::fs::FileExt;
             image.as_file().write_all_at(&pattern(sector), sector * 512).expect("fill");
         }
@@ -102,6 +109,7 @@ impl Device {
             queues: options.queues,
             poll_us: options.poll_us,
             throttle: options.throttle,
+            failed: false,
             cow: false,
         };
         let page = new_counters().expect("page");

@@ -9,7 +9,9 @@
 mod channel;
 mod codec;
 mod shm;
+mod uffd;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE};
 pub use codec::{CodecError, decode, encode};
-pub use shm::{Access, Mapping, ShmError, check_sealed, sealed_memfd};
+pub use shm::{Access, Mapping, ShmError, check_sealed, published_memfd, sealed_memfd};
+pub use uffd::Uffd;

@@ -67,6 +67,24 @@ pub fn sealed_memfd(name: &str, size: u64) -> Result<OwnedFd, ShmError> {
     Ok(fd)
 }
 
+/// Creates a memfd of `size` zero bytes that its maker may write, through the mapping that
+/// comes with it, and everyone else only read.
+pub fn published_memfd(name: &str, size: usize) -> Result<(OwnedFd, Mapping), ShmError> {
+    let wrap = |source| ShmError::Create { size: size as u64, source };
+    let name = CString::new(name).map_err(|_| wrap(Errno::EINVAL))?;
+    let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+        .map_err(wrap)?;
+    let len = i64::try_from(size).map_err(|_| wrap(Errno::EFBIG))?;
+    ftruncate(&fd, len).map_err(wrap)?;
+    let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(fixed)).map_err(wrap)?;
+    let mapping = Mapping::new(&fd, size, Access::ReadWrite)?;
+    // Not yet named by nix.
+    let future_write = SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE);
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(future_write | SealFlag::F_SEAL_SEAL)).map_err(wrap)?;
+    Ok((fd, mapping))
+}
+
 /// Checks that `fd` is a memfd that cannot shrink and has at least `needed` bytes.
 /// Returns its size in bytes.
 pub fn check_sealed(fd: impl AsFd, needed: u64) -> Result<u64, ShmError> {

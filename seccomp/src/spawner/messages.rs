@@ -50,6 +50,9 @@ pub(super) enum ToSpawner {
         pid: i32,
     },
     Inspect,
+    Connect {
+        place: u32,
+    },
 }
 
 /// Spawner to VMM.
@@ -68,6 +71,14 @@ pub(super) enum FromSpawner {
     Exited {
         pid: i32,
         status: ExitStatus,
+    },
+    /// With the socket.
+    Connected {
+        place: u32,
+    },
+    NotConnected {
+        place: u32,
+        why: String,
     },
     Processes(Vec<ProcessInfo>),
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::{Channel, ChannelError};
@@ -15,6 +16,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::getppid;
 
 use super::child::{self, IGNORED_SIGNALS, Made, Template};
+use super::connect::Places;
 use super::ids;
 use super::messages::{ExitStatus, FromSpawner, Request, ToSpawner};
 use super::terminal::Saved;
@@ -35,6 +37,7 @@ pub(super) struct Inherited {
     pub(super) null: OwnedFd,
     pub(super) terminal: Option<Saved>,
     pub(super) plugin: Option<Plan>,
+    pub(super) places: Vec<PathBuf>,
 }
 
 struct Child {
@@ -52,6 +55,7 @@ struct Server {
     vmm_pid: i32,
     template: Template,
     terminal: Option<Saved>,
+    places: Places,
     children: Vec<Child>,
     outbox: VecDeque<(FromSpawner, Option<OwnedFd>)>,
 }
@@ -139,6 +143,7 @@ fn prepare(inherited: Inherited, vmm_pid: i32) -> Result<Server, JailError> {
         vmm_pid,
         template: Template { exe, null, plan, plugin },
         terminal: inherited.terminal,
+        places: Places(inherited.places),
         children: Vec::new(),
         outbox: VecDeque::new(),
     })
@@ -239,6 +244,17 @@ impl Server {
                 }
             }
             ToSpawner::Inspect => self.inspect(),
+            ToSpawner::Connect { place } => match self.places.connect(place) {
+                None => return Err(End::Misbehaviour("bad request: no such socket".into())),
+                Some(Ok(socket)) => {
+                    let message = FromSpawner::Connected { place };
+                    self.outbox.push_back((message, Some(socket)));
+                }
+                Some(Err(errno)) => {
+                    let why = errno.desc().to_string();
+                    self.post(FromSpawner::NotConnected { place, why });
+                }
+            },
         }
         Ok(())
     }

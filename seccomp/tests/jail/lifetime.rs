@@ -156,7 +156,8 @@ fn terminal() {
     let (near, far) = Channel::pair().expect("pair");
     let vmm = start_process(|| {
         let restore_terminal = Some(pty.slave.as_raw_fd());
-        let spawner = spawner::fork(Options { restore_terminal, plugin: None }).expect("spawner");
+        let spawner =
+            spawner::fork(Options { restore_terminal, ..Default::default() }).expect("spawner");
         let mut raw = before.clone();
         cfmakeraw(&mut raw);
         tcsetattr(&pty.slave, SetArg::TCSANOW, &raw).expect("raw");
@@ -174,7 +175,7 @@ fn terminal() {
 /// A shell that edits a line already: no echo, no line editing, but signals on.
 fn terminal_in_use() {
     let pty = openpty(None, None).expect("pty");
-    let options = Options { restore_terminal: Some(pty.slave.as_raw_fd()), plugin: None };
+    let options = Options { restore_terminal: Some(pty.slave.as_raw_fd()), ..Default::default() };
     let spawner = spawner::fork(options).expect("spawner");
     let mut shell = tcgetattr(&pty.slave).expect("mode");
     shell.local_flags.remove(LocalFlags::ICANON | LocalFlags::ECHO);

@@ -31,7 +31,9 @@ mod clone;
 mod copy;
 mod error;
 mod files;
+pub mod fuzz;
 mod manifest;
+mod merge;
 mod reader;
 pub mod table;
 mod writer;
@@ -41,6 +43,7 @@ use std::fmt;
 pub use chain::Chain;
 pub use error::{Fault, FormatError, WriteError};
 pub use manifest::{DiskCopy, Manifest, Suspect};
+pub use merge::{MergeError, merge};
 pub use reader::{Description, Snapshot, describe};
 pub use writer::{Base, Contents, Writer};
 

@@ -194,14 +194,15 @@ impl Writer {
         self.copy(ram, &tasks)
     }
 
-    /// Takes the chunks that `wanted` names from another snapshot.
+    /// Takes `chunks` from another snapshot.
     pub fn copy_from(
         &mut self,
         chain: &Chain,
-        wanted: impl Fn(usize) -> bool,
+        chunks: impl IntoIterator<Item = usize>,
     ) -> Result<(), WriteError> {
         let mut chunk = vec![0; CHUNK];
-        for index in (0..self.entries.len()).filter(|index| wanted(*index)) {
+        let count = self.entries.len();
+        for index in chunks.into_iter().take_while(|index| *index < count) {
             let written = self.entries[index].data;
             self.entries[index].own = u64::MAX;
             if written == 0 && chain.is_zero(index) {

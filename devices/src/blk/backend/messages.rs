@@ -10,7 +10,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::{Addresses, Backend, non_blocking};
+use super::{Addresses, Backend, internal, non_blocking};
 
 /// The answer to messages that belong to features that are not offered.
 fn not_offered<T>() -> Result<T> {
@@ -43,6 +43,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE)
@@ -149,12 +150,18 @@ impl VhostUserBackendReqHandlerMut for Backend {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    /// Not while a ring runs under the record: there is only one.
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        if self.any_running() || usize::from(asked.num_queues) > self.vrings.len() {
+            return Err(Error::InvalidOperation("no record of this shape now"));
+        }
+        self.records = None;
+        self.offer.give(asked).map_err(internal)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        let result = self.try_set_inflight(told, &file);
+        self.acknowledge(result)
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

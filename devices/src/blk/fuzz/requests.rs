@@ -94,6 +94,7 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         size_max: bit(1).then_some(2048),
         discard: bit(2) && !disk.read_only,
         write_zeroes: bit(3) && !disk.read_only,
+        failed: false,
     };
     let mut layout = Layout {
         size: 1 << (shape & 0xf).min(8),
@@ -102,6 +103,7 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         used: GuestAddress(guest::USED),
         next_avail: if shape & 0x10 != 0 { 0xfffe } else { 0 },
         event_idx: shape & 0x20 != 0,
+        record: None,
     };
     if shape & 0x40 != 0 {
         let mut anywhere = || input.u16().map(|code| GuestAddress(guest::address(code)));

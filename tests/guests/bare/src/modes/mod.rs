@@ -9,6 +9,7 @@ mod echo;
 mod idle;
 mod pause;
 mod print;
+mod storm;
 mod touch;
 mod uart;
 
@@ -39,6 +40,7 @@ pub fn run(boot: &Boot) {
         "blk-errors" => blk_errors::run(boot),
         "blk-features" => blk_features::run(boot),
         "bench-blk" => bench::run(boot),
+        "storm" => storm::run(boot),
         "pause" => pause::run(boot),
         "spin" => idle::spin(boot),
         "halt" => idle::halt(boot),

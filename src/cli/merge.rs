@@ -1,0 +1,32 @@
+//! `cellblock snapshot merge`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Failure;
+use super::output::{self, Progress};
+use crate::snapshot::format::{self, Chain};
+
+/// Make a snapshot and all it is a diff to one snapshot that needs no other.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  cellblock snapshot merge /snapshots/tuesday /snapshots/full")]
+pub(super) struct Merge {
+    /// The snapshot, a diff or not; it stays as it is
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+    /// Where to put the result; there must be nothing yet
+    #[arg(value_name = "TARGET")]
+    target: PathBuf,
+}
+
+impl Merge {
+    pub(super) fn execute(&self) -> Result<(), Failure> {
+        let chain = Chain::open(&self.dir).map_err(Failure::error)?;
+        let mut progress = Progress::new("merging");
+        let merged = format::merge(&chain, &self.target, |done, total| progress.show(done, total));
+        progress.end();
+        let manifest = merged.map_err(Failure::error)?;
+        output::print_line(&format!("snapshot {} is at {}", manifest.id, self.target.display()))
+    }
+}

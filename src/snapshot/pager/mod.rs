@@ -1,0 +1,356 @@
+//! Lazy restore: guest memory is brought when it is touched.
+//!
+//! ```text
+//!  vCPUs, VMM ── missing page ──► userfaultfd of the VMM ──┐
+//!  blk process ─ missing page ──► its own userfaultfd ─────┤
+//!                                                          ▼
+//!  snapshot ── chunk, checksum checked ──► pager ── UFFDIO_COPY ──► memfd, wake everyone
+//! ```
+//!
+//! Guest memory is one memfd that several processes map. A userfaultfd sees the accesses
+//! through one mapping only, and a page that is missing in an unregistered mapping is
+//! zeros, for ever and for everybody. So every process registers its mapping before it
+//! uses it, and the pager fills the memfd once for all: through the VMM's mapping, a page
+//! at a time with its contents, so that nobody sees half of one.
+//!
+//! Chunks of zeros are not registered: the kernel makes them as for a new VM.
+//!
+//! The pager is a thread that waits for nobody but the snapshot's file: it shares no lock
+//! with vCPUs, touches no guest mapping, and is watched. If it fails, ends or stalls the VM
+//! ends; it must not go on with memory that is not there, nor hang. Its userfaultfd then
+//! stays open to the end of the process: closed, missing pages would become zeros.
+
+mod record;
+mod thread;
+mod watch;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::FaultWindow;
+use cellblock_devices::protocol::presence::{self, Presence, PresenceOwner};
+use cellblock_seccomp::filter::FilterError;
+use cellblock_wire::{Channel, ChannelError, ShmError, Uffd};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::format::{Chain, FormatError};
+use crate::vm::memory::GuestRam;
+use thread::{Target, Worker};
+
+/// A pager that does not get on with a fault for so long is given up.
+pub const STALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the end of a VM waits for its pager.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// Memory that does not come any more.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// A part of the snapshot could not be read, or is damaged.
+    #[error("bringing memory")]
+    Snapshot(#[from] FormatError),
+    /// userfaultfd refused.
+    #[error("{step}")]
+    Step {
+        /// What was being done.
+        step: &'static str,
+        /// The kernel's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The bitmap could not be made.
+    #[error("making the map of memory that is there")]
+    Shm(#[from] ShmError),
+    /// A channel for a device process could not be made.
+    #[error("connecting a device process with the pager")]
+    Channel(#[source] ChannelError),
+    /// The thread could not be confined.
+    #[error("confining the pager")]
+    Confine(#[from] FilterError),
+    /// A page was there before it was brought: somebody's mapping is not registered.
+    #[error("memory chunk {0} was touched before it was there")]
+    Touched(usize),
+    /// The snapshot is of another amount of memory.
+    #[error("the snapshot has {snapshot} bytes of memory, the VM {vm}")]
+    Size {
+        /// Of the snapshot.
+        snapshot: u64,
+        /// Of the VM.
+        vm: u64,
+    },
+    /// An access has waited for too long.
+    #[error("bringing memory took more than {} s", .0.as_secs())]
+    Stalled(Duration),
+    /// The thread ended, by a panic.
+    #[error("the pager ended")]
+    Died,
+}
+
+pub(super) fn step(step: &'static str) -> impl FnOnce(std::io::Error) -> PagerError {
+    move |source| PagerError::Step { step, source }
+}
+
+/// What the pager did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PagerStats {
+    /// Accesses that had to wait.
+    pub faults: u64,
+    /// Chunks brought because somebody waited for them.
+    pub demanded: u64,
+    /// Chunks brought before anybody did.
+    pub prefetched: u64,
+    /// Chunks still to come.
+    pub absent: u64,
+}
+
+/// Shared by the pager's thread, its watch and whoever asks.
+#[derive(Debug)]
+struct Shared {
+    presence: PresenceOwner,
+    /// Connections of processes, not yet seen by the thread.
+    joined: Mutex<Vec<Channel>>,
+    /// Rung for the thread to look at what joined, or to end.
+    bell: EventFd,
+    /// Rung when the pager has ended.
+    notice: EventFd,
+    failure: Mutex<Option<PagerError>>,
+    /// All is there.
+    complete: AtomicBool,
+    /// No thread any more.
+    ended: AtomicBool,
+    stop: AtomicBool,
+    prefetch: AtomicBool,
+    /// Counts every step of the thread, for the watch.
+    steps: AtomicU64,
+    faults: AtomicU64,
+    demanded: AtomicU64,
+    prefetched: AtomicU64,
+    absent: AtomicU64,
+}
+
+/// What memory will come from, before there is memory.
+#[derive(Debug)]
+pub struct Source {
+    shared: Arc<Shared>,
+    chain: Arc<Chain>,
+    device: OwnedFd,
+}
+
+/// Brings the memory of a restored VM.
+#[derive(Debug)]
+pub struct Pager {
+    shared: Arc<Shared>,
+    chain: Arc<Chain>,
+    device: OwnedFd,
+}
+
+/// What a device process needs to take part: it goes with the fds of its hello.
+#[derive(Debug)]
+pub struct Invitation {
+    /// An open `/dev/userfaultfd`.
+    pub device: OwnedFd,
+    /// For [`Presence::map`].
+    pub presence: OwnedFd,
+    /// The process's end of a channel, on which it sends its userfaultfd with a
+    /// [`cellblock_devices::protocol::Registered`] whenever it has mapped guest memory.
+    pub channel: OwnedFd,
+    /// Number of chunks.
+    pub chunks: usize,
+}
+
+/// Invites processes that will map guest memory, before and while it comes.
+#[derive(Debug)]
+pub struct Inviter {
+    shared: Arc<Shared>,
+    device: OwnedFd,
+}
+
+impl Invitation {
+    /// In the order of the hello.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [self.device.as_fd(), self.presence.as_fd(), self.channel.as_fd()]
+    }
+}
+
+/// How a pager is to work.
+pub struct Config<C> {
+    /// Runs first on each of its threads.
+    pub confine: C,
+    /// Bring what nobody asks for as well.
+    pub prefetch: bool,
+    /// Give up after so long without a step: [`STALL_LIMIT`].
+    pub stall_limit: Duration,
+}
+
+impl Source {
+    /// `device` is an open `/dev/userfaultfd`.
+    pub fn new(chain: Chain, device: OwnedFd) -> Result<Source, PagerError> {
+        let presence = PresenceOwner::new(chain.chunks())?;
+        let mut absent = 0;
+        for index in 0..chain.chunks() {
+            match chain.is_zero(index) {
+                true => presence.set(index),
+                false => absent += 1,
+            }
+        }
+        let event = || {
+            let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+            EventFd::from_flags(flags).map_err(|e| step("creating an event")(e.into()))
+        };
+        let shared = Arc::new(Shared {
+            presence,
+            joined: Mutex::default(),
+            bell: event()?,
+            notice: event()?,
+            failure: Mutex::default(),
+            complete: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            prefetch: AtomicBool::new(false),
+            steps: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            demanded: AtomicU64::new(0),
+            prefetched: AtomicU64::new(0),
+            absent: AtomicU64::new(absent),
+        });
+        Ok(Source { shared, chain: Arc::new(chain), device })
+    }
+
+    /// Who invites processes that will map guest memory.
+    pub fn inviter(&self) -> Result<Inviter, PagerError> {
+        inviter(&self.shared, &self.device)
+    }
+
+    /// The snapshot.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Registers `ram`, in which nothing may be yet, and starts the pager.
+    pub fn start<C>(self, ram: &GuestRam, config: Config<C>) -> Result<Pager, PagerError>
+    where
+        C: Fn() -> Result<(), FilterError> + Clone + Send + 'static,
+    {
+        let Source { shared, chain, device } = self;
+        let (snapshot, vm) = (chain.manifest().memory, ram.len());
+        if snapshot != vm {
+            return Err(PagerError::Size { snapshot, vm });
+        }
+        let uffd = Uffd::new(device.as_fd()).map_err(step("making a userfaultfd"))?;
+        let windows: Vec<FaultWindow> = ram
+            .regions()
+            .iter()
+            .map(|region| FaultWindow { start: region.hva, len: region.len, offset: region.offset })
+            .collect();
+        presence::register(&uffd, &windows, shared.presence.presence())
+            .map_err(step("registering guest memory with userfaultfd"))?;
+        shared.prefetch.store(config.prefetch, Ordering::Relaxed);
+        let worker = Worker::new(shared.clone(), chain.clone(), Target::new(uffd, windows));
+        thread::spawn(worker, config.confine.clone())?;
+        watch::spawn(shared.clone(), config.stall_limit, config.confine)?;
+        Ok(Pager { shared, chain, device })
+    }
+}
+
+fn inviter(shared: &Arc<Shared>, device: &OwnedFd) -> Result<Inviter, PagerError> {
+    Ok(Inviter { shared: shared.clone(), device: copy(device.as_fd())? })
+}
+
+fn copy(fd: BorrowedFd<'_>) -> Result<OwnedFd, PagerError> {
+    fd.try_clone_to_owned().map_err(step("copying a descriptor"))
+}
+
+impl Inviter {
+    /// Invites a process.
+    pub fn invite(&self) -> Result<Invitation, PagerError> {
+        let (near, far) = Channel::pair().map_err(PagerError::Channel)?;
+        lock(&self.shared.joined).push(near);
+        // It fails only when it is rung already.
+        let _ = self.shared.bell.write(1);
+        Ok(Invitation {
+            device: copy(self.device.as_fd())?,
+            presence: copy(self.shared.presence.fd())?,
+            channel: far.into_fd(),
+            chunks: self.shared.presence.presence().chunks(),
+        })
+    }
+}
+
+impl Pager {
+    /// Who invites processes that will map guest memory.
+    pub fn inviter(&self) -> Result<Inviter, PagerError> {
+        inviter(&self.shared, &self.device)
+    }
+
+    /// What is there.
+    pub fn presence(&self) -> &Presence {
+        self.shared.presence.presence()
+    }
+
+    /// The snapshot that memory comes from: what is not there yet is as it says.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Whether everything is there.
+    pub fn is_complete(&self) -> bool {
+        self.shared.complete.load(Ordering::Acquire)
+    }
+
+    /// Readable once the pager has ended: complete, or by a failure.
+    pub fn notice(&self) -> BorrowedFd<'_> {
+        self.shared.notice.as_fd()
+    }
+
+    /// Why it ended, if it failed; once.
+    pub fn take_failure(&self) -> Option<PagerError> {
+        lock(&self.shared.failure).take()
+    }
+
+    /// Begins to bring what nobody asked for yet.
+    pub fn prefetch(&self) {
+        self.shared.prefetch.store(true, Ordering::Relaxed);
+        let _ = self.shared.bell.write(1);
+    }
+
+    /// What it did so far.
+    pub fn stats(&self) -> PagerStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PagerStats {
+            faults: get(&self.shared.faults),
+            demanded: get(&self.shared.demanded),
+            prefetched: get(&self.shared.prefetched),
+            absent: get(&self.shared.absent),
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        let _ = self.shared.bell.write(1);
+        // It has a record to keep. One that hangs is not waited for.
+        let end = Instant::now() + LAST_WORD;
+        while !self.shared.ended.load(Ordering::Acquire) && Instant::now() < end {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+impl Shared {
+    /// The pager is over. The first reason stays.
+    fn end(&self, result: Result<(), PagerError>) {
+        if let Err(error) = result {
+            lock(&self.failure).get_or_insert(error);
+        } else {
+            self.complete.store(true, Ordering::Release);
+        }
+        let _ = self.notice.write(1);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -75,7 +75,13 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     };
     let plugins = serve(hub.clone(), machinery, connection, seccomp)?;
 
-    let common = Common { seccomp: config.seccomp, sandbox: config.sandbox, log: config.log };
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
     // It has nothing to do here.
     let supervisor = Supervisor::new(common, config.max_deaths.into())
         .map_err(|e| system("creating an event")(e.into()))?;

@@ -19,7 +19,7 @@ use crate::console::{self, ConsoleError, OpenedConsole};
 use crate::control::server::{ControlServer, ServerError};
 use crate::plugin_process::PluginConfig;
 use crate::remedy::Remedy;
-use crate::spec::{Backing, DiskError, DiskSpec, SerialSpec};
+use crate::spec::{Backing, DiskError, DiskSpec, PluginSocketSpec, SerialSpec};
 
 /// Most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 32;
@@ -55,6 +55,8 @@ pub struct VmConfig {
     pub control: Option<PathBuf>,
     /// The plugin that is started with the VM.
     pub plugin: Option<PluginConfig>,
+    /// Where programs attach to it.
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -256,6 +258,7 @@ mod tests {
             serial: SerialSpec::Null,
             control: Some(dir.join("control")),
             plugin: None,
+            plugin_socket: None,
             sandbox: true,
             seccomp: SeccompMode::Kill,
             max_deaths: DEFAULT_MAX_DEATHS,

@@ -8,6 +8,7 @@ pub mod console;
 pub mod control;
 pub mod demo;
 pub mod event;
+pub mod gdb;
 pub mod guest;
 pub mod logging;
 pub mod plugin;

@@ -8,6 +8,7 @@ mod control;
 mod demo;
 mod describe;
 mod events;
+mod gdb;
 mod output;
 mod pause;
 mod plugin_args;
@@ -70,6 +71,7 @@ enum Command {
     Events(events::Events),
     Describe(describe::Describe),
     Verify(verify::Verify),
+    Gdb(gdb::Gdb),
     VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
@@ -130,6 +132,7 @@ impl Cli {
             Command::Events(events) => events.execute(),
             Command::Describe(describe) => describe.execute(),
             Command::Verify(verify) => verify.execute(),
+            Command::Gdb(gdb) => gdb.execute(),
             Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }

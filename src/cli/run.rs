@@ -12,7 +12,7 @@ use super::plugin_args::PluginArgs;
 use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
 use crate::logging;
 use crate::remedy::one_line;
-use crate::spec::{DiskSpec, SerialSpec, name_disks};
+use crate::spec::{DiskSpec, PluginSocketSpec, SerialSpec, name_disks};
 
 const EXAMPLES: &str = "\
 A disk SPEC is PATH[,key=value]...:
@@ -32,6 +32,10 @@ A serial SPEC is one of:
   pty            a new pseudo-terminal, whose name is printed
   socket=PATH    a new Unix stream socket, one client at a time
   null           nothing
+A plugin-socket SPEC is PATH[,key=value]...; who runs the VM, and root, may do everything:
+  observe=UID    users that may stop vCPUs and look, several with : between
+  control=UID    users that may do everything
+  memory=MODE    how guest memory is handed out: none, ro or rw [default: ro]
 A comma inside a value is written twice. A size takes K, M, G or T.
 
 Examples:
@@ -86,6 +90,9 @@ pub(super) struct Run {
     /// options on the command line win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Make a socket here for programs that attach to the VM, as 'cellblock gdb' does
+    #[arg(long, value_name = "SPEC")]
+    plugin_socket: Option<PluginSocketSpec>,
     #[command(flatten)]
     plugin: PluginArgs,
     /// End when the process that started this one does
@@ -119,13 +126,6 @@ impl Run {
         if kernel.is_none() && plugin.is_none() {
             return Err(Failure::Usage(
                 "no kernel given; say --kernel FILE, or kernel in --config FILE".into(),
-            ));
-        }
-        if kernel.is_some() && plugin.is_some() {
-            return Err(Failure::Usage(
-                "--plugin makes all of its machine, and --kernel is for a machine of ours; leave \
-                 one of them out"
-                    .into(),
             ));
         }
         let cpus = self.cpus.or(file.cpus).unwrap_or(1);
@@ -170,6 +170,10 @@ impl Run {
             serial: serial.unwrap_or_default(),
             control: self.control.or(file.control),
             plugin,
+            plugin_socket: self
+                .plugin_socket
+                .or(file.plugin_socket)
+                .map(PluginSocketSpec::absolute),
             sandbox: !(self.disable_sandbox || file.disable_sandbox),
             seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
             max_deaths: (self.max_deaths)

@@ -9,7 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::remedy::Remedy;
-use crate::spec::{DiskSpec, SerialSpec};
+use crate::spec::{DiskSpec, PluginSocketSpec, SerialSpec};
 
 /// The keys of a configuration file. Relative paths in it are relative to the
 /// directory the program is started in, as they are for options.
@@ -36,6 +36,9 @@ pub struct ConfigFile {
     pub serial: Option<SerialSpec>,
     /// `--control`.
     pub control: Option<PathBuf>,
+    /// `--plugin-socket`.
+    #[serde(deserialize_with = "plugin_socket")]
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// `--disable-sandbox`.
     pub disable_sandbox: bool,
     /// `--seccomp`.
@@ -196,6 +199,10 @@ fn disks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DiskSpec>, D::Error> 
 }
 
 fn serial<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SerialSpec>, D::Error> {
+    String::deserialize(from)?.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn plugin_socket<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PluginSocketSpec>, D::Error> {
     String::deserialize(from)?.parse().map(Some).map_err(D::Error::custom)
 }
 

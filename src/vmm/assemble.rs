@@ -11,6 +11,7 @@ use std::time::Instant;
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -21,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::VmmError;
 use super::event_loop::{BackEnd, DiskFacts, Vm};
 use super::notice::Notifier;
+use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use super::supervise::{Kind, Supervisor};
@@ -32,9 +34,10 @@ use crate::config::{Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
-use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vcpu::{self, Kicks};
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
@@ -52,7 +55,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     });
-    let mut spawner = fork_spawner(&config)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let mut spawner = fork_spawner(&config, plan)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
 
@@ -64,6 +69,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let Opened { kernel, initrd, disks, control, console } = config.open()?;
     let kvm = kvm::open()?;
     let ram = GuestRam::new(config.memory)?;
+    let mut guests = Guests::open(&config, &ram)?;
 
     // Every cell is asked for, and its jail is built beside what follows.
     let common = Common {
@@ -101,7 +107,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
     }
 
-    let machine = Machine::with_kvm(kvm, &ram)?;
+    let machine = Arc::new(Machine::with_kvm(kvm, &ram)?);
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let rsdp = acpi::write(&ram, config.cpus, &slots)?;
     let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
@@ -116,6 +122,8 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
+    guests.launch(&config, &mut spawner)?;
+    let starts_later = guests.has_owner();
     let kicks = Kicks::new(usize::from(config.cpus));
     let ring = Arc::new(com1.producer(kicks.len())?);
     let mut cells = vec![serial];
@@ -149,20 +157,19 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
-    let vcpus = Vcpus::start(
-        vcpu_fds,
-        vcpu::Config {
-            on_thread_start: seccomp.map(vcpu_filter),
-            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
-        },
-    )?;
+    let vcpu_config = vcpu::Config {
+        on_thread_start: seccomp.map(vcpu_filter),
+        ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
+    };
+    let (vcpus, served) =
+        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     let vm = Vm {
         started,
         _vmgenid: Some(vmgenid),
-        _machine: Arc::new(machine),
+        _machine: machine,
         ram,
         vcpus,
         ended,
@@ -172,9 +179,10 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disks: facts,
         back_ends,
         spawner,
-        plugin: None,
-        plugins: None,
-        starts_later: false,
+        plugin: served.process,
+        plugins: served.plugins,
+        plugin_socket: config.plugin_socket.map(|spec| spec.path),
+        starts_later,
         supervisor,
         control,
         notifier,
@@ -191,14 +199,14 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
 }
 
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
+fn fork_spawner(config: &VmConfig, plugin: Option<Plan>) -> Result<Spawner, SpawnError> {
     let restore_terminal = match config.serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
     // In the order of the machine's back ends.
     let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
-    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
+    spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
 fn start_console(

@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,7 @@ pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) _machine: Arc<Machine>,
+    /// None in a machine that is a plugin's.
     pub(super) _vmgenid: Option<VmGenId>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
@@ -51,6 +53,8 @@ pub(super) struct Vm {
     pub(super) spawner: Spawner,
     pub(super) plugin: Option<PluginProcess>,
     pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
     /// Whether a plugin decides when there are vCPUs.
     pub(super) starts_later: bool,
     pub(super) supervisor: Supervisor,
@@ -110,9 +114,9 @@ impl Source {
             Source::Vcpus => 3,
             Source::Notices => 4,
             Source::Ring => 5,
-            Source::Links => 6,
-            Source::Plugin => 7,
-            Source::PluginFilter => 8,
+            Source::Plugin => 6,
+            Source::PluginFilter => 7,
+            Source::Links => 8,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -128,9 +132,9 @@ impl Source {
             (0, 3) => Some(Source::Vcpus),
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
-            (0, 6) => Some(Source::Links),
-            (0, 7) => Some(Source::Plugin),
-            (0, 8) => Some(Source::PluginFilter),
+            (0, 6) => Some(Source::Plugin),
+            (0, 7) => Some(Source::PluginFilter),
+            (0, 8) => Some(Source::Links),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -390,7 +394,9 @@ impl Vm {
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if let (Some(ring), "serial") = (&self.ring, role) {
+        if role == "serial"
+            && let Some(ring) = &self.ring
+        {
             ring.set_dead(true);
         }
         if let Some(violation) = self.cells[n].violation() {

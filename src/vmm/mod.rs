@@ -6,6 +6,7 @@
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
 //! | `plugin` | the plugin's end, and its grace |
+//! | `plugins` | who takes part in a machine that boots a kernel |
 //! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
@@ -17,6 +18,7 @@ mod event_loop;
 mod notice;
 mod plugin;
 mod plugin_vm;
+mod plugins;
 mod ports;
 mod reconnect;
 mod remedy;
@@ -87,6 +89,8 @@ pub enum VmmError {
     Plugin(#[from] crate::plugin_process::PluginError),
     #[error(transparent)]
     Session(#[from] crate::plugin::SessionError),
+    #[error(transparent)]
+    Attach(#[from] crate::plugin::AttachError),
     #[error(transparent)]
     Plugins(#[from] crate::plugin::StartError),
     #[error("there is no kernel to boot")]

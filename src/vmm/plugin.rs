@@ -49,11 +49,11 @@ impl Vm {
         &mut self,
         end: Result<VmEnd, VmmError>,
     ) -> Result<VmEnd, VmmError> {
-        let Some(plugin) = &mut self.plugin else { return end };
-        plugin.begin_grace();
         if let Some((hub, _)) = &self.plugins {
             hub.ending();
         }
+        let Some(plugin) = &mut self.plugin else { return end };
+        plugin.begin_grace();
         let asked = matches!(end, Ok(VmEnd::Stopped | VmEnd::Signal));
         let exit = match self.await_plugin() {
             Some(exit) => exit,

@@ -19,7 +19,7 @@ use crate::bus::Bus;
 use crate::cell::launch::Common;
 use crate::config::VmConfig;
 use crate::control::server::ControlServer;
-use crate::plugin::{Hub, Machinery, Network, Plugins};
+use crate::plugin::{AttachSocket, Hub, Machinery, Network, Plugins};
 use crate::plugin_process::{self, PluginConfig, PluginError, Tap};
 use crate::vcpu::{self, Kicks, Vcpus};
 use crate::vm::kvm::{self, Machine};
@@ -42,6 +42,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     let network = network(plugin)?;
     let control = config.control.as_deref().map(ControlServer::bind).transpose();
     let control = control.map_err(crate::config::OpenError::Control)?;
+    let attach = config.plugin_socket.as_ref().map(AttachSocket::bind).transpose()?;
     let kvm = kvm::open()?;
     let (process, connection) =
         plugin_process::start(&mut spawner, &plugin.program, config.sandbox, config.seccomp)?;
@@ -70,10 +71,21 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     let machinery = Machinery {
         machine: machine.clone(),
         supply: Some(supply),
+        vcpus: Vec::new(),
         on_start: Box::new(move || made.send(Notice::Made)),
         network,
     };
-    let plugins = serve(hub.clone(), machinery, connection, seccomp)?;
+    // There are no device processes that could be watched.
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: None,
+        writes: None,
+    };
+    let supervisor = Supervisor::new(common, config.max_deaths.into())
+        .map_err(|e| system("creating an event")(e.into()))?;
+    let plugins = serve(hub.clone(), machinery, connection, attach, seccomp)?;
 
     let common = Common {
         seccomp: config.seccomp,
@@ -104,6 +116,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         supervisor,
         plugin: Some(process),
         plugins: Some((hub, plugins)),
+        plugin_socket: config.plugin_socket.map(|spec| spec.path),
         starts_later: true,
         control,
         notifier,
@@ -118,7 +131,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
 }
 
 /// Opens every TAP device that was asked for; the plugin can ask for the first.
-fn network(plugin: &PluginConfig) -> Result<Option<Network>, VmmError> {
+pub(super) fn network(plugin: &PluginConfig) -> Result<Option<Network>, VmmError> {
     let taps = plugin.taps.iter().map(Tap::open).collect::<Result<Vec<_>, _>>();
     let first = taps.map_err(PluginError::from)?.into_iter().next();
     Ok(first.map(|Tap { fd, host_ip, netmask, mac }| Network { tap: fd, host_ip, netmask, mac }))
@@ -128,8 +141,9 @@ fn serve(
     hub: Arc<Hub>,
     machinery: Machinery,
     connection: OwnedFd,
+    attach: Option<AttachSocket>,
     seccomp: Option<filter::Mode>,
 ) -> Result<Plugins, VmmError> {
     let confine = move || confine(Policy::VmmPlugin, seccomp).map_err(|e| crate::remedy::chain(&e));
-    Ok(Plugins::start(hub, machinery, Some(connection), None, confine)?)
+    Ok(Plugins::start(hub, machinery, Some(connection), attach, confine)?)
 }

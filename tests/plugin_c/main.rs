@@ -236,7 +236,6 @@ fn what_cannot_be_is_said() {
         (&["--plugin", "p", "--plugin-gid-map", "5::2", "--plugin-gid-map", "6"], "overlap"),
         (&["--plugin", "p", "-c", "65"], "with nothing but a plugin up to 64"),
         (&["--kernel", "k", "-c", "33"], "has 1 to 32 CPUs"),
-        (&["--plugin", "p", "--kernel", "k"], "leave one of them out"),
         (
             &[
                 "--plugin",

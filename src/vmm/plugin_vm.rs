@@ -87,17 +87,6 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         .map_err(|e| system("creating an event")(e.into()))?;
     let plugins = serve(hub.clone(), machinery, connection, attach, seccomp)?;
 
-    let common = Common {
-        seccomp: config.seccomp,
-        sandbox: config.sandbox,
-        log: config.log,
-        lazy: None,
-        writes: None,
-    };
-    // It has nothing to do here.
-    let supervisor = Supervisor::new(common, config.max_deaths.into())
-        .map_err(|e| system("creating an event")(e.into()))?;
-
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {

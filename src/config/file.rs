@@ -261,6 +261,28 @@ mod tests {
         assert!(file.disk.len() == 2 && file.disk[0].read_only);
         assert_eq!(file.serial, Some(SerialSpec::Pty));
         assert!(file.disable_sandbox);
+        let mut file = read(
+            r#"
+            plugin = "p"
+            params = ["p", "-x"]
+            plugin-root = "/r"
+            plugin-mount = ["/a:/b:true"]
+            plugin-mount-file = "m"
+            plugin-gid-map = ["5"]
+            plugin-gid-map-file = "g"
+            seccomp-policy-dir = "d"
+            host-ip = "10.0.0.1"
+            netmask = "255.0.0.0"
+            mac = "02:00:00:00:00:01"
+            tap-name = ["t"]
+            tap-fd = [7]
+            cpus = 3
+            "#,
+        )
+        .unwrap();
+        let keys = file.plugin();
+        assert_eq!((keys.params.len(), keys.tap_fd.as_slice(), file.cpus), (2, &[7][..], Some(3)));
+        assert_eq!(file.plugin(), PluginKeys::default());
         assert_eq!(read("memory = 64").unwrap().memory, Some(64 << 20));
         assert_eq!(read("").unwrap(), ConfigFile::default());
     }

@@ -436,6 +436,8 @@ fn facts(
                 serial: image.serial,
                 poll_us: spec.poll_us,
                 queues: spec.queues(cpus),
+                direct: spec.direct,
+                engine: spec.engine,
             }),
         };
         facts.push(DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle, image });

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
+use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -102,6 +102,8 @@ pub(super) struct ImageFacts {
     pub(super) serial: String,
     pub(super) poll_us: u32,
     pub(super) queues: u16,
+    pub(super) direct: bool,
+    pub(super) engine: Option<EngineKind>,
     /// Of a `cow` disk: what the guest has written, and where the user wanted it kept.
     pub(super) overlay: Option<(Overlay, Place)>,
 }
@@ -468,9 +470,13 @@ impl Vm {
         };
         self.event(EventKind::Shutdown { reason, message });
         self.give_triggers_up();
+        let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
             tracing::warn!("the spawner is slow to end");
+        }
+        for held in held {
+            held.wait_released(SPAWNER_LIMIT);
         }
         if let Some(control) = self.control.take() {
             control.finish(CLIENTS_LIMIT).at_exit();

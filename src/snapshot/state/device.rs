@@ -6,10 +6,10 @@
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
-use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::SerialState;
+use cellblock_devices::protocol::{EngineKind, ThrottleLimits};
 use cellblock_wire::{decode_within, encode_within};
 use nix::sys::stat::{SFlag, fstat};
 use serde::de::DeserializeOwned;
@@ -74,6 +74,10 @@ pub struct DiskRecord {
     pub poll_us: u32,
     /// Request queues.
     pub queues: u16,
+    /// Reads and writes past the page cache.
+    pub direct: bool,
+    /// What carries requests out.
+    pub engine: Option<EngineKind>,
     /// What it may do.
     pub throttle: ThrottleLimits,
 }
@@ -99,6 +103,8 @@ impl DiskRecord {
             serial: Some(self.serial.clone()),
             poll_us: self.poll_us,
             queues: Some(self.queues),
+            direct: self.direct,
+            engine: self.engine,
             throttle: self.throttle,
             vhost_user: None,
         }

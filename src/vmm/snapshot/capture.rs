@@ -152,6 +152,8 @@ fn record(disk: &DiskFacts) -> Result<Option<DiskRecord>, CaptureError> {
         serial: image.serial.clone(),
         poll_us: image.poll_us,
         queues: image.queues,
+        direct: image.direct,
+        engine: image.engine,
         throttle: disk.throttle,
     }))
 }

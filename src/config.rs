@@ -18,6 +18,7 @@ pub use self::file::{ConfigFile, ConfigFileError};
 use crate::console::{self, ConsoleError, OpenedConsole};
 use crate::control::server::{ControlServer, ServerError};
 use crate::remedy::Remedy;
+use crate::snapshot::trigger::SnapshotResources;
 use crate::spec::{Backing, DiskError, DiskSpec, SerialSpec};
 
 /// Most vCPUs of a VM.
@@ -58,6 +59,8 @@ pub struct VmConfig {
     pub max_deaths: u16,
     /// What is logged, here and by the device processes.
     pub log: LogLevel,
+    /// When the VM is to be written down by itself.
+    pub snapshot: SnapshotResources,
 }
 
 /// Reads a number of vCPUs.
@@ -251,6 +254,7 @@ mod tests {
             seccomp: SeccompMode::Kill,
             max_deaths: DEFAULT_MAX_DEATHS,
             log: LogLevel::Warn,
+            snapshot: SnapshotResources::default(),
         }
     }
 

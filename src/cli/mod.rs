@@ -8,11 +8,15 @@ mod control;
 mod demo;
 mod describe;
 mod events;
+mod merge;
 mod output;
 mod pause;
 mod ps;
+mod reset;
+mod restore;
 mod resume;
 mod run;
+mod snapshot;
 mod stats;
 mod stop;
 mod throttle;
@@ -60,6 +64,10 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Run(Box<run::Run>),
+    Restore(restore::Restore),
+    Reset(reset::Reset),
+    Snapshot(snapshot::Snapshot),
+    SnapshotMerge(merge::Merge),
     Pause(pause::Pause),
     Resume(resume::Resume),
     Stop(stop::Stop),
@@ -93,7 +101,7 @@ impl Failure {
 
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let outcome = match Cli::try_parse_from(args) {
+    let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),
     };
@@ -120,6 +128,10 @@ impl Cli {
         match self.command {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
+            Command::Restore(restore) => restore.execute(level),
+            Command::Reset(reset) => reset.execute(),
+            Command::SnapshotMerge(merge) => merge.execute(),
+            Command::Snapshot(snapshot) => snapshot.execute(),
             Command::Pause(pause) => pause.execute(),
             Command::Resume(resume) => resume.execute(),
             Command::Stop(stop) => stop.execute(),

@@ -11,6 +11,7 @@ use super::Failure;
 use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
 use crate::logging;
 use crate::remedy::one_line;
+use crate::snapshot::trigger::SnapshotResources;
 use crate::spec::{DiskSpec, SerialSpec, name_disks};
 
 const EXAMPLES: &str = "\
@@ -85,9 +86,55 @@ pub(super) struct Run {
     /// options on the command line win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    snapshot: SnapshotOptions,
     /// End when the process that started this one does
     #[arg(long, hide = true)]
     die_with_parent: bool,
+}
+
+/// When the VM is written down by itself: once, at the first of these that comes.
+#[derive(Debug, Args)]
+struct SnapshotOptions {
+    /// Take a snapshot to DIR, once, when one of the following comes
+    #[arg(long, value_name = "DIR")]
+    snapshot_out: Option<PathBuf>,
+    /// N milliseconds after the start
+    #[arg(long, value_name = "N")]
+    snapshot_after_ms: Option<u64>,
+    /// At the guest's Nth heartbeat
+    #[arg(long, value_name = "N")]
+    snapshot_at_heartbeat: Option<u64>,
+    /// When the guest reports a listener, or is parked without one
+    #[arg(long)]
+    snapshot_on_listener: bool,
+    /// When the guest reports that it is about to run its workload
+    #[arg(long)]
+    snapshot_on_pre_exec: bool,
+    /// Let things settle for N milliseconds after a heartbeat or a listener [default: 0]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    snapshot_quiesce_ms: u64,
+}
+
+impl SnapshotOptions {
+    fn resources(self) -> Result<SnapshotResources, Failure> {
+        let resources = SnapshotResources {
+            after_ms: self.snapshot_after_ms,
+            at_heartbeat: self.snapshot_at_heartbeat,
+            on_listener: self.snapshot_on_listener,
+            on_pre_exec: self.snapshot_on_pre_exec,
+            quiesce_ms: self.snapshot_quiesce_ms,
+            out_path: self.snapshot_out,
+        };
+        resources.check().map_err(|error| Failure::Usage(error.to_string()))?;
+        match &resources.out_path {
+            Some(path) if path.symlink_metadata().is_ok() => Err(Failure::Error(format!(
+                "snapshot {}: it exists; give a path at which nothing is yet",
+                path.display()
+            ))),
+            _ => Ok(resources),
+        }
+    }
 }
 
 impl Run {
@@ -135,6 +182,7 @@ impl Run {
                 .or(file.max_deaths.map(Into::into))
                 .unwrap_or(config::DEFAULT_MAX_DEATHS),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
+            snapshot: self.snapshot.resources()?,
         })
     }
 }

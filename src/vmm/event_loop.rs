@@ -3,27 +3,33 @@
 //! Nothing on a guest's data path comes by here. What does: the end of a vCPU,
 //! control requests, messages and deaths of device processes, signals.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
+use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
+use super::triggers::Triggers;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
+use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::snapshot::pager::Pager;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -35,12 +41,14 @@ use crate::vm::vmgenid::VmGenId;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) _machine: Machine,
-    pub(super) _vmgenid: VmGenId,
+    pub(super) machine: Machine,
+    pub(super) vmgenid: VmGenId,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
     pub(super) ring: Arc<Producer>,
+    /// COM1's interrupt.
+    pub(super) com1_irq: EventFd,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
@@ -58,6 +66,12 @@ pub(super) struct Vm {
     pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
     pub(super) asked_for_processes: Vec<Token>,
+    pub(super) snapshots: Snapshots,
+    pub(super) triggers: Option<Triggers>,
+    /// Of a machine whose memory still comes, or came while it ran.
+    pub(super) pager: Option<Pager>,
+    /// Of a restored machine: what it can be put back to.
+    pub(super) origin: Option<Origin>,
 }
 
 /// A back end that is another program.
@@ -75,6 +89,23 @@ pub(super) struct DiskFacts {
     pub(super) size: u64,
     pub(super) read_only: bool,
     pub(super) throttle: ThrottleLimits,
+    /// Where it is an image of ours.
+    pub(super) image: Option<ImageFacts>,
+}
+
+/// What a snapshot says of an image.
+pub(super) struct ImageFacts {
+    /// A duplicate of what its process has.
+    pub(super) fd: OwnedFd,
+    /// Absolute.
+    pub(super) path: PathBuf,
+    pub(super) serial: String,
+    pub(super) poll_us: u32,
+    pub(super) queues: u16,
+    pub(super) direct: bool,
+    pub(super) engine: Option<EngineKind>,
+    /// Of a `cow` disk: what the guest has written, and where the user wanted it kept.
+    pub(super) overlay: Option<(Overlay, Place)>,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.
@@ -87,6 +118,8 @@ enum Source {
     Notices,
     Ring,
     Links,
+    Triggers,
+    Pager,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -102,6 +135,8 @@ impl Source {
             Source::Notices => 4,
             Source::Ring => 5,
             Source::Links => 6,
+            Source::Triggers => 7,
+            Source::Pager => 8,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -118,6 +153,8 @@ impl Source {
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
             (0, 6) => Some(Source::Links),
+            (0, 7) => Some(Source::Triggers),
+            (0, 8) => Some(Source::Pager),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -144,6 +181,9 @@ impl Vm {
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
         self.vcpus.run()?;
         self.event(EventKind::Start);
+        if let Some(triggers) = &mut self.triggers {
+            triggers.begin();
+        }
         tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];
@@ -173,6 +213,13 @@ impl Vm {
         add(self.notifier.as_fd(), Source::Notices)?;
         add(self.ring.fault_event(), Source::Ring)?;
         add(self.supervisor.links.as_fd(), Source::Links)?;
+        if let Some(triggers) = &self.triggers {
+            add(triggers.as_fd(), Source::Triggers)?;
+        }
+        if let Some(pager) = &self.pager {
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
         }
@@ -212,6 +259,12 @@ impl Vm {
             Source::Notices => self.port_markers(),
             Source::Ring => self.ring_fault(),
             Source::Links => self.link_news(),
+            Source::Triggers => self.trigger_timer(),
+            Source::Pager => {
+                if let Some(error) = self.pager.as_ref().and_then(Pager::take_failure) {
+                    return Flow::Break(Err(VmmError::Pager(error)));
+                }
+            }
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -270,7 +323,8 @@ impl Vm {
                 self.asked_to_stop = true;
             }
             FromCell::Marker(marker) if is_serial => {
-                self.event(requests::marker_event(marker, "console"))
+                self.event(requests::marker_event(marker, "console"));
+                self.seen(marker);
             }
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             FromCell::Ready => self.process_ready(n),
@@ -283,6 +337,7 @@ impl Vm {
     fn port_markers(&mut self) {
         for Notice::Marker(marker) in self.notifier.take() {
             self.event(requests::marker_event(marker, "port"));
+            self.seen(marker);
         }
     }
 
@@ -414,6 +469,7 @@ impl Vm {
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
         };
         self.event(EventKind::Shutdown { reason, message });
+        self.give_triggers_up();
         let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
@@ -476,6 +532,15 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
+            return self.0.snapshot(hold, live, timeout_us, trigger, token);
+        }
+        if let Request::Kept { id } = &request {
+            return Response::Now(self.0.kept(id, token.client()));
+        }
+        if request == Request::AwaitTrigger {
+            return self.0.await_trigger(token).map_or(Response::Later, Response::Now);
+        }
         match self.0.answer(request) {
             Some(reply) => Response::Now(reply),
             None => {
@@ -483,6 +548,10 @@ impl Handler for Requests<'_> {
                 Response::Later
             }
         }
+    }
+
+    fn gone(&mut self, client: u64) {
+        self.0.client_gone(client);
     }
 }
 

@@ -5,6 +5,9 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `restore` | from a snapshot to a machine that is ready to run |
+//! | `snapshot` | one cut through all processes |
+//! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
@@ -17,8 +20,11 @@ mod ports;
 mod reconnect;
 mod remedy;
 mod requests;
+pub mod restore;
 pub(crate) mod signals;
+mod snapshot;
 mod supervise;
+mod triggers;
 
 use std::time::Duration;
 
@@ -74,6 +80,10 @@ pub enum VmmError {
     #[error(transparent)]
     Cpu(#[from] CpuError),
     #[error(transparent)]
+    State(#[from] crate::snapshot::state::StateError),
+    #[error(transparent)]
+    Restore(#[from] restore::RestoreError),
+    #[error(transparent)]
     Cell(#[from] CellError),
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -101,6 +111,8 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    #[error("guest memory does not come any more; the VM was stopped")]
+    Pager(#[source] crate::snapshot::pager::PagerError),
     #[error("{0}")]
     Guest(String),
     #[error(
@@ -112,8 +124,15 @@ pub enum VmmError {
 /// Runs a VM from start to end. The caller must still be single-threaded: the
 /// spawner is forked before anything else happens.
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
-    let mut vm = assemble::assemble(config)?;
+    let mut scribe = triggers::Scribe::start(&config.snapshot).map_err(|source| {
+        VmmError::System { what: "starting the process that writes snapshots", source }
+    })?;
+    let stream = scribe.as_mut().and_then(|scribe| scribe.stream.take());
+    let mut vm = assemble::assemble(config, stream)?;
     let end = vm.run();
     vm.shut_down(&end);
+    if let Some(scribe) = scribe {
+        scribe.finish();
+    }
     end
 }

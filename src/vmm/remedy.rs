@@ -7,6 +7,7 @@ impl Remedy for VmmError {
     fn remedy(&self) -> Option<String> {
         match self {
             VmmError::Input(error) => error.remedy(),
+            VmmError::Restore(error) => error.remedy(),
             VmmError::SpawnerDied => Some("see the kernel log for who killed it".into()),
             _ => None,
         }

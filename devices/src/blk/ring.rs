@@ -133,6 +133,10 @@ impl<'m> Ring<'m> {
             }
             (tracker, unfinished) = (Some(past.tracker), past.unfinished);
         }
+        // It is set up anew after every cut, before anything is written to it.
+        for slice in memory.slices(layout.used, 6 + 8 * usize::from(layout.size)).flatten() {
+            memory.will_write(&slice);
+        }
         Ok(Ring { memory, queue, tracker, unfinished, last: Taken::Nothing, promised: false })
     }
 

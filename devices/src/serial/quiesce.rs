@@ -40,14 +40,23 @@ impl Serial {
     }
 
     pub(super) fn load(&mut self, load: CellLoad, cell: &Channel) -> Result<(), SerialError> {
+        // What the user has sent to a line that nobody had yet: it comes after what was sent
+        // to the one that goes on here. At a reset it was for the guest that is gone.
+        let sent = match self.is_quiesced() {
+            true => Vec::new(),
+            false => [self.uart.save().fifo, self.input.save()].concat(),
+        };
         let loaded = match load {
             CellLoad::Serial(state) if state.is_possible() && self.uart.load(&state) => {
                 self.received = state.received;
-                self.input.load(state.input);
+                self.input.load([state.input, sent].concat());
                 true
             }
             _ => false,
         };
+        if !self.is_quiesced() {
+            self.feed();
+        }
         self.send(FromCell::Loaded(loaded), cell)
     }
 

@@ -97,7 +97,7 @@ impl Serial {
     }
 
     /// Gives the guest what input it has room for.
-    fn feed(&mut self) {
+    pub(super) fn feed(&mut self) {
         loop {
             let count = self.uart.receive(self.input.front());
             if count == 0 {

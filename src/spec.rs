@@ -13,6 +13,7 @@ mod throttle;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
+pub(crate) use fields::split;
 pub use plugin_socket::PluginSocketSpec;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};

@@ -62,6 +62,10 @@ impl Handler for Vm {
             Request::Throttle { id, .. } => {
                 Reply::error(format!("there is no disk {id}"), Some("see 'cellblock stats'"))
             }
+            Request::Snapshot { .. }
+            | Request::Kept { .. }
+            | Request::AwaitTrigger
+            | Request::Reset => Reply::error("not of this VM", None),
             Request::Events => unreachable!("the server's own"),
         })
     }
@@ -106,6 +110,7 @@ fn stats(paused: bool) -> Stats {
             input: 2,
             dropped: 3,
         }],
+        plugin_socket: None,
     }
 }
 

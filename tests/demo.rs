@@ -75,11 +75,18 @@ fn killed(role: &str) -> (Option<i32>, String) {
 fn a_vm_that_breaks_on_the_way_fails_it() {
     // At once: with a device process gone the demo waits for an answer until its
     // patience ends.
-    let roles = ["vmm", "spawner", "serial", "blk"];
+    let roles = ["vmm", "spawner", "serial"];
     for (role, run) in roles.map(|role| (role, std::thread::spawn(move || killed(role)))) {
         let (status, err) = run.join().expect("no panic");
         assert_eq!(status, Some(1), "{role} killed: {err}");
         let last = err.lines().last().unwrap_or_default();
         assert!(last.starts_with("cellblock: error: "), "{role} killed: {err}");
     }
+}
+
+#[test]
+fn a_block_process_that_dies_on_the_way_is_replaced() {
+    let (status, err) = killed("blk");
+    assert_eq!(status, Some(0), "{err}");
+    assert!(err.contains("another process has taken over"), "{err}");
 }

@@ -51,12 +51,12 @@ struct Restored {
 
 fn source(path: &Path) -> Source {
     let device = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
-    Source::new(Chain::open(path).unwrap(), device.into()).unwrap()
+    Source::new(Chain::open(path).unwrap().into(), device.into()).unwrap()
 }
 
 fn restore(path: &Path, prefetch: bool, stall_limit: Duration) -> Restored {
     let ram = GuestRam::new(RAM).unwrap();
-    let config = Config { confine: || Ok(()), prefetch, stall_limit };
+    let config = Config { confine: || Ok(()), prefetch, stall_limit, last_resort: None };
     let pager = source(path).start(&ram, config).unwrap();
     Restored { ram, pager }
 }

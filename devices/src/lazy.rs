@@ -63,6 +63,9 @@ impl Lazy {
 
     /// Registers `memory`, which nobody may have touched yet.
     pub(crate) fn register(&self, memory: &GuestMemoryMmap<()>) -> Result<(), LazyError> {
+        if self.presence.is_complete() {
+            return Ok(());
+        }
         let windows: Vec<FaultWindow> = memory
             .iter()
             .map(|region| FaultWindow {
@@ -73,13 +76,14 @@ impl Lazy {
             .collect();
         presence::register(&self.uffd, &windows, &self.presence).map_err(LazyError::Register)?;
         let message = Registered { windows: windows.clone() };
-        self.pager.send(&message, &[self.uffd.as_fd()]).map_err(LazyError::Tell)?;
+        let told = self.pager.send(&message, &[self.uffd.as_fd()]);
         if self.presence.is_complete() {
-            // The pager may have ended before it read this: nobody brings anything any more.
+            // The pager may have ended before it read this, and brings nothing any more.
             for window in &windows {
                 self.uffd.unregister(window.start, window.len).map_err(LazyError::Register)?;
             }
+            return Ok(());
         }
-        Ok(())
+        told.map_err(LazyError::Tell)
     }
 }

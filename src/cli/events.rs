@@ -37,6 +37,15 @@ impl Events {
 fn text(event: &Event) -> String {
     let what = match &event.kind {
         EventKind::Start => "started".to_owned(),
+        EventKind::Reset { took_us, pages, .. } => {
+            format!("put back to its snapshot in {} ({pages} pages)", duration(*took_us))
+        }
+        EventKind::Snapshot { epoch, still_us } => {
+            format!("snapshot {epoch} cut, guest stood still for {}", duration(*still_us))
+        }
+        EventKind::SnapshotFailed { phase, who, why } => {
+            format!("snapshot given up: {phase}: {who}: {why}")
+        }
         EventKind::Pause { epoch, took_us } => {
             format!("paused in {} (pause {epoch})", duration(*took_us))
         }

@@ -1,5 +1,6 @@
 //! `cellblock snapshot merge`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -7,6 +8,17 @@ use clap::Args;
 use super::Failure;
 use super::output::{self, Progress};
 use crate::snapshot::format::{self, Chain};
+
+/// `snapshot merge` is a command of its own: `snapshot` itself begins with a control socket.
+pub(super) fn one_word(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if let [_, snapshot, merge, ..] = args.as_slice()
+        && (snapshot == "snapshot" && merge == "merge")
+    {
+        args.splice(1..3, [OsString::from("snapshot-merge")]);
+    }
+    args
+}
 
 /// Make a snapshot and all it is a diff to one snapshot that needs no other.
 #[derive(Debug, Args)]

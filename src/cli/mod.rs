@@ -8,11 +8,17 @@ mod control;
 mod demo;
 mod describe;
 mod events;
+mod gdb;
+mod merge;
 mod output;
 mod pause;
+mod plugin_args;
 mod ps;
+mod reset;
+mod restore;
 mod resume;
 mod run;
+mod snapshot;
 mod stats;
 mod stop;
 mod throttle;
@@ -60,6 +66,10 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Run(Box<run::Run>),
+    Restore(restore::Restore),
+    Reset(reset::Reset),
+    Snapshot(snapshot::Snapshot),
+    SnapshotMerge(merge::Merge),
     Pause(pause::Pause),
     Resume(resume::Resume),
     Stop(stop::Stop),
@@ -69,6 +79,7 @@ enum Command {
     Events(events::Events),
     Describe(describe::Describe),
     Verify(verify::Verify),
+    Gdb(gdb::Gdb),
     VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
@@ -93,7 +104,7 @@ impl Failure {
 
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let outcome = match Cli::try_parse_from(args) {
+    let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),
     };
@@ -120,6 +131,10 @@ impl Cli {
         match self.command {
             Command::Demo(demo) => demo.execute(),
             Command::Run(run) => run.execute(self.log),
+            Command::Restore(restore) => restore.execute(level),
+            Command::Reset(reset) => reset.execute(),
+            Command::SnapshotMerge(merge) => merge.execute(),
+            Command::Snapshot(snapshot) => snapshot.execute(),
             Command::Pause(pause) => pause.execute(),
             Command::Resume(resume) => resume.execute(),
             Command::Stop(stop) => stop.execute(),
@@ -129,6 +144,7 @@ impl Cli {
             Command::Events(events) => events.execute(),
             Command::Describe(describe) => describe.execute(),
             Command::Verify(verify) => verify.execute(),
+            Command::Gdb(gdb) => gdb.execute(),
             Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }

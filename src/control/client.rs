@@ -1,7 +1,7 @@
 //! The command line's side of the control socket: blocking, with deadlines.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +12,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use super::protocol::{Event, Reply, Request};
+use super::fds;
+use super::protocol::{Event, Reply, Request, SnapshotReport};
 use crate::remedy::Remedy;
 
 /// Longest wait for an answer.
@@ -91,6 +92,23 @@ impl Remedy for ClientError {
     }
 }
 
+/// A cut through a VM, to be written down.
+#[derive(Debug)]
+pub struct Cut {
+    /// How it went.
+    pub report: SnapshotReport,
+    /// The report as it came.
+    pub line: String,
+    /// The encoded state.
+    pub state: OwnedFd,
+    /// Guest memory, laid out as in the VM's memfd.
+    pub memory: OwnedFd,
+    /// What was written to each `cow` disk.
+    pub written: Vec<OwnedFd>,
+    /// With a base: the pages that were written since, a bit each.
+    pub pages: Option<OwnedFd>,
+}
+
 /// A connection to a running VM.
 #[derive(Debug)]
 pub struct Client {
@@ -103,6 +121,27 @@ impl Client {
         let stream = connect_within(path, ANSWER)
             .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
         Ok(Client { stream: BufReader::new(stream) })
+    }
+
+    /// A connection that somebody else has made.
+    pub fn from_stream(stream: UnixStream) -> Client {
+        Client { stream: BufReader::new(stream) }
+    }
+
+    /// Waits until the VM says that it is time for a snapshot, and why; `None` where it ends
+    /// first.
+    pub fn await_trigger(&mut self) -> Result<Option<String>, ClientError> {
+        let asked = self.stream.get_ref().set_read_timeout(None);
+        asked.map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
+        let answer = self.ask(Request::AwaitTrigger);
+        let asked = self.stream.get_ref().set_read_timeout(Some(ANSWER));
+        asked.map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
+        match answer {
+            Ok((Reply::Trigger { trigger }, _)) => Ok(Some(trigger).filter(|t| !t.is_empty())),
+            Ok(_) => Err(ClientError::Garbage(None)),
+            Err(ClientError::Gone | ClientError::Talk { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends `request` and returns the answer, with its line as it came.
@@ -127,6 +166,50 @@ impl Client {
         match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
             Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
             reply => Ok((reply, answer)),
+        }
+    }
+
+    /// Asks for a cut: the report, its line, the state and guest memory. The VM may take as
+    /// long as `limit` over it.
+    pub fn snapshot(
+        &mut self,
+        hold: bool,
+        live: bool,
+        timeout: Duration,
+        trigger: &str,
+        limit: Duration,
+    ) -> Result<Cut, ClientError> {
+        let timeout_us = Some(u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX));
+        let request = Request::Snapshot { hold, live, timeout_us, trigger: Some(trigger.into()) };
+        let mut line = serde_json::to_vec(&request).map_err(|e| ClientError::Garbage(Some(e)))?;
+        line.push(b'\n');
+        let talk = |doing| move |source| ClientError::Talk { doing, source };
+        let stream = self.stream.get_mut();
+        stream.write_all(&line).map_err(talk("sending the request to"))?;
+        stream.set_read_timeout(Some(limit)).map_err(talk("waiting for"))?;
+        let (answer, fds) =
+            fds::line(stream, MAX_ANSWER as usize).map_err(|source| match source.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Timeout,
+                ErrorKind::UnexpectedEof => ClientError::Gone,
+                _ => ClientError::Talk { doing: "waiting for", source },
+            })?;
+        match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
+            Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
+            Reply::Snapshot(report) => {
+                let mut fds = fds.into_iter();
+                let cows = report.disks.iter().filter(|disk| disk.cow).count();
+                match (fds.next(), fds.next(), fds.collect::<Vec<_>>()) {
+                    (Some(state), Some(memory), mut written) => {
+                        let pages = report.base.as_ref().and_then(|_| written.pop());
+                        if written.len() != cows || pages.is_some() != report.base.is_some() {
+                            return Err(ClientError::Garbage(None));
+                        }
+                        Ok(Cut { report, line: answer, state, memory, written, pages })
+                    }
+                    _ => Err(ClientError::Garbage(None)),
+                }
+            }
+            _ => Err(ClientError::Garbage(None)),
         }
     }
 

@@ -8,6 +8,7 @@
 //! | [`client`] | the command line's side, blocking with deadlines |
 
 pub mod client;
+mod fds;
 pub mod protocol;
 pub mod server;
 pub mod socket;

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
@@ -49,6 +50,33 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         iops_burst: Option<u64>,
     },
+    /// Make a cut through all processes. The reply comes with file descriptors, for who
+    /// asks by recvmsg: the state, guest memory as of the cut, what was written to `cow` disks.
+    Snapshot {
+        /// Stand still afterwards, until this connection asks to `resume` or `stop`, or ends;
+        /// guest memory is then not copied.
+        #[serde(default)]
+        hold: bool,
+        /// Copy memory while the guest runs, and only what it wrote meanwhile in the cut.
+        #[serde(default)]
+        live: bool,
+        /// How long each phase may take, in microseconds; 5 s where not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        timeout_us: Option<u64>,
+        /// What asks for it, as the state will say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        trigger: Option<String>,
+    },
+    /// The last cut that this VM made was written down as the snapshot of this id: what is
+    /// written from then on can be a diff to it.
+    Kept {
+        /// 32 hexadecimal digits.
+        id: String,
+    },
+    /// Put a restored VM back to its snapshot, in place.
+    Reset,
+    /// Be answered when the VM is to take a snapshot by itself.
+    AwaitTrigger,
     /// Turn this connection into a stream of events.
     Events,
 }
@@ -71,6 +99,8 @@ pub enum Reply {
         /// From the request to the last vCPU released, in microseconds.
         took_us: u64,
     },
+    /// The VM knows that its cut was kept.
+    Kept,
     /// The VM stops; the socket goes away when it has.
     Stop,
     /// State and counters.
@@ -79,6 +109,23 @@ pub enum Reply {
     Ps {
         /// The VMM first, then the spawner, then the devices.
         processes: Vec<Process>,
+    },
+    /// The cut is made.
+    Snapshot(SnapshotReport),
+    /// The VM is where its snapshot is, and goes on.
+    Reset {
+        /// Number of the pause it was done in.
+        epoch: u64,
+        /// From the request until the guest ran on, in microseconds.
+        took_us: u64,
+        /// Pages of guest memory that were put back.
+        pages: u64,
+    },
+    /// It is time.
+    Trigger {
+        /// `heartbeat`, `pre-exec`, `listener`, `parked`, `after-ms`; empty where the VM has
+        /// ended first.
+        trigger: String,
     },
     /// What the disk may do from now on.
     Throttle {
@@ -105,6 +152,57 @@ impl Reply {
     pub fn error(message: impl Into<String>, remedy: Option<&str>) -> Reply {
         Reply::Error { message: message.into(), remedy: remedy.map(str::to_owned) }
     }
+}
+
+/// A cut, and how long each part of it took, in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Number of the pause it was made in.
+    pub epoch: u64,
+    /// Until the last vCPU had parked between two instructions.
+    pub pause_us: u64,
+    /// Until the last process had come to rest.
+    pub drain_us: u64,
+    /// Reading registers, controllers and devices.
+    pub capture_us: u64,
+    /// Copying guest memory.
+    pub memory_us: u64,
+    /// Before everything else, with the guest running: copying memory in rounds. 0 where
+    /// the cut is not a live one.
+    #[serde(default)]
+    pub rounds_us: u64,
+    /// How many rounds there were.
+    #[serde(default)]
+    pub rounds: u32,
+    /// Pages copied while the guest stood still; all that have anything, but for a live cut.
+    #[serde(default)]
+    pub last_pages: u64,
+    /// The snapshot since which all that was written is known: a set of pages then follows the
+    /// other descriptors, a bit for each, and the cut can be written down as a diff to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Letting everyone go on; 0 where the VM is held.
+    pub thaw_us: u64,
+    /// From the request until the guest ran on: all of the above.
+    pub still_us: u64,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Bytes of the state.
+    pub state: u64,
+    /// The disks of the VM that it refers to.
+    pub disks: Vec<SnapshotDisk>,
+}
+
+/// A disk that a cut refers to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotDisk {
+    /// Its id.
+    pub id: String,
+    /// The image.
+    pub path: std::path::PathBuf,
+    /// The guest's writes are not in the image: a descriptor with them follows the first two,
+    /// in the order of the disks that have one.
+    pub cow: bool,
 }
 
 /// State of the VM, or of one vCPU.
@@ -158,6 +256,9 @@ pub struct Stats {
     pub disks: Vec<DiskStats>,
     /// The serial lines.
     pub serials: Vec<SerialStats>,
+    /// Where programs attach; absent where they cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plugin_socket: Option<PathBuf>,
 }
 
 /// One vCPU.
@@ -351,6 +452,31 @@ pub enum EventKind {
     Resume {
         /// Number of the pause that ended.
         epoch: u64,
+    },
+    /// A cut was made; what follows is its client's to do.
+    Snapshot {
+        /// Number of the pause it was made in.
+        epoch: u64,
+        /// How long the guest stood still, in microseconds; 0 where it is held.
+        still_us: u64,
+    },
+    /// A cut was given up, and everyone goes on.
+    SnapshotFailed {
+        /// How far it was.
+        phase: String,
+        /// Who failed or did not answer.
+        who: String,
+        /// What went wrong.
+        why: String,
+    },
+    /// The VM was put back to its snapshot.
+    Reset {
+        /// Number of the pause it was done in.
+        epoch: u64,
+        /// From the request until the guest ran on, in microseconds.
+        took_us: u64,
+        /// Pages of guest memory that were put back.
+        pages: u64,
     },
     /// The guest reported readiness.
     Marker {

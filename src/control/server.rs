@@ -47,6 +47,11 @@ pub trait Handler {
     /// somewhere else keeps `token`, returns [`Response::Later`], and gives the answer
     /// to [`ControlServer::complete`]. [`Request::Events`] never comes here.
     fn handle(&mut self, request: Request, token: Token) -> Response;
+
+    /// The connection of a client is no more; it may have left something undone.
+    fn gone(&mut self, client: u64) {
+        let _ = client;
+    }
 }
 
 /// What a [`Handler`] has to say at once.
@@ -54,6 +59,8 @@ pub trait Handler {
 pub enum Response {
     /// The answer.
     Now(Reply),
+    /// The answer, and what comes with it.
+    WithFds(Reply, Vec<OwnedFd>),
     /// The answer comes through [`ControlServer::complete`].
     Later,
 }
@@ -63,6 +70,13 @@ pub enum Response {
 pub struct Token {
     client: u64,
     request: u64,
+}
+
+impl Token {
+    /// The connection it came by, as in [`Handler::gone`].
+    pub fn client(self) -> u64 {
+        self.client
+    }
 }
 
 /// A control socket that could not be made.
@@ -89,13 +103,16 @@ impl Remedy for ServerError {
 #[derive(Debug)]
 pub struct ControlServer {
     epoll: Epoll,
-    listener: UnixListener,
+    /// None where nobody can connect.
+    listener: Option<UnixListener>,
     /// Dropped first when the VM ends, so that nobody finds the path any more.
     node: Option<Node>,
     /// Given up for a moment to turn a client away when the process has no fds left.
     spare: Option<OwnedFd>,
     uid: u32,
     clients: HashMap<u64, Peer>,
+    /// The one that was handed over.
+    adopted: Option<u64>,
     next_client: u64,
     next_event: u64,
     /// Lines of the last events.
@@ -133,16 +150,35 @@ impl ControlServer {
             .add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))
             .map_err(ServerError::Watch)?;
         Ok(ControlServer {
-            epoll,
-            listener,
+            listener: Some(listener),
             node: Some(node),
             spare: Some(spare),
+            epoll,
+            ..ControlServer::without_socket()?
+        })
+    }
+
+    /// Serves those it is handed, and nobody else.
+    pub fn without_socket() -> Result<ControlServer, ServerError> {
+        Ok(ControlServer {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(ServerError::Watch)?,
+            listener: None,
+            node: None,
+            spare: None,
             uid: geteuid().as_raw(),
             clients: HashMap::new(),
+            adopted: None,
             next_client: LISTENER + 1,
             next_event: 1,
             history: VecDeque::with_capacity(HISTORY),
         })
+    }
+
+    /// Serves a connection that somebody else has made.
+    /// Its client learns the end of the VM before all is over: this process waits for it.
+    pub fn adopt(&mut self, stream: UnixStream) {
+        self.adopted = Some(self.next_client);
+        self.admit(stream);
     }
 
     /// Does what can be done now for every client that needs something. To be called
@@ -230,19 +266,28 @@ impl ControlServer {
                 }
             }
         }
+        if let Some(id) = self.adopted {
+            self.clients.remove(&id);
+        }
         Farewell { _connections: self.clients.into_values().map(|c| c.stream).collect() }
     }
 
     fn accept(&mut self) {
+        let Some(listener) = self.listener.take() else { return };
+        self.accept_from(&listener);
+        self.listener = Some(listener);
+    }
+
+    fn accept_from(&mut self, listener: &UnixListener) {
         // A bounded number a round; the listener stays readable if there are more.
         for _ in 0..ROUND {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                     tracing::warn!("a control client was turned away: no file descriptors left");
                     self.spare = None;
-                    drop(self.listener.accept());
-                    self.spare = self.listener.as_fd().try_clone_to_owned().ok();
+                    drop(listener.accept());
+                    self.spare = listener.as_fd().try_clone_to_owned().ok();
                     return;
                 }
                 Err(_) => return,
@@ -313,12 +358,22 @@ impl ControlServer {
             client.requests += 1;
             client.pending = Some(client.requests);
             let token = Token { client: id, request: client.requests };
-            if let Response::Now(reply) = handler.handle(request, token) {
-                client.pending = None;
-                client.send_json(&reply);
+            match handler.handle(request, token) {
+                Response::Now(reply) => {
+                    client.pending = None;
+                    client.send_json(&reply);
+                }
+                Response::WithFds(reply, fds) => {
+                    client.pending = None;
+                    client.send_fds(&reply, fds);
+                }
+                Response::Later => {}
             }
         }
         self.settle(id);
+        if !self.clients.contains_key(&id) {
+            handler.gone(id);
+        }
     }
 
     /// Watches a client for what it needs next, or lets it go.

@@ -105,6 +105,36 @@ pub fn run() -> Result<(), DemoError> {
     vm.say(b"w")?;
     vm.wait_for("guest: read and checked")?;
 
+    step("A snapshot is taken while it runs: one cut through all processes");
+    let still = vm.snapshot()?;
+    rows.push(Row::new("the guest stood still for a snapshot", ms(still)));
+    vm.say(b"t")?;
+    vm.wait_for("guest: ticks=")?;
+    say("the guest goes on");
+
+    step("The snapshot is restored beside it, in processes and jails of its own");
+    let mut clone = vm.restore()?;
+    clone.say(b"t")?;
+    let (line, at) = clone.wait_for("guest: ticks=")?;
+    if number_after(&line, "ticks=") < number_after(&ready, "ticks=") {
+        return Err(bad(format!("the clone's clock stepped back: {ready:?}, then {line:?}")));
+    }
+    rows.push(Row::new(
+        "restore, start to first guest output",
+        ms(at.duration_since(clone.started)),
+    ));
+    let clones = match clone.ask(Request::Ps)? {
+        Reply::Ps { processes } => processes,
+        other => return Err(unexpected(&other)),
+    };
+    check_jails(&clones)?;
+    clone.say(b"w")?;
+    clone.wait_for("guest: read and checked")?;
+    say("it reads and writes its own copy of the disk");
+    clone.say(b"q")?;
+    clone.wait_for("guest: goodbye")?;
+    clone.finish(&clones)?;
+
     step("The guest ends, and Cellblock with it");
     vm.say(b"q")?;
     vm.wait_for("guest: goodbye")?;

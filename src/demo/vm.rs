@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::rc::Rc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -22,36 +23,76 @@ pub(super) struct DemoVm {
     lines: Receiver<(String, Instant)>,
     seen: Vec<String>,
     client: Option<Client>,
-    dir: TemporaryDir,
+    control: PathBuf,
+    dir: Rc<TemporaryDir>,
 }
 
 fn system(what: &'static str) -> impl Fn(std::io::Error) -> DemoError {
     move |source| DemoError::System { what, source }
 }
 
+/// This program.
+fn program() -> Result<PathBuf, DemoError> {
+    std::env::current_exe().map_err(system("finding the cellblock program"))
+}
+
 impl DemoVm {
     pub(super) fn start(memory: u64, disk: u64, work: u64) -> Result<DemoVm, DemoError> {
-        let dir = TemporaryDir::new().map_err(system("making a temporary directory"))?;
+        let dir = Rc::new(TemporaryDir::new().map_err(system("making a temporary directory"))?);
         fs::write(dir.kernel(), BARE_GUEST).map_err(system("writing the built-in guest"))?;
         File::create(dir.disk())
             .and_then(|file| file.set_len(disk << 20))
             .map_err(system("making a disk image"))?;
-        let program = std::env::current_exe().map_err(system("finding the cellblock program"))?;
-
-        let started = Instant::now();
-        let mut child = Command::new(program)
+        let mut command = Command::new(program()?);
+        command
             .args(["run", "--die-with-parent", "-c", "1", "-m", &format!("{memory}M")])
             .args(["--cmdline", &format!("mode=demo mib={work}")])
             .arg("--kernel")
             .arg(dir.kernel())
             .arg("--disk")
-            .arg(dir.disk())
+            .arg(dir.disk());
+        let control = dir.0.join("control");
+        DemoVm::spawn(command, control, dir)
+    }
+
+    /// Takes a snapshot, as anyone would; returns how long the guest stood still.
+    pub(super) fn snapshot(&self) -> Result<Duration, DemoError> {
+        let output = Command::new(program()?)
+            .arg("snapshot")
+            .arg(&self.control)
+            .arg(self.dir.snapshot())
+            .args(["--disks", "copy", "--json"])
+            .stderr(Stdio::inherit())
+            .output()
+            .map_err(system("starting cellblock snapshot"))?;
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .map_err(|_| bad("cellblock snapshot did not report".to_string()))?;
+        let still = report["still_us"].as_u64().filter(|_| output.status.success());
+        still
+            .map(Duration::from_micros)
+            .ok_or_else(|| bad(format!("cellblock snapshot ended with {}", output.status)))
+    }
+
+    /// Starts a second VM from the snapshot.
+    pub(super) fn restore(&self) -> Result<DemoVm, DemoError> {
+        let mut command = Command::new(program()?);
+        command.args(["restore", "--die-with-parent"]).arg(self.dir.snapshot());
+        DemoVm::spawn(command, self.dir.0.join("clone"), self.dir.clone())
+    }
+
+    fn spawn(
+        mut command: Command,
+        control: PathBuf,
+        dir: Rc<TemporaryDir>,
+    ) -> Result<DemoVm, DemoError> {
+        let started = Instant::now();
+        let mut child = command
             .arg("--control")
-            .arg(dir.control())
+            .arg(&control)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(system("starting cellblock run"))?;
+            .map_err(system("starting cellblock"))?;
         let input = child.stdin.take().expect("stdin was piped");
         let output = child.stdout.take().expect("stdout was piped");
         let (sender, lines) = channel();
@@ -63,7 +104,7 @@ impl DemoVm {
                 }
             }
         });
-        Ok(DemoVm { started, child, input, lines, seen: Vec::new(), client: None, dir })
+        Ok(DemoVm { started, child, input, lines, seen: Vec::new(), client: None, control, dir })
     }
 
     /// Waits for a console line that contains `text`; prints what comes.
@@ -114,7 +155,7 @@ impl DemoVm {
     pub(super) fn ask(&mut self, request: Request) -> Result<Reply, DemoError> {
         let client = match &mut self.client {
             Some(client) => client,
-            none => none.insert(Client::connect(&self.dir.control())?),
+            none => none.insert(Client::connect(&self.control)?),
         };
         Ok(client.ask(request)?.0)
     }
@@ -205,8 +246,8 @@ impl TemporaryDir {
         self.0.join("disk")
     }
 
-    fn control(&self) -> PathBuf {
-        Path::new(&self.0).join("control")
+    fn snapshot(&self) -> PathBuf {
+        self.0.join("snapshot")
     }
 }
 

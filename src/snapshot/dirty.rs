@@ -72,6 +72,11 @@ impl Tracker {
         self.base.filter(|_| self.tracking)
     }
 
+    /// Number of chunks, which is the length of every set of pages.
+    pub fn chunks(&self) -> usize {
+        self.since.len()
+    }
+
     /// Has KVM log from now on. What was written before is not known.
     pub fn begin(&mut self, machine: &Machine) -> Result<(), KvmError> {
         if !self.tracking {
@@ -121,6 +126,11 @@ impl Tracker {
     /// The cut became the snapshot `id`.
     pub fn keep(&mut self, id: SnapshotId) {
         self.base = Some(id);
+    }
+
+    /// What memory is now, no snapshot that is known has been: it was put back.
+    pub fn lose(&mut self) {
+        self.base = None;
     }
 
     /// The cut became nothing: `since`, what [`Tracker::cut`] gave, still counts.

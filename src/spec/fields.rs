@@ -43,7 +43,7 @@ impl Field {
 }
 
 /// Splits at single commas; a doubled one stands for itself.
-pub(super) fn split(spec: &str) -> Vec<String> {
+pub(crate) fn split(spec: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = spec.chars().peekable();
     while let Some(c) = chars.next() {

@@ -16,6 +16,7 @@
 //! ([`FrontEnd::abandon`]). Over the new one everything is set up as it was, with the
 //! record of the requests in flight, before the jobs go on.
 
+mod freeze;
 mod worker;
 
 use std::net::Shutdown;
@@ -123,6 +124,8 @@ pub struct QueueSetup {
     pub index: usize,
     /// As the driver set it up, checked.
     pub config: QueueConfig,
+    /// The first available entry that the device has not taken.
+    pub base: u16,
     /// Rung by the guest.
     pub kick: Arc<EventFd>,
     /// Rung by the device: the interrupt.
@@ -147,6 +150,8 @@ enum Job {
     Open(Answer<DeviceInfo>),
     Activate(Activation, Answer<()>),
     SetConfig(u32, Vec<u8>, Answer<()>),
+    Freeze(Answer<Vec<(usize, u16)>>),
+    Thaw(Answer<()>),
     Reset(Answer<()>),
     /// An activation that a reconnect was to make.
     Resume(Answer<()>),

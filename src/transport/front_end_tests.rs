@@ -36,7 +36,8 @@ fn open(
 fn activation() -> Activation {
     let event = || Arc::new(event().expect("event"));
     let config = QueueConfig { size: 8, ready: true, desc: 0x1000, avail: 0x2000, used: 0x3000 };
-    let queue = QueueSetup { index: 0, config, kick: event(), call: event(), err: event() };
+    let queue =
+        QueueSetup { index: 0, config, base: 0, kick: event(), call: event(), err: event() };
     Activation { features: 1 << 32, queues: vec![queue] }
 }
 

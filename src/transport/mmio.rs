@@ -8,6 +8,7 @@
 //! configuration bit is ours, set before the line is raised. InterruptACK of the
 //! used-buffer bit alone is swallowed by an ioeventfd.
 
+mod freeze;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::freeze::FreezeError;
 use self::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers};
+pub use self::registers::{QueueState, TransportState};
 use super::front_end::{
     Activation, Answer, DEADLINE, DeviceInfo, FrontEnd, FrontEndError, QueueSetup, Watcher,
 };
@@ -95,6 +98,8 @@ struct State {
     /// The configuration space, with what the driver wrote to it.
     config: Vec<u8>,
     pending: Option<Pending>,
+    /// Where each queue that ran stood when the device was frozen.
+    frozen: Option<Vec<(usize, u16)>>,
 }
 
 /// A status or configuration write that waits for the device process.
@@ -123,7 +128,12 @@ impl VirtioMmio {
     ) -> VirtioMmio {
         let Identity { id, device_type, info, writable } = identity;
         let registers = Registers::new(wiring.kicks.len());
-        let state = Mutex::new(State { registers, config: info.config.clone(), pending: None });
+        let state = Mutex::new(State {
+            registers,
+            config: info.config.clone(),
+            pending: None,
+            frozen: None,
+        });
         let lines = Mutex::default();
         VirtioMmio {
             id,
@@ -417,6 +427,7 @@ impl VirtioMmio {
             queues.push(QueueSetup {
                 index,
                 config: *queue,
+                base: 0,
                 kick: self.wiring.kicks[index].clone(),
                 call: self.wiring.call.clone(),
                 err: self.wiring.err.clone(),

@@ -1,12 +1,14 @@
 //! What a driver told us about a virtqueue, checked before anyone believes it.
 
+use serde::{Deserialize, Serialize};
+
 use crate::vm::memory::GuestRam;
 
 /// The largest queue a device offers (QueueNumMax).
 pub const QUEUE_SIZE_MAX: u16 = 256;
 
 /// A split virtqueue as the driver set it up: addresses are guest-physical.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueConfig {
     /// Entries: a power of two, at most [`QUEUE_SIZE_MAX`].
     pub size: u16,

@@ -24,6 +24,7 @@ mod kick;
 mod notice;
 pub mod pause;
 mod run_page;
+mod settle;
 mod state;
 mod thread;
 
@@ -31,6 +32,7 @@ pub(crate) use attendant::{Attendant, GuestAccess, SpecialExit, set_hypercall_re
 pub use error::{PauseError, ResumeError, RunError, StartError, StopError, WorkError};
 pub use kick::{KickHook, Kicks, kick_signal};
 pub use notice::{ExitListener, ExitNotifier, VmEnd, exit_notice};
+pub use settle::SettleError;
 pub use state::{ForbiddenTransition, VcpuState};
 
 use crate::bus::Bus;
@@ -146,6 +148,8 @@ pub struct Vcpus {
     kicks: Arc<Kicks>,
     rekick_after: Duration,
     epoch: u64,
+    /// What each is in the middle of, since the last pause.
+    outstanding: Vec<Option<Outstanding>>,
     supplied: Arc<AtomicBool>,
 }
 
@@ -219,6 +223,7 @@ impl Vcpus {
             kicks: config.kicks.clone(),
             rekick_after: config.rekick_after,
             epoch: 0,
+            outstanding: Vec::new(),
             supplied: supplied.clone(),
         };
         let mut supply = Supply { places: Vec::with_capacity(count), supplied };
@@ -308,7 +313,8 @@ impl Vcpus {
             }
         }
         let took = start.elapsed();
-        let arrivals = arrivals.into_iter().flatten().collect();
+        let arrivals: Vec<Arrival> = arrivals.into_iter().flatten().collect();
+        self.outstanding = arrivals.iter().map(|arrival| arrival.outstanding).collect();
         Ok(PauseReport { epoch, took, arrivals, rekicks })
     }
 
@@ -478,8 +484,8 @@ impl Vcpus {
     }
 
     fn stopped(&self) -> Vec<usize> {
-        let seats = self.seats.iter().enumerate();
-        seats.filter(|(_, seat)| seat.cell.get() == VcpuState::Stopped).map(|(id, _)| id).collect()
+        let states = self.states().into_iter().enumerate();
+        states.filter(|(_, state)| *state == VcpuState::Stopped).map(|(id, _)| id).collect()
     }
 
     fn alive(&self) -> Vec<usize> {

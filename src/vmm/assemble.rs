@@ -5,36 +5,47 @@
 //! vCPUs are set up while the jails are being built; last the two halves meet.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
-use super::event_loop::{BackEnd, DiskFacts, Vm};
+use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
+use super::hold::Hold;
 use super::notice::Notifier;
+use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
+use super::snapshot::Snapshots;
 use super::supervise::{Kind, Supervisor};
+use super::triggers::Triggers;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, launch, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
 use crate::cell::{Cell, blk};
-use crate::config::{Opened, VmConfig};
+use crate::config::{OpenError, Opened, VmConfig};
 use crate::console::OpenedConsole;
+use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
+use crate::snapshot::dirty::{Tracker, WriteLogs};
+use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
-use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vcpu::{self, Kicks};
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
@@ -46,40 +57,148 @@ use crate::vm::{acpi, boot, layout};
 /// Guest output kept for a slow console reader, in bytes.
 const CONSOLE_BUFFER: u32 = 1 << 20;
 
-pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
+/// What a machine is made of, open.
+pub(super) struct Parts {
+    pub(super) started: Instant,
+    pub(super) spawner: Spawner,
+    pub(super) signals: Signals,
+    pub(super) common: Common,
+    pub(super) specs: Vec<spec::DiskSpec>,
+    pub(super) disks: Vec<Backing>,
+    pub(super) control: Option<ControlServer>,
+    pub(super) console: OpenedConsole,
+    pub(super) kvm: Kvm,
+    pub(super) model: CpuModel,
+    pub(super) host: Host,
+    pub(super) ram: GuestRam,
+    /// Deaths of its process by which a device fails.
+    pub(super) max_deaths: u16,
+    pub(super) hold: Arc<Hold>,
+    /// Plugins that take part.
+    pub(super) guests: Guests,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
+}
+
+/// A machine that boots a kernel.
+///
+/// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
+pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let seccomp = config.sandbox.then_some(match config.seccomp {
-        SeccompMode::Kill => filter::Mode::Kill,
-        SeccompMode::Log => filter::Mode::Log,
-    });
-    let mut spawner = fork_spawner(&config)?;
-    let signals = Signals::install()
-        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let (spawner, signals) = begin(&config.serial, &config.disks, plan)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
-    let Opened { kernel, initrd, disks, control, console } = config.open()?;
+    let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
+    let mut triggers = None;
+    let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
+    if let Some(stream) = scribe {
+        let made = |source| VmmError::System { what: "watching for a snapshot's time", source };
+        let server = match control.take() {
+            Some(server) => server,
+            None => ControlServer::without_socket().map_err(OpenError::Control)?,
+        };
+        control.insert(server).adopt(stream);
+        let resources = std::mem::take(&mut config.snapshot);
+        triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
+    }
     let kvm = kvm::open()?;
+    let model = CpuModel::new(&kvm, config.cpus)?;
+    let host = Host::new(&kvm, &model)?;
     let ram = GuestRam::new(config.memory)?;
-
-    // Every cell is asked for, and its jail is built beside what follows.
+    let guests = Guests::open(&config, &ram)?;
     let common = Common {
         seccomp: config.seccomp,
         sandbox: config.sandbox,
         log: config.log,
         lazy: None,
-        writes: None,
+        writes: Some(write_logs(ram.len())),
     };
+    let specs = std::mem::take(&mut config.disks);
+    let parts = Parts {
+        started,
+        spawner,
+        signals,
+        common,
+        specs,
+        disks,
+        control,
+        console,
+        kvm,
+        model,
+        host,
+        ram,
+        max_deaths: config.max_deaths,
+        hold,
+        guests,
+        plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
+    };
+    let kernel = kernel.ok_or(VmmError::NoKernel)?;
+    let mut vm = build(parts, |machine, model, slots| {
+        let ram = machine.ram();
+        let rsdp = acpi::write(ram, model.cpus(), slots)?;
+        let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(slots)].join(" ");
+        let entry = boot::load(ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
+        create_vcpus(machine, model, &entry)
+    })?;
+    vm.triggers = triggers;
+    Ok(vm)
+}
+
+/// What has to come before everything else, while there is one thread and nothing to inherit.
+pub(super) fn begin(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+    plugin: Option<Plan>,
+) -> Result<(Spawner, Signals), VmmError> {
+    let spawner = fork_spawner(serial, disks, plugin)?;
+    let signals = Signals::install()
+        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
+    Ok((spawner, signals))
+}
+
+/// Brings a machine up as far as it goes without running: processes in their jails, KVM,
+/// threads. What its vCPUs and its memory are, `guest` sets up meanwhile.
+pub(super) fn build(
+    parts: Parts,
+    guest: impl FnOnce(&Machine, &CpuModel, &[VirtioSlot]) -> Result<Vec<VcpuFd>, VmmError>,
+) -> Result<Vm, VmmError> {
+    let Parts {
+        started,
+        mut spawner,
+        signals,
+        common,
+        specs,
+        disks,
+        control,
+        console,
+        kvm,
+        model,
+        host,
+        ram,
+        max_deaths,
+        hold,
+        mut guests,
+        plugin_socket,
+    } = parts;
+    let seccomp = filter_mode(common);
+    let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
+    let snapshots = Snapshots::new(host, boot_id(), Tracker::new(logs));
+
+    // Every cell is asked for, and its jail is built beside what follows.
+    let cpus = model.cpus();
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
     let mut starting = Vec::new();
     let mut back_ends = Vec::new();
-    for (spec, disk) in config.disks.iter().zip(&disks) {
+    for (spec, disk) in specs.iter().zip(&disks) {
         starting.push(match disk {
-            Backing::Image(image) => blk::start(&mut spawner, common, spec, image, config.cpus)?,
+            Backing::Image(image) => blk::start(&mut spawner, common, spec, image, cpus)?,
             Backing::BackEnd(socket) => {
                 let copy = |source| VmmError::System { what: "copying a connection", source };
                 let own = socket.try_clone().map_err(copy)?;
@@ -101,12 +220,9 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
     }
 
-    let machine = Machine::with_kvm(kvm, &ram)?;
+    let machine = Arc::new(Machine::with_kvm(kvm, &ram)?);
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
-    let rsdp = acpi::write(&ram, config.cpus, &slots)?;
-    let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(&slots)].join(" ");
-    let entry = boot::load(&ram, &kernel, initrd.as_ref(), cmdline.trim(), rsdp)?;
-    let vcpu_fds = create_vcpus(&machine, config.cpus, &entry)?;
+    let vcpu_fds = guest(&machine, &model, &slots)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
     let vmgenid = VmGenId::new(&machine)?;
     vmgenid.set(&ram, vmgenid.fresh()?)?;
@@ -115,8 +231,11 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
-    let kicks = Kicks::new(usize::from(config.cpus));
-    let ring = Arc::new(com1.producer(kicks.len())?);
+    guests.launch(&mut spawner)?;
+    let starts_later = guests.has_owner();
+    let kicks = Kicks::new(usize::from(cpus));
+    let (ring, com1_irq) = com1.producer(kicks.len())?;
+    let ring = Arc::new(ring);
     let mut cells = vec![serial];
     let mut devices = Vec::new();
     let mut recipes = Vec::new();
@@ -126,7 +245,7 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         devices.push((device.id().to_string(), Arc::new(device)));
         cells.extend(cell);
     }
-    let mut supervisor = Supervisor::new(common, config.max_deaths.into())
+    let mut supervisor = Supervisor::new(common, max_deaths.into())
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
     for (device, recipe) in recipes.into_iter().enumerate() {
         let kind = match recipe {
@@ -139,38 +258,43 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         };
         supervisor.add(&devices[device].0, kind);
     }
-    let facts = facts(&config.disks, &disks, &devices);
-    drop(disks);
+    let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
-    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
+    let markers = MarkerPort::new(notifier.clone(), hold.clone(), kicks.clone());
+    kicks.on_kick(move |_| hold.wake());
+    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), markers)?;
     let mmio = windows(&devices, &slots)?;
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
-    let vcpus = Vcpus::start(
-        vcpu_fds,
-        vcpu::Config {
-            on_thread_start: seccomp.map(vcpu_filter),
-            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
-        },
-    )?;
+    let vcpu_config = vcpu::Config {
+        on_thread_start: seccomp.map(vcpu_filter),
+        ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
+    };
+    let (vcpus, served) =
+        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     let vm = Vm {
         started,
-        _vmgenid: vmgenid,
-        _machine: machine,
+        machine,
+        vmgenid: Some(vmgenid),
         ram,
         vcpus,
         ended,
-        ring,
+        ring: Some(ring),
+        com1_irq: Some(com1_irq),
         cells,
         devices,
         disks: facts,
         back_ends,
         spawner,
+        plugin: served.process,
+        plugins: served.plugins,
+        plugin_socket,
+        starts_later,
         supervisor,
         control,
         notifier,
@@ -181,20 +305,41 @@ pub(super) fn assemble(mut config: VmConfig) -> Result<Vm, VmmError> {
         defers_events: false,
         asked_to_stop: false,
         asked_for_processes: Vec::new(),
+        snapshots,
+        pager: None,
+        triggers: None,
+        origin: None,
     };
     vm.watch_links();
     Ok(vm)
 }
 
+/// What a refused system call does, where there are filters.
+pub(super) fn filter_mode(common: Common) -> Option<filter::Mode> {
+    common.sandbox.then_some(match common.seccomp {
+        SeccompMode::Kill => filter::Mode::Kill,
+        SeccompMode::Log => filter::Mode::Log,
+    })
+}
+
+/// Where device processes note what they write: one VM's, which is the process's only one.
+pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
+    Box::leak(Box::new(WriteLogs::new(memory)))
+}
+
 /// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(config: &VmConfig) -> Result<Spawner, SpawnError> {
-    let restore_terminal = match config.serial {
+fn fork_spawner(
+    serial: &spec::SerialSpec,
+    disks: &[spec::DiskSpec],
+    plugin: Option<Plan>,
+) -> Result<Spawner, SpawnError> {
+    let restore_terminal = match serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
         _ => None,
     };
     // In the order of the machine's back ends.
-    let connect = config.disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
-    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
+    let connect = disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
+    spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
 fn start_console(
@@ -221,12 +366,12 @@ pub(crate) fn drop_privileges() -> Result<(), VmmError> {
     Ok(violation::install(page, "vmm")?)
 }
 
-fn ports(serial: SerialPort, notifier: Arc<Notifier>) -> Result<Bus, BusError> {
+fn ports(serial: SerialPort, markers: MarkerPort) -> Result<Bus, BusError> {
     Ok(Bus::builder()
         .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(serial))?
         .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
         .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
-        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier)))?
+        .add(layout::MARKER_PORT.into(), 1, Arc::new(markers))?
         .build())
 }
 
@@ -264,15 +409,25 @@ impl SerialEnds {
         Ok(SerialEnds { memfd, doorbell: doorbell.into(), irq: event::event().map_err(system)? })
     }
 
-    fn producer(self, vcpus: usize) -> Result<Producer, VmmError> {
+    /// The VMM's end of the ring, and the interrupt.
+    fn producer(self, vcpus: usize) -> Result<(Producer, EventFd), VmmError> {
         let mapping = Mapping::new(&self.memfd, ring::RING_BYTES, Access::ReadWrite)?;
-        Ok(Producer::new(mapping, self.doorbell, vcpus)?)
+        Ok((Producer::new(mapping, self.doorbell, vcpus)?, self.irq))
     }
 }
 
-fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd>, VmmError> {
-    let model = CpuModel::new(machine.kvm(), cpus)?;
-    (0..cpus)
+/// Names this run of the host's kernel; empty where it does not say.
+fn boot_id() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_string()
+}
+
+fn create_vcpus(
+    machine: &Machine,
+    model: &CpuModel,
+    entry: &Entry,
+) -> Result<Vec<VcpuFd>, VmmError> {
+    (0..model.cpus())
         .map(|id| {
             let vcpu = machine.create_vcpu(id)?;
             model.configure(&vcpu, id, (id == 0).then_some(entry))?;
@@ -284,23 +439,36 @@ fn create_vcpus(machine: &Machine, cpus: u8, entry: &Entry) -> Result<Vec<VcpuFd
 /// What does not change about the disks. A back end of somebody else's says it itself.
 fn facts(
     specs: &[spec::DiskSpec],
-    disks: &[Backing],
+    cpus: u8,
+    disks: Vec<Backing>,
     devices: &[(String, Arc<VirtioMmio>)],
-) -> Vec<DiskFacts> {
-    let of = |((spec, disk), (id, device)): (
-        (&spec::DiskSpec, &Backing),
-        &(String, Arc<VirtioMmio>),
-    )| {
-        let (size, read_only) = match disk {
+) -> Result<Vec<DiskFacts>, VmmError> {
+    let mut facts = Vec::with_capacity(disks.len());
+    for ((spec, disk), (id, device)) in specs.iter().zip(disks).zip(devices) {
+        let (size, read_only) = match &disk {
             Backing::Image(image) => (image.size, image.read_only),
             Backing::BackEnd(_) => blk::facts(device.info()),
         };
-        DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle }
-    };
-    specs.iter().zip(disks).zip(devices).map(of).collect()
+        let image = match disk {
+            Backing::BackEnd(_) => None,
+            Backing::Image(image) => Some(ImageFacts {
+                path: std::path::absolute(&spec.path)
+                    .map_err(|source| VmmError::System { what: "naming a disk", source })?,
+                fd: image.fd,
+                overlay: image.overlay.zip(spec.cow.clone()),
+                serial: image.serial,
+                poll_us: spec.poll_us,
+                queues: spec.queues(cpus),
+                direct: spec.direct,
+                engine: spec.engine,
+            }),
+        };
+        facts.push(DiskFacts { id: id.clone(), size, read_only, throttle: spec.throttle, image });
+    }
+    Ok(facts)
 }
 
-fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
+pub(super) fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
     Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 

@@ -3,27 +3,35 @@
 //! Nothing on a guest's data path comes by here. What does: the end of a vCPU,
 //! control requests, messages and deaths of device processes, signals.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{FromCell, ThrottleLimits, ToCell};
+use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits, ToCell};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::signals::Signals;
+use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
+use super::triggers::Triggers;
 use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
+use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::plugin::{Hub, Plugins};
+use crate::plugin_process::PluginProcess;
+use crate::snapshot::pager::Pager;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -35,17 +43,27 @@ use crate::vm::vmgenid::VmGenId;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) _machine: Machine,
-    pub(super) _vmgenid: VmGenId,
+    pub(super) machine: Arc<Machine>,
+    /// None in a machine that is a plugin's.
+    pub(super) vmgenid: Option<VmGenId>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
-    pub(super) ring: Arc<Producer>,
+    /// COM1's.
+    pub(super) ring: Option<Arc<Producer>>,
+    /// COM1's interrupt.
+    pub(super) com1_irq: Option<EventFd>,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
     pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
+    pub(super) plugin: Option<PluginProcess>,
+    pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
+    /// Whether a plugin decides when there are vCPUs.
+    pub(super) starts_later: bool,
     pub(super) supervisor: Supervisor,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
@@ -58,6 +76,12 @@ pub(super) struct Vm {
     pub(super) defers_events: bool,
     pub(super) asked_to_stop: bool,
     pub(super) asked_for_processes: Vec<Token>,
+    pub(super) snapshots: Snapshots,
+    pub(super) triggers: Option<Triggers>,
+    /// Of a machine whose memory still comes, or came while it ran.
+    pub(super) pager: Option<Pager>,
+    /// Of a restored machine: what it can be put back to.
+    pub(super) origin: Option<Origin>,
 }
 
 /// A back end that is another program.
@@ -75,6 +99,23 @@ pub(super) struct DiskFacts {
     pub(super) size: u64,
     pub(super) read_only: bool,
     pub(super) throttle: ThrottleLimits,
+    /// Where it is an image of ours.
+    pub(super) image: Option<ImageFacts>,
+}
+
+/// What a snapshot says of an image.
+pub(super) struct ImageFacts {
+    /// A duplicate of what its process has.
+    pub(super) fd: OwnedFd,
+    /// Absolute.
+    pub(super) path: PathBuf,
+    pub(super) serial: String,
+    pub(super) poll_us: u32,
+    pub(super) queues: u16,
+    pub(super) direct: bool,
+    pub(super) engine: Option<EngineKind>,
+    /// Of a `cow` disk: what the guest has written, and where the user wanted it kept.
+    pub(super) overlay: Option<(Overlay, Place)>,
 }
 
 /// What an epoll event is about. Cells and devices carry their index.
@@ -86,7 +127,11 @@ enum Source {
     Vcpus,
     Notices,
     Ring,
+    Plugin,
+    PluginFilter,
     Links,
+    Triggers,
+    Pager,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -102,6 +147,10 @@ impl Source {
             Source::Notices => 4,
             Source::Ring => 5,
             Source::Links => 6,
+            Source::Triggers => 7,
+            Source::Pager => 8,
+            Source::Plugin => 9,
+            Source::PluginFilter => 10,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -118,6 +167,10 @@ impl Source {
             (0, 4) => Some(Source::Notices),
             (0, 5) => Some(Source::Ring),
             (0, 6) => Some(Source::Links),
+            (0, 7) => Some(Source::Triggers),
+            (0, 8) => Some(Source::Pager),
+            (0, 9) => Some(Source::Plugin),
+            (0, 10) => Some(Source::PluginFilter),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -142,9 +195,9 @@ impl Vm {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
-        self.vcpus.run()?;
-        self.event(EventKind::Start);
-        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        if !self.starts_later {
+            self.run_vcpus()?;
+        }
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
@@ -156,11 +209,21 @@ impl Vm {
             for event in &events[..count] {
                 let Some(source) = Source::of(event.data()) else { continue };
                 if let Flow::Break(end) = self.handle(&epoll, source) {
-                    return end;
+                    return self.finish_plugin(end);
                 }
             }
             self.supervise(&epoll);
         }
+    }
+
+    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+        self.vcpus.run()?;
+        self.event(EventKind::Start);
+        if let Some(triggers) = &mut self.triggers {
+            triggers.begin();
+        }
+        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        Ok(())
     }
 
     fn watch(&self, epoll: &Epoll) -> nix::Result<()> {
@@ -171,10 +234,25 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
-        add(self.ring.fault_event(), Source::Ring)?;
+        if let Some(ring) = &self.ring {
+            add(ring.fault_event(), Source::Ring)?;
+        }
         add(self.supervisor.links.as_fd(), Source::Links)?;
+        if let Some(triggers) = &self.triggers {
+            add(triggers.as_fd(), Source::Triggers)?;
+        }
+        if let Some(pager) = &self.pager {
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
+        }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(plugin) = &self.plugin {
+            add(plugin.as_fd(), Source::Plugin)?;
+            if let Some(listener) = plugin.listener() {
+                add(listener, Source::PluginFilter)?;
+            }
         }
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
@@ -209,9 +287,28 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => self.port_markers(),
+            Source::Notices => {
+                if let Err(error) = self.notices() {
+                    return Flow::Break(Err(error));
+                }
+            }
+            Source::PluginFilter => self.plugin_violations(),
+            Source::Plugin => {
+                if let Some(plugin) = &mut self.plugin {
+                    plugin.log();
+                    if !plugin.is_open() {
+                        let _ = epoll.delete(&*plugin);
+                    }
+                }
+            }
             Source::Ring => self.ring_fault(),
             Source::Links => self.link_news(),
+            Source::Triggers => self.trigger_timer(),
+            Source::Pager => {
+                if let Some(error) = self.pager.as_ref().and_then(Pager::take_failure) {
+                    return Flow::Break(Err(VmmError::Pager(error)));
+                }
+            }
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -249,7 +346,7 @@ impl Vm {
 
     /// COM1's process does not answer, or lies. A liar is ended at once.
     fn ring_fault(&mut self) {
-        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(fault) = self.ring.as_ref().and_then(|ring| ring.take_fault()) else { return };
         let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
         let (id, pid) = (cell.id().to_string(), cell.pid());
         tracing::error!(role = "serial", device = id, pid, "{fault}");
@@ -270,7 +367,8 @@ impl Vm {
                 self.asked_to_stop = true;
             }
             FromCell::Marker(marker) if is_serial => {
-                self.event(requests::marker_event(marker, "console"))
+                self.event(requests::marker_event(marker, "console"));
+                self.seen(marker);
             }
             FromCell::Stats(stats) => self.cells[n].keep_stats(stats),
             FromCell::Ready => self.process_ready(n),
@@ -280,10 +378,17 @@ impl Vm {
         }
     }
 
-    fn port_markers(&mut self) {
-        for Notice::Marker(marker) in self.notifier.take() {
-            self.event(requests::marker_event(marker, "port"));
+    fn notices(&mut self) -> Result<(), VmmError> {
+        for notice in self.notifier.take() {
+            match notice {
+                Notice::Marker(marker) => {
+                    self.event(requests::marker_event(marker, "port"));
+                    self.seen(marker);
+                }
+                Notice::Made => self.run_vcpus()?,
+            }
         }
+        Ok(())
     }
 
     fn control_requests(&mut self) {
@@ -310,6 +415,9 @@ impl Vm {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => {
+                    if let Some(end) = self.plugin_ended(pid, status) {
+                        return Flow::Break(end);
+                    }
                     self.process_ended(epoll, pid, status);
                 }
                 Ok(Some(SpawnerEvent::Started { ticket, pid, pidfd })) => {
@@ -342,8 +450,10 @@ impl Vm {
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if role == "serial" {
-            self.ring.set_dead(true);
+        if role == "serial"
+            && let Some(ring) = &self.ring
+        {
+            ring.set_dead(true);
         }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
@@ -393,7 +503,8 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
-        self.port_markers(); // those of the guest's last moments
+        let _ = self.notices(); // markers of the guest's last moments
+        self.plugins = None;
         self.end_supervision();
         // All at once, so that they share one deadline.
         let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
@@ -408,12 +519,13 @@ impl Vm {
         }
         self.drain_console();
         let (reason, message) = match end {
-            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
             Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
         };
         self.event(EventKind::Shutdown { reason, message });
+        self.give_triggers_up();
         let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
@@ -476,6 +588,15 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
+            return self.0.snapshot(hold, live, timeout_us, trigger, token);
+        }
+        if let Request::Kept { id } = &request {
+            return Response::Now(self.0.kept(id, token.client()));
+        }
+        if request == Request::AwaitTrigger {
+            return self.0.await_trigger(token).map_or(Response::Later, Response::Now);
+        }
         match self.0.answer(request) {
             Some(reply) => Response::Now(reply),
             None => {
@@ -483,6 +604,10 @@ impl Handler for Requests<'_> {
                 Response::Later
             }
         }
+    }
+
+    fn gone(&mut self, client: u64) {
+        self.0.client_gone(client);
     }
 }
 

@@ -5,20 +5,34 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `plugin` | the plugin's end, and its grace |
+//! | `plugins` | who takes part in a machine that boots a kernel |
+//! | `plugin_vm` | the machine of a plugin without a kernel |
+//! | `restore` | from a snapshot to a machine that is ready to run |
+//! | `snapshot` | one cut through all processes |
+//! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
+//! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
+mod hold;
 mod notice;
+mod plugin;
+mod plugin_vm;
+mod plugins;
 mod ports;
 mod reconnect;
 mod remedy;
 mod requests;
+pub mod restore;
 pub(crate) mod signals;
+mod snapshot;
 mod supervise;
+mod triggers;
 
 use std::time::Duration;
 
@@ -49,6 +63,8 @@ pub enum VmEnd {
     Stopped,
     /// SIGINT, SIGTERM or SIGHUP.
     Signal,
+    /// The plugin exited with status 0.
+    Plugin,
 }
 
 /// A VM that could not be brought up, or did not end well.
@@ -74,9 +90,23 @@ pub enum VmmError {
     #[error(transparent)]
     Cpu(#[from] CpuError),
     #[error(transparent)]
+    State(#[from] crate::snapshot::state::StateError),
+    #[error(transparent)]
+    Restore(#[from] restore::RestoreError),
+    #[error(transparent)]
     Cell(#[from] CellError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    Plugin(#[from] crate::plugin_process::PluginError),
+    #[error(transparent)]
+    Session(#[from] crate::plugin::SessionError),
+    #[error(transparent)]
+    Attach(#[from] crate::plugin::AttachError),
+    #[error(transparent)]
+    Plugins(#[from] crate::plugin::StartError),
+    #[error("there is no kernel to boot")]
+    NoKernel,
     #[error(transparent)]
     VcpuStart(#[from] crate::vcpu::StartError),
     #[error(transparent)]
@@ -101,6 +131,8 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    #[error("guest memory does not come any more; the VM was stopped")]
+    Pager(#[source] crate::snapshot::pager::PagerError),
     #[error("{0}")]
     Guest(String),
     #[error(
@@ -112,8 +144,18 @@ pub enum VmmError {
 /// Runs a VM from start to end. The caller must still be single-threaded: the
 /// spawner is forked before anything else happens.
 pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
-    let mut vm = assemble::assemble(config)?;
+    let mut scribe = triggers::Scribe::start(&config.snapshot).map_err(|source| {
+        VmmError::System { what: "starting the process that writes snapshots", source }
+    })?;
+    let stream = scribe.as_mut().and_then(|scribe| scribe.stream.take());
+    let mut vm = match (&config.kernel, config.plugin.clone()) {
+        (None, Some(plugin)) => plugin_vm::assemble(config, &plugin)?,
+        _ => assemble::assemble(config, stream)?,
+    };
     let end = vm.run();
     vm.shut_down(&end);
+    if let Some(scribe) = scribe {
+        scribe.finish();
+    }
     end
 }

@@ -27,6 +27,7 @@ impl Vm {
         match request {
             Request::Pause => Some(self.pause()),
             Request::Resume => Some(self.resume()),
+            Request::Reset => Some(self.reset()),
             Request::Stop => {
                 self.asked_to_stop = true;
                 Some(Reply::Stop)
@@ -40,7 +41,11 @@ impl Vm {
                 Ok(()) => None,
                 Err(error) => Some(Reply::error(crate::remedy::chain(&error), None)),
             },
-            Request::Events => Some(Reply::Events),
+            // Carried out where their answers go.
+            Request::Snapshot { .. }
+            | Request::Kept { .. }
+            | Request::AwaitTrigger
+            | Request::Events => Some(Reply::Events),
         }
     }
 
@@ -58,13 +63,18 @@ impl Vm {
         }
     }
 
-    fn is_paused(&self) -> bool {
+    pub(super) fn is_paused(&self) -> bool {
         self.vcpus.states().iter().all(|state| *state == VcpuState::Paused)
     }
 
     fn resume(&mut self) -> Reply {
         let start = Instant::now();
         let epoch = self.vcpus.epoch();
+        if self.is_held() {
+            self.end_hold();
+            self.event(EventKind::Resume { epoch });
+            return Reply::Resume { epoch, took_us: start.elapsed().as_micros() as u64 };
+        }
         match self.vcpus.resume() {
             Ok(()) => {
                 self.event(EventKind::Resume { epoch });
@@ -174,6 +184,7 @@ impl Vm {
             vcpus: vcpus.collect(),
             disks: disks.collect(),
             serials: serials.collect(),
+            plugin_socket: self.plugin_socket.clone(),
         }
     }
 

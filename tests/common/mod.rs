@@ -47,6 +47,7 @@ pub struct Options {
     output: Option<OwnedFd>,
     program: Option<PathBuf>,
     prefix: Vec<String>,
+    snapshot: Option<PathBuf>,
 }
 
 impl Options {
@@ -161,9 +162,14 @@ impl Options {
         }
         words.push(program.to_str().unwrap().into());
         // A test that is killed leaves nothing behind.
-        words.extend(["run", "--die-with-parent", "--kernel"].map(String::from));
-        words.push(self.kernel.to_str().unwrap().into());
-        words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
+        if let Some(snapshot) = &self.snapshot {
+            words.extend(["restore", "--die-with-parent"].map(String::from));
+            words.push(snapshot.to_str().unwrap().into());
+        } else {
+            words.extend(["run", "--die-with-parent", "--kernel"].map(String::from));
+            words.push(self.kernel.to_str().unwrap().into());
+            words.extend(["--memory".into(), self.memory, "--cmdline".into(), self.cmdline]);
+        }
         for (n, (_, options)) in self.disks.iter().enumerate() {
             words.extend(["--disk".into(), format!("disk{n}{options}")]);
         }
@@ -232,7 +238,13 @@ impl Vm {
             output: None,
             program: None,
             prefix: Vec::new(),
+            snapshot: None,
         }
+    }
+
+    /// The machine of a snapshot.
+    pub fn restore(snapshot: &Path) -> Options {
+        Options { snapshot: Some(snapshot.into()), ..Vm::with("") }
     }
 
     /// The VMM's process id.

@@ -127,6 +127,12 @@ impl Backend {
         Ok(())
     }
 
+    /// Number of rings, and of those that run.
+    pub fn rings(&self) -> (usize, usize) {
+        let running = self.vrings.iter().filter(|vring| vring.worker.is_running()).count();
+        (self.vrings.len(), running)
+    }
+
     /// Has every worker that waits for tokens look again.
     pub fn wake(&self) {
         self.vrings.iter().for_each(|vring| vring.worker.wake());

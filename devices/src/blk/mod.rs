@@ -47,6 +47,7 @@ mod inflight;
 mod memory;
 mod overlay;
 mod poll;
+mod quiesce;
 mod request;
 mod ring;
 mod server;
@@ -166,6 +167,7 @@ pub struct Blk {
     handler: BackendReqHandler<Mutex<Backend>>,
     socket: UnixStream,
     throttle: Arc<Throttle>,
+    counters: CountersPage,
 }
 
 /// Checks what was handed over and makes the queues' threads. Reads nothing that
@@ -220,7 +222,7 @@ pub fn prepare(
     let backend = Arc::new(Mutex::new(backend));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
-    Ok(Blk { backend, handler, socket, throttle })
+    Ok(Blk { backend, handler, socket, throttle, counters })
 }
 
 /// `layer` is an overlay and its map.
@@ -351,6 +353,9 @@ impl Blk {
             }
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
+            ToCell::Quiesce { epoch } => self.quiesced(epoch),
+            ToCell::Thaw { .. } => return Ok(true), // its rings are started by the front end
+            ToCell::Load(load) => FromCell::Loaded(self.load(*load)),
             // A block device holds no output back.
             ToCell::Drain { epoch, .. } => FromCell::Drained { epoch, dropped: 0, unread: 0 },
         };

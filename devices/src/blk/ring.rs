@@ -133,6 +133,10 @@ impl<'m> Ring<'m> {
             }
             (tracker, unfinished) = (Some(past.tracker), past.unfinished);
         }
+        // It is set up anew after every cut, before anything is written to it.
+        for slice in memory.slices(layout.used, 6 + 8 * usize::from(layout.size)).flatten() {
+            memory.will_write(&slice);
+        }
         Ok(Ring { memory, queue, tracker, unfinished, last: Taken::Nothing, promised: false })
     }
 
@@ -144,6 +148,14 @@ impl<'m> Ring<'m> {
     /// Entries, which is also the most chains one batch can have.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Chains that are left, and that the driver has made available, as it says: unchecked.
+    pub fn available(&self) -> Result<u16, RingError> {
+        let idx =
+            self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
+        let new = idx.0.wrapping_sub(self.queue.next_avail());
+        Ok(new.saturating_add(u16::try_from(self.unfinished.len()).unwrap_or(u16::MAX)))
     }
 
     /// True when the driver has made a chain available, or one is left. One load.

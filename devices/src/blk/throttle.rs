@@ -93,6 +93,30 @@ impl Throttle {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
+    /// Tokens there are: of bytes, of requests; `i64::MAX` without a limit.
+    pub fn balance(&self, now: u64) -> [i64; 2] {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets { bytes, requests, .. } = &mut *buckets;
+        [bytes, requests].map(|bucket| {
+            bucket.as_mut().map_or(i64::MAX, |bucket| {
+                bucket.refill(now);
+                bucket.balance()
+            })
+        })
+    }
+
+    /// Has so many tokens from now on, but no more than fit.
+    pub fn set_balance(&self, balance: [i64; 2], now: u64) {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets { bytes, requests, .. } = &mut *buckets;
+        for (bucket, tokens) in [bytes, requests].into_iter().zip(balance) {
+            if let Some(bucket) = bucket {
+                *bucket = Bucket::restore(bucket.rate(), tokens, now);
+            }
+        }
+        buckets.keep(now);
+    }
+
     /// Whether there is a limit at all. One load.
     pub fn is_limited(&self) -> bool {
         self.limited.load(Ordering::Relaxed)
@@ -208,6 +232,22 @@ mod tests {
         throttle.set(&limits(None, None), START);
         assert!(!throttle.is_limited());
         assert_eq!(throttle.take(1 << 40, START), Ok(()));
+    }
+
+    #[test]
+    fn a_balance_is_handed_on_whatever_the_clock_says() {
+        let limits = limits(Some(1000), Some(10));
+        let first = Throttle::new(&limits, page(), START);
+        assert_eq!(first.take(900, START), Ok(()));
+        let balance = first.balance(START + SECOND / 100);
+        assert_eq!(balance, [110, 9]);
+        let second = Throttle::new(&limits, page(), 3 * SECOND);
+        second.set_balance(balance, 3 * SECOND);
+        assert_eq!(second.balance(3 * SECOND), [110, 9]);
+        second.set_balance([i64::MAX, i64::MIN], 4 * SECOND);
+        assert_eq!(second.balance(4 * SECOND), [1000, i64::MIN], "no more than fits");
+        let none = Throttle::new(&ThrottleLimits::default(), page(), START);
+        assert_eq!(none.balance(START), [i64::MAX; 2]);
     }
 
     #[test]

@@ -131,6 +131,20 @@ impl VirtioBlkCounters {
         self.word(Word::CurrentlyThrottledGauge).store(0, Ordering::Relaxed);
     }
 
+    /// Goes on from `state`, of which no request waits.
+    pub fn load(&self, state: &VirtioBlkCountersSnapshot) {
+        let store = |word, value| self.word(word).store(value, Ordering::Relaxed);
+        store(Word::ReadsCompleted, state.reads_completed);
+        store(Word::WritesCompleted, state.writes_completed);
+        store(Word::FlushesCompleted, state.flushes_completed);
+        store(Word::BytesRead, state.bytes_read);
+        store(Word::BytesWritten, state.bytes_written);
+        store(Word::ThrottledCount, state.throttled_count);
+        store(Word::IoErrors, state.io_errors);
+        store(Word::CurrentlyThrottledGauge, 0);
+        store(Word::InvalidAvailIdxCount, state.invalid_avail_idx_count);
+    }
+
     /// What the counters show now, by plain loads: the page may be hostile, or its writer
     /// gone.
     pub fn snapshot(&self) -> VirtioBlkCountersSnapshot {

@@ -9,9 +9,12 @@ pub mod counters;
 pub mod overlay;
 pub mod presence;
 pub mod ring;
+pub mod state;
 pub mod write_log;
 
 use serde::{Deserialize, Serialize};
+
+use self::state::{CellLoad, CellState};
 
 /// The fd number of the cell channel in a device process.
 pub const CELL_FD: i32 = 3;
@@ -178,6 +181,21 @@ pub enum ToCell {
     },
     /// A block process only, and not answered: from now on the disk may do this much.
     Throttle(ThrottleLimits),
+    /// Come to rest: carry out what was asked for so far, answer [`FromCell::Quiesced`] with
+    /// the same epoch, and touch neither the guest nor its devices until [`ToCell::Thaw`]. The
+    /// rings of a block process have been stopped through its front end before.
+    Quiesce {
+        /// Echoed in the answer.
+        epoch: u64,
+    },
+    /// Go on after the quiesce of this epoch. Not answered; one of another epoch is ignored.
+    Thaw {
+        /// Of the quiesce.
+        epoch: u64,
+    },
+    /// Go on from where a device of this kind once stood; answer [`FromCell::Loaded`]. Only for
+    /// a process that has served nothing yet, or is quiesced.
+    Load(Box<CellLoad>),
     /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
     /// instead.
     Stats,
@@ -212,6 +230,15 @@ pub enum FromCell {
         /// lost if the process ends now.
         unread: u64,
     },
+    /// Answer to [`ToCell::Quiesce`].
+    Quiesced {
+        /// Of the request.
+        epoch: u64,
+        /// Where the device stands.
+        state: Box<CellState>,
+    },
+    /// Answer to [`ToCell::Load`]: whether it was possible.
+    Loaded(bool),
     /// Answer to [`ToCell::Stats`].
     Stats(CellStats),
     /// The user typed the escape sequence at the console.

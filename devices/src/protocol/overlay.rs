@@ -9,6 +9,7 @@
 //! never cleared while a device serves. What a process wrote into the map is only ever
 //! taken as bits: any pattern names blocks of this disk and nothing else.
 
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,7 +27,7 @@ pub const fn overlay_bytes(size: u64) -> u64 {
 
 /// A run of neighbouring blocks that are in the overlay. The last one may reach beyond
 /// the end of the disk, though not of the overlay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
     /// Where it begins, in bytes.
     pub offset: u64,

@@ -10,9 +10,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::protocol::state::INPUT_MAX;
+
 const CTRL_A: u8 = 1;
 /// What a terminal may type ahead of a guest that does not read.
-const TYPED_AHEAD: usize = 64 * 1024;
+const TYPED_AHEAD: usize = INPUT_MAX;
 
 /// Input that the guest has not taken yet.
 ///
@@ -62,6 +64,16 @@ impl Input {
     /// What waits, first part.
     pub(super) fn front(&self) -> &[u8] {
         self.pending.as_slices().0
+    }
+
+    /// All that waits.
+    pub(super) fn save(&self) -> Vec<u8> {
+        self.pending.iter().copied().collect()
+    }
+
+    /// Has `bytes` wait in the place of what did.
+    pub(super) fn load(&mut self, bytes: Vec<u8>) {
+        self.pending = bytes.into();
     }
 
     /// The guest took `count` bytes.

@@ -14,6 +14,22 @@ pub(super) struct Lines {
 }
 
 impl Lines {
+    /// The line so far, as far as it is kept; one that is too long stays too long.
+    pub(super) fn save(&self) -> Vec<u8> {
+        let mut line = self.line[..self.len.min(LONGEST)].to_vec();
+        line.extend((self.len > LONGEST).then_some(0));
+        line
+    }
+
+    /// Goes on with a line that [`Lines::save`] gave.
+    pub(super) fn load(line: &[u8]) -> Lines {
+        let mut lines = Lines::default();
+        line.iter().filter(|byte| **byte != b'\n').for_each(|byte| {
+            let _ = lines.push(*byte); // no line ends here
+        });
+        lines
+    }
+
     /// Takes one byte of output; gives the marker whose line it ends.
     pub(super) fn push(&mut self, byte: u8) -> Option<Marker> {
         if byte != b'\n' {

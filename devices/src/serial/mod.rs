@@ -26,6 +26,7 @@ mod input;
 mod marker;
 mod outbox;
 mod output;
+mod quiesce;
 mod serve;
 mod uart;
 
@@ -92,6 +93,8 @@ pub struct Serial {
     drains: Vec<Drain>,
     /// Bytes the guest was given.
     received: u64,
+    /// The quiesce it stands still for.
+    quiesced: Option<u64>,
     poll: Duration,
 }
 
@@ -114,6 +117,7 @@ pub fn prepare(config: SerialStart, fds: Vec<OwnedFd>) -> Result<Serial, SerialE
         outbox: Outbox::default(),
         drains: Vec::new(),
         received: 0,
+        quiesced: None,
         poll: if has_one_cpu() { Duration::ZERO } else { POLL },
     })
 }

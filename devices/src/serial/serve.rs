@@ -55,6 +55,9 @@ impl Serial {
     /// Serves the ring; looks at everything else when that is due; sleeps when
     /// there is nothing to do.
     fn turn(&mut self, last: &mut Last, cell: &Channel) -> Result<(), SerialError> {
+        if self.is_quiesced() {
+            return self.stand_still(cell);
+        }
         let busy = self.take_accesses()? > 0;
         let now = Instant::now();
         if busy {
@@ -81,7 +84,7 @@ impl Serial {
     }
 
     /// Carries out what is in the ring, up to a burst; returns how much it was.
-    fn take_accesses(&mut self) -> Result<usize, SerialError> {
+    pub(super) fn take_accesses(&mut self) -> Result<usize, SerialError> {
         let mut count = 0;
         while count < BURST
             && let Some(access) = self.ring.next()?
@@ -94,7 +97,7 @@ impl Serial {
     }
 
     /// Gives the guest what input it has room for.
-    fn feed(&mut self) {
+    pub(super) fn feed(&mut self) {
         loop {
             let count = self.uart.receive(self.input.front());
             if count == 0 {
@@ -106,7 +109,7 @@ impl Serial {
     }
 
     /// Gives `serial-out` what the guest has transmitted.
-    fn hand_over(&mut self) {
+    pub(super) fn hand_over(&mut self) {
         let bytes = self.uart.transmitted();
         if let Some(output) = &self.output
             && !bytes.is_empty()
@@ -116,7 +119,7 @@ impl Serial {
         bytes.clear();
     }
 
-    fn report_markers(&mut self, cell: &Channel) -> Result<(), SerialError> {
+    pub(super) fn report_markers(&mut self, cell: &Channel) -> Result<(), SerialError> {
         for marker in self.uart.markers() {
             let message = FromCell::Marker(marker);
             self.outbox.send(message, cell).map_err(SerialError::Channel)?;
@@ -130,6 +133,14 @@ impl Serial {
         let drains = self.drains.iter().map(|drain| drain.until);
         let until = drains.chain(self.endpoint.retry_at()).chain(reminder).min()?;
         Some(until.saturating_duration_since(Instant::now()))
+    }
+
+    /// How long to wait at most for what has to be answered by then.
+    pub(super) fn drain_time(&self) -> PollTimeout {
+        let until = self.drains.iter().map(|drain| drain.until).min();
+        until.map_or(PollTimeout::NONE, |until| {
+            milliseconds(until.saturating_duration_since(Instant::now()))
+        })
     }
 
     fn wait(&self, cell: &Channel, limit: Option<Duration>) -> Result<Events, SerialError> {
@@ -187,7 +198,7 @@ impl Serial {
         self.answer_drains(cell)
     }
 
-    fn obey(&mut self, message: ToCell, cell: &Channel) -> Result<(), SerialError> {
+    pub(super) fn obey(&mut self, message: ToCell, cell: &Channel) -> Result<(), SerialError> {
         match message {
             ToCell::Drain { epoch, limit_ms } => {
                 let until = Instant::now() + Duration::from_millis(limit_ms.into());
@@ -198,6 +209,9 @@ impl Serial {
                 Ok(())
             }
             ToCell::Throttle(_) => Ok(()), // not for a serial line
+            ToCell::Quiesce { epoch } => self.quiesce(epoch, cell),
+            ToCell::Thaw { epoch } => self.thaw(epoch),
+            ToCell::Load(load) => self.load(*load, cell),
             ToCell::Stats => {
                 let stats = CellStats::Serial {
                     output: self.uart.total(),
@@ -209,7 +223,7 @@ impl Serial {
         }
     }
 
-    fn answer_drains(&mut self, cell: &Channel) -> Result<(), SerialError> {
+    pub(super) fn answer_drains(&mut self, cell: &Channel) -> Result<(), SerialError> {
         if self.drains.is_empty() {
             return Ok(());
         }
@@ -257,7 +271,7 @@ impl Serial {
         self.output.as_ref().map_or(0, |output| output.dropped())
     }
 
-    fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), SerialError> {
+    pub(super) fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), SerialError> {
         self.outbox.send(message, cell).map_err(SerialError::Channel)
     }
 }

@@ -7,13 +7,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState as Registers};
 
 use super::marker::Lines;
 use crate::protocol::Marker;
 use crate::protocol::ring::{Access, Consumer};
+use crate::protocol::state::{FIFO, SerialState};
 
-const FIFO: usize = 64;
 /// IER and IIR bits of "received data available" (16550 data sheet).
 const IER_RDA: u8 = 1;
 const IIR_RDA: u8 = 4;
@@ -119,6 +119,55 @@ impl Uart {
             Serial::from_state(&state, self.interrupt.clone(), NoEvents, transmitted)
         {
             self.device = device;
+        }
+    }
+
+    /// Where the device stands; the input in front of it is not its own.
+    pub(super) fn save(&mut self) -> SerialState {
+        let state = self.device.state();
+        let transmitted = self.device.writer_mut();
+        SerialState {
+            registers: [
+                state.baud_divisor_low,
+                state.baud_divisor_high,
+                state.interrupt_enable,
+                state.interrupt_identification,
+                state.line_control,
+                state.line_status,
+                state.modem_control,
+                state.modem_status,
+                state.scratch,
+            ],
+            fifo: state.in_buffer,
+            line: transmitted.lines.save(),
+            output: transmitted.total,
+            ..SerialState::default()
+        }
+    }
+
+    /// Goes on from `state`. False where no device stands like that.
+    pub(super) fn load(&mut self, state: &SerialState) -> bool {
+        let [dll, dlm, ier, iir, lcr, lsr, mcr, msr, scr] = state.registers;
+        let registers = Registers {
+            baud_divisor_low: dll,
+            baud_divisor_high: dlm,
+            interrupt_enable: ier,
+            interrupt_identification: iir,
+            line_control: lcr,
+            line_status: lsr,
+            modem_control: mcr,
+            modem_status: msr,
+            scratch: scr,
+            in_buffer: state.fifo.clone(),
+        };
+        let lines = Lines::load(&state.line);
+        let transmitted = Transmitted { total: state.output, lines, ..Transmitted::default() };
+        match Serial::from_state(&registers, self.interrupt.clone(), NoEvents, transmitted) {
+            Ok(device) => {
+                self.device = device;
+                true
+            }
+            Err(_) => false,
         }
     }
 

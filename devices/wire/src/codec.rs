@@ -16,6 +16,14 @@ pub enum CodecError {
     /// The encoded value is larger than a channel carries.
     #[error("message of {0} bytes is larger than the {MAX_MESSAGE} a channel carries")]
     TooLarge(usize),
+    /// The encoded value is larger than its kind may be.
+    #[error("{size} bytes are more than the {limit} allowed")]
+    Beyond {
+        /// Bytes there are.
+        size: usize,
+        /// Bytes there may be.
+        limit: usize,
+    },
     /// Bytes were left over after the value.
     #[error("{0} stray bytes after a message")]
     Trailing(usize),
@@ -39,6 +47,33 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     let (value, used) =
         bincode::serde::decode_from_slice(bytes, config()).map_err(CodecError::Decode)?;
+    if used != bytes.len() {
+        return Err(CodecError::Trailing(bytes.len() - used));
+    }
+    Ok(value)
+}
+
+/// Encodes `value`, which may take up to `LIMIT` bytes: for what does not go through a channel.
+pub fn encode_within<const LIMIT: usize, T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
+    let config = bincode::config::standard();
+    let bytes = bincode::serde::encode_to_vec(value, config).map_err(CodecError::Encode)?;
+    if bytes.len() > LIMIT {
+        return Err(CodecError::Beyond { size: bytes.len(), limit: LIMIT });
+    }
+    Ok(bytes)
+}
+
+/// Decodes one value that must fill `bytes` exactly, without allocating more than `LIMIT` bytes
+/// for it.
+pub fn decode_within<const LIMIT: usize, T: DeserializeOwned>(
+    bytes: &[u8],
+) -> Result<T, CodecError> {
+    if bytes.len() > LIMIT {
+        return Err(CodecError::Beyond { size: bytes.len(), limit: LIMIT });
+    }
+    let config = bincode::config::standard().with_limit::<LIMIT>();
+    let (value, used) =
+        bincode::serde::decode_from_slice(bytes, config).map_err(CodecError::Decode)?;
     if used != bytes.len() {
         return Err(CodecError::Trailing(bytes.len() - used));
     }

@@ -12,6 +12,6 @@ mod shm;
 mod uffd;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE};
-pub use codec::{CodecError, decode, encode};
+pub use codec::{CodecError, decode, decode_within, encode, encode_within};
 pub use shm::{Access, Mapping, ShmError, check_sealed, published_memfd, sealed_memfd};
 pub use uffd::Uffd;

@@ -1,9 +1,11 @@
 //! One control client: what it sent and what it has not read yet.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 
 use super::super::protocol::Reply;
@@ -93,6 +95,20 @@ impl Peer {
 
     pub(super) fn send_json(&mut self, reply: &Reply) {
         self.send(&line(reply));
+    }
+
+    /// Sends `reply` with `fds`, which go with its first byte. One that the socket does
+    /// not take now is an error for its client, who has read all that came before.
+    pub(super) fn send_fds(&mut self, reply: &Reply, fds: Vec<OwnedFd>) {
+        let line = line(reply);
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let bytes = [IoSlice::new(&line)];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match sendmsg::<()>(self.stream.as_raw_fd(), &bytes, &rights, flags, None) {
+            Ok(sent) => self.send(&line[sent..]),
+            Err(_) => self.gone = true,
+        }
     }
 
     /// Queues `bytes` and sends what the socket takes.

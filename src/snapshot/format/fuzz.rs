@@ -1,8 +1,9 @@
-//! What the fuzz targets `manifest` and `chunks` in `fuzz/` drive; a unit test replays their
+//! What the fuzz targets `manifest`, `chunks` and `state` in `fuzz/` drive; a unit test replays their
 //! corpus. Checksums are made right, or nothing behind them would ever be reached.
 
 use super::checksum::crc64;
 use super::{MAX_MEMORY, Manifest, SnapshotId, Suspect, table};
+use crate::snapshot::state::MicrovmState;
 
 /// Decodes `input` as a manifest, as it is and with a checksum that fits. True if that was
 /// taken.
@@ -38,6 +39,17 @@ pub fn chunks(input: &[u8]) -> bool {
     true
 }
 
+/// Decodes `input` as the state of a VM, with every device's part. True if that was taken.
+pub fn state(input: &[u8]) -> bool {
+    let Ok(state) = MicrovmState::decode(input) else { return false };
+    for device in &state.device_states {
+        let _ = (device.as_disk(), device.as_serial());
+    }
+    let again = state.encode().expect("what was decoded");
+    MicrovmState::decode(&again).expect("what was encoded");
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -56,6 +68,11 @@ mod tests {
     #[test]
     fn the_corpus_of_manifests() {
         replay("manifest", super::manifest);
+    }
+
+    #[test]
+    fn the_corpus_of_states() {
+        replay("state", super::state);
     }
 
     #[test]

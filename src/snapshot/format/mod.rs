@@ -83,6 +83,20 @@ impl SnapshotId {
         Ok(SnapshotId(id))
     }
 
+    /// From its 32 hexadecimal digits.
+    pub fn parse(text: &str) -> Option<SnapshotId> {
+        let (digits, rest) = text.as_bytes().as_chunks::<2>();
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let mut id = [0; 16];
+        if digits.len() != id.len() || !rest.is_empty() {
+            return None;
+        }
+        for (byte, [high, low]) in id.iter_mut().zip(digits) {
+            *byte = digit(*high)? << 4 | digit(*low)?;
+        }
+        SnapshotId::from_bytes(id)
+    }
+
     /// `None` for all zeros.
     fn from_bytes(bytes: [u8; 16]) -> Option<SnapshotId> {
         (bytes != [0; 16]).then_some(SnapshotId(bytes))

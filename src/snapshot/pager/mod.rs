@@ -38,10 +38,13 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::format::{Chain, FormatError};
 use crate::vm::memory::GuestRam;
 use thread::{Target, Worker};
+use watch::Watch;
 
 /// A pager that does not get on with a fault for so long is given up.
 pub const STALL_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a VM whose memory does not come may take to end.
+pub const LAST_RESORT: Duration = Duration::from_secs(15);
 /// How long the end of a VM waits for its pager.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
@@ -116,6 +119,10 @@ struct Shared {
     /// Rung when the pager has ended.
     notice: EventFd,
     failure: Mutex<Option<PagerError>>,
+    /// The same in one line, which stays.
+    why: Mutex<String>,
+    /// It never will be.
+    failed: AtomicBool,
     /// All is there.
     complete: AtomicBool,
     /// No thread any more.
@@ -182,11 +189,14 @@ pub struct Config<C> {
     pub prefetch: bool,
     /// Give up after so long without a step: [`STALL_LIMIT`].
     pub stall_limit: Duration,
+    /// Ends the process, if a failure, which it is told, has not ended it [`LAST_RESORT`]
+    /// later.
+    pub last_resort: Option<fn(&str)>,
 }
 
 impl Source {
     /// `device` is an open `/dev/userfaultfd`.
-    pub fn new(chain: Chain, device: OwnedFd) -> Result<Source, PagerError> {
+    pub fn new(chain: Arc<Chain>, device: OwnedFd) -> Result<Source, PagerError> {
         let presence = PresenceOwner::new(chain.chunks())?;
         let mut absent = 0;
         for index in 0..chain.chunks() {
@@ -205,6 +215,8 @@ impl Source {
             bell: event()?,
             notice: event()?,
             failure: Mutex::default(),
+            why: Mutex::default(),
+            failed: AtomicBool::new(false),
             complete: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -215,7 +227,7 @@ impl Source {
             prefetched: AtomicU64::new(0),
             absent: AtomicU64::new(absent),
         });
-        Ok(Source { shared, chain: Arc::new(chain), device })
+        Ok(Source { shared, chain, device })
     }
 
     /// Who invites processes that will map guest memory.
@@ -249,7 +261,8 @@ impl Source {
         shared.prefetch.store(config.prefetch, Ordering::Relaxed);
         let worker = Worker::new(shared.clone(), chain.clone(), Target::new(uffd, windows));
         thread::spawn(worker, config.confine.clone())?;
-        watch::spawn(shared.clone(), config.stall_limit, config.confine)?;
+        let watch = Watch { limit: config.stall_limit, last_resort: config.last_resort };
+        watch::spawn(shared.clone(), watch, config.confine)?;
         Ok(Pager { shared, chain, device })
     }
 }
@@ -343,6 +356,8 @@ impl Shared {
     /// The pager is over. The first reason stays.
     fn end(&self, result: Result<(), PagerError>) {
         if let Err(error) = result {
+            *lock(&self.why) = crate::remedy::chain(&error);
+            self.failed.store(!self.stop.load(Ordering::Relaxed), Ordering::Release);
             lock(&self.failure).get_or_insert(error);
         } else {
             self.complete.store(true, Ordering::Release);

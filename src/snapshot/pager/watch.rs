@@ -6,41 +6,53 @@ use std::time::Duration;
 
 use cellblock_seccomp::filter::FilterError;
 
-use super::{PagerError, Shared, step};
+use super::{LAST_RESORT, PagerError, Shared, lock, step};
 
 /// Looks within the limit.
 const LOOKS: u32 = 8;
 
+/// What to look for, and what to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watch {
+    pub(super) limit: Duration,
+    pub(super) last_resort: Option<fn(&str)>,
+}
+
 /// Starts the watch; it ends with the pager.
 pub(super) fn spawn(
     shared: Arc<Shared>,
-    limit: Duration,
+    watch: Watch,
     confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
 ) -> Result<(), PagerError> {
-    let watch = move || {
-        if let Err(error) = confine() {
-            shared.end(Err(error.into()));
-            return;
+    let run = move || {
+        match confine() {
+            Ok(()) => watch.run(&shared),
+            Err(error) => shared.end(Err(error.into())),
         }
-        run(&shared, limit);
+        // Whoever was to end the VM may wait for memory itself.
+        if let (true, Some(end)) = (shared.failed.load(Ordering::Acquire), watch.last_resort) {
+            std::thread::sleep(LAST_RESORT);
+            end(&lock(&shared.why));
+        }
     };
-    let thread = std::thread::Builder::new().name("pager-watch".into()).spawn(watch);
+    let thread = std::thread::Builder::new().name("pager-watch".into()).spawn(run);
     thread.map(drop).map_err(step("starting the pager's watch"))
 }
 
-/// The thread counts a step at least once between two looks, however little there
-/// is to do, so that one that stopped is found without asking who waits for it.
-fn run(shared: &Shared, limit: Duration) {
-    // Looks are counted, not time: a VM that was stopped as a whole got no further either.
-    let (mut seen, mut looks) = (0, 0);
-    while !shared.ended.load(Ordering::Acquire) {
-        std::thread::sleep(limit / LOOKS);
-        let steps = shared.steps.load(Ordering::Relaxed);
-        looks = if steps == seen { looks + 1 } else { 0 };
-        seen = steps;
-        if looks == LOOKS {
-            shared.end(Err(PagerError::Stalled(limit)));
-            return;
+impl Watch {
+    /// The thread counts a step at least once between two looks, however little there is to
+    /// do, so that one that stopped is found without asking who waits for it.
+    fn run(&self, shared: &Shared) {
+        // Looks are counted, not time: a VM that was stopped as a whole got no further either.
+        let (mut seen, mut looks) = (0, 0);
+        while !shared.ended.load(Ordering::Acquire) {
+            std::thread::sleep(self.limit / LOOKS);
+            let steps = shared.steps.load(Ordering::Relaxed);
+            looks = if steps == seen { looks + 1 } else { 0 };
+            seen = steps;
+            if looks == LOOKS {
+                return shared.end(Err(PagerError::Stalled(self.limit)));
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ pub(super) struct Worker {
     /// Number of the connection.
     number: u64,
     end: UnixStream,
-    frontend: Frontend,
+    pub(super) frontend: Frontend,
     state: State,
     watcher: Option<Watcher>,
     /// Jobs of a watched front end that has lost its connection.
@@ -36,7 +36,9 @@ pub(super) struct Worker {
     info: Option<DeviceInfo>,
     /// Protocol features agreed on.
     protocol: VhostUserProtocolFeatures,
-    active: Option<Active>,
+    pub(super) active: Option<Active>,
+    /// Where the rings stand that are stopped for a snapshot.
+    pub(super) frozen: Vec<(usize, u16)>,
     /// What the driver has written to the configuration, and where.
     written: BTreeMap<(u32, usize), Vec<u8>>,
 }
@@ -51,10 +53,10 @@ enum State {
 }
 
 /// What was set up for the driver, and has to be again over another connection.
-struct Active {
-    activation: Activation,
+pub(super) struct Active {
+    pub(super) activation: Activation,
     /// Rings that were started.
-    live: Vec<usize>,
+    pub(super) live: Vec<usize>,
     record: Option<(VhostUserInflight, File)>,
 }
 
@@ -73,6 +75,7 @@ impl Worker {
             info: None,
             protocol: VhostUserProtocolFeatures::empty(),
             active: None,
+            frozen: Vec::new(),
             written: BTreeMap::new(),
         }
     }
@@ -119,6 +122,15 @@ impl Worker {
             Job::SetConfig(offset, bytes, answer) => {
                 let result = self.set_config(offset, &bytes);
                 self.settle(result, answer, |answer| Job::SetConfig(offset, bytes, answer));
+            }
+            Job::Freeze(answer) => {
+                let result = self.freeze();
+                self.settle(result, answer, Job::Freeze);
+            }
+            Job::Thaw(answer) => {
+                let result = self.thaw();
+                // A reconnect sets it up.
+                self.settle(result, answer, Job::Resume);
             }
             Job::Reset(answer) => {
                 let result = self.reset();
@@ -172,7 +184,9 @@ impl Worker {
         let gone = || FrontEndError::Gone { id: self.id.clone() };
         match job {
             Job::Open(answer) => answer.complete(Err(gone())),
+            Job::Freeze(answer) => answer.complete(Err(gone())),
             Job::Activate(_, answer)
+            | Job::Thaw(answer)
             | Job::SetConfig(_, _, answer)
             | Job::Reset(answer)
             | Job::Resume(answer) => answer.complete(Err(gone())),
@@ -184,6 +198,7 @@ impl Worker {
     fn reconnect(&mut self, number: u64, to: Connection) {
         self.number = number;
         self.end = to.end;
+        self.frozen.clear();
         self.frontend = Frontend::from_stream(to.stream, self.needs.queues.into());
         // A driver that is resetting the device wants nothing of what was.
         if self.waiting.iter().any(|job| matches!(job, Job::Reset(_))) {
@@ -236,7 +251,7 @@ impl Worker {
         result.map(|()| true)
     }
 
-    fn exchange<T>(
+    pub(super) fn exchange<T>(
         &self,
         what: &'static str,
         result: vhost::Result<T>,
@@ -334,13 +349,25 @@ impl Worker {
             let set = self.frontend.set_inflight_fd(shape, file.as_raw_fd());
             self.exchange("handing the record of requests over", set)?;
         }
-        for queue in &activation.queues {
+        let all: Vec<usize> = activation.queues.iter().map(|queue| queue.index).collect();
+        self.set_queues_up(active, &all)
+    }
+
+    /// Sets some queues up, and starts them.
+    pub(super) fn set_queues_up(
+        &mut self,
+        active: &mut Active,
+        which: &[usize],
+    ) -> Result<(), FrontEndError> {
+        let queues = active.activation.queues.iter().filter(|queue| which.contains(&queue.index));
+        for queue in queues.clone() {
             self.set_up_queue(queue)?;
         }
         // The stream keeps its order and a back end that fails a message closes the
         // connection, so the answer to the last message vouches for all of them.
-        for (n, queue) in activation.queues.iter().enumerate() {
-            if n + 1 == activation.queues.len() {
+        let last = queues.clone().next_back().map(|queue| queue.index);
+        for queue in queues {
+            if Some(queue.index) == last {
                 self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
             }
             let enabled = self.frontend.set_vring_enable(queue.index, true);
@@ -365,8 +392,8 @@ impl Worker {
         let index = queue.index;
         self.exchange("sizing a queue", frontend.set_vring_num(index, queue.config.size))?;
         self.exchange("placing a queue", frontend.set_vring_addr(index, &vring))?;
-        // Where to go on in a queue that has run is in the record.
-        self.exchange("positioning a queue", frontend.set_vring_base(index, 0))?;
+        // Where to go on in a queue that has run under this record is in the record.
+        self.exchange("positioning a queue", frontend.set_vring_base(index, queue.base))?;
         self.exchange("connecting an interrupt", frontend.set_vring_call(index, &queue.call))?;
         self.exchange("connecting an error event", frontend.set_vring_err(index, &queue.err))?;
         self.exchange("connecting a doorbell", frontend.set_vring_kick(index, &queue.kick))
@@ -386,6 +413,7 @@ impl Worker {
     }
 
     fn reset(&mut self) -> Result<(), FrontEndError> {
+        self.frozen.clear();
         let live = self.active.take().map(|active| active.live).unwrap_or_default();
         for index in live {
             let base = self.frontend.get_vring_base(index);

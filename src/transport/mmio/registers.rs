@@ -7,6 +7,8 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio as reg;
 
+use serde::{Deserialize, Serialize};
+
 use crate::transport::queue::{QUEUE_SIZE_MAX, QueueConfig};
 
 pub(super) const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
@@ -164,4 +166,65 @@ fn set_low(word: &mut u64, value: u32) {
 
 fn set_high(word: &mut u64, value: u32) {
     *word = *word & 0xffff_ffff | u64::from(value) << 32;
+}
+
+/// A virtio-mmio device between two accesses of its driver.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    /// Feature bits the device offered.
+    pub features: u64,
+    /// The configuration space, with what the driver wrote to it.
+    pub config: Vec<u8>,
+    /// Queues, with the position of each that was running.
+    pub queues: Vec<QueueState>,
+    /// Device status.
+    pub status: u32,
+    driver_features: u64,
+    selectors: [u32; 3],
+    config_changed: bool,
+    generation: u32,
+}
+
+/// One queue of a [`TransportState`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// As the driver set it up.
+    pub config: QueueConfig,
+    /// The first available entry not taken; `None` for a queue that did not run.
+    pub base: Option<u16>,
+}
+
+impl Registers {
+    /// The state, less what the registers do not know.
+    pub(super) fn save(&self) -> TransportState {
+        TransportState {
+            features: 0,
+            config: Vec::new(),
+            queues: self.queues.iter().map(|q| QueueState { config: *q, base: None }).collect(),
+            status: self.status,
+            driver_features: self.driver_features,
+            selectors: [self.device_features_sel, self.driver_features_sel, self.queue_sel],
+            config_changed: self.config_changed,
+            generation: self.generation,
+        }
+    }
+
+    /// Registers that go on from `state`, of a device that offers `features` and has as
+    /// many queues as this one. `None` where no driver could have brought them there.
+    pub(super) fn load(&self, state: &TransportState, features: u64) -> Option<Registers> {
+        let [device_features_sel, driver_features_sel, queue_sel] = state.selectors;
+        let agreed = state.status & FEATURES_OK == 0 || state.driver_features & !features == 0;
+        (state.queues.len() == self.queues.len() && state.status <= 0xff && agreed).then(|| {
+            Registers {
+                status: state.status,
+                driver_features: state.driver_features,
+                queues: state.queues.iter().map(|queue| queue.config).collect(),
+                device_features_sel,
+                driver_features_sel,
+                queue_sel,
+                config_changed: state.config_changed,
+                generation: state.generation,
+            }
+        })
+    }
 }

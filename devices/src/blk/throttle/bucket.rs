@@ -73,6 +73,11 @@ impl Bucket {
         self.balance = self.balance.saturating_sub(i128::from(cost.0) * TOKEN);
     }
 
+    /// How it fills.
+    pub fn rate(&self) -> Rate {
+        Rate { per_second: self.rate, burst: self.burst }
+    }
+
     /// Whole tokens there are, rounded down.
     pub fn balance(&self) -> i64 {
         self.balance.div_euclid(TOKEN).clamp(i64::MIN.into(), i64::MAX.into()) as i64

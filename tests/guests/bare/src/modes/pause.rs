@@ -25,7 +25,12 @@ static COUNTERS: [Counter; MAX_CPUS] = [const { Counter(AtomicU64::new(0)) }; MA
 /// disk), reads the console, and sees that neither a counter nor a clock ever steps back. It ends
 /// after `count=` rounds, or when it reads `q`. Every `every=` rounds it prints a line, and writes a
 /// heartbeat to the readiness port if `heartbeat` is there.
+///
+/// `touch=` has so many MiB of memory in use first.
 pub fn run(boot: &Boot) {
+    if boot.cmdline.number("touch", 0) > 0 {
+        super::touch::pages(boot, boot.cmdline.number("touch", 0) << 20);
+    }
     let mut heap = Heap::new(&boot.memory);
     let options = Options { depth: 1, ..Options::from_cmdline(boot) };
     let mut disk =

@@ -11,8 +11,12 @@ const GIB: u64 = 1 << 30;
 /// Writes one word in every page and reads all of them back, in the memory beyond the image and
 /// then in the memory map's other ranges. `high`: only in those above 4 GiB.
 pub fn run(boot: &Boot) {
+    pages(boot, boot.cmdline.number("mib", 16) << 20);
+}
+
+/// As [`run`], for so many bytes.
+pub fn pages(boot: &Boot, mut left: u64) {
     let mut heap = Heap::new(&boot.memory);
-    let mut left = boot.cmdline.number("mib", 16) << 20;
     // Tables first: they come from the same memory.
     for &(start, length) in boot.memory.as_slice() {
         for index in start / GIB..(start + length).div_ceil(GIB) {

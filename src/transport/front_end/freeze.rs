@@ -1,0 +1,58 @@
+//! Rings that come to rest for a snapshot and go on afterwards, or elsewhere.
+//!
+//! GET_VRING_BASE has the back end finish what it took from a ring, stop it, and say where
+//! it stands. Features, memory and the record stay agreed on, so that a thaw is short. A thaw
+//! is queued behind the freeze it undoes: it is right also where nobody waited for the freeze
+//! to end. A connection that is lost in between has everything set up anew, and running.
+
+use vhost::VhostBackend;
+
+use super::worker::Worker;
+use super::{Answer, FrontEnd, FrontEndError, Job};
+
+impl FrontEnd {
+    /// Stops every ring that runs; answers with index and position of each.
+    pub fn freeze(&self) -> Answer<Vec<(usize, u16)>> {
+        self.post(Job::Freeze)
+    }
+
+    /// Has the rings go on that [`FrontEnd::freeze`] stopped, where they stand.
+    pub fn thaw(&self) -> Answer<()> {
+        self.post(Job::Thaw)
+    }
+}
+
+impl Worker {
+    pub(super) fn freeze(&mut self) -> Result<Vec<(usize, u16)>, FrontEndError> {
+        while let Some(index) = self.active.as_ref().and_then(|active| active.live.first().copied())
+        {
+            let base = self.frontend.get_vring_base(index);
+            let base = self.exchange("stopping a queue", base)?;
+            // A split ring's position has 16 bits; a back end that says more is none.
+            let what = "a position within a ring";
+            let id = || self.id().to_string();
+            let base =
+                u16::try_from(base).map_err(|_| FrontEndError::Missing { id: id(), what })?;
+            if let Some(active) = &mut self.active {
+                active.live.remove(0);
+            }
+            self.frozen.push((index, base));
+        }
+        Ok(self.frozen.clone())
+    }
+
+    pub(super) fn thaw(&mut self) -> Result<(), FrontEndError> {
+        let frozen = std::mem::take(&mut self.frozen);
+        let Some(mut active) = self.active.take() else { return Ok(()) };
+        let mut stopped = Vec::with_capacity(frozen.len());
+        for queue in &mut active.activation.queues {
+            if let Some((index, base)) = frozen.iter().find(|(index, _)| *index == queue.index) {
+                queue.base = *base;
+                stopped.push(*index);
+            }
+        }
+        let result = self.set_queues_up(&mut active, &stopped);
+        self.active = Some(active);
+        result
+    }
+}

@@ -1,0 +1,368 @@
+//! A machine that goes on from a snapshot.
+//!
+//! Everything is opened and checked first, then the shell is built: processes start in their
+//! jails while memory is filled and KVM set up. Last, what the state says is set in it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use cellblock_devices::protocol::overlay::Extent;
+use cellblock_devices::protocol::{LogLevel, SeccompMode};
+use cellblock_seccomp::filter::Policy;
+
+use super::assemble::{self, Parts};
+use super::event_loop::Vm;
+use super::hold::Hold;
+use super::plugins::Guests;
+use super::snapshot::{LoadError, Origin};
+use super::{VmEnd, VmmError};
+use crate::cell::launch::Common;
+use crate::cell::overlay::{OverlayError, Place};
+use crate::config::OpenError;
+use crate::console;
+use crate::control::server::ControlServer;
+use crate::remedy::Remedy;
+use crate::snapshot::eager::{self, FillError};
+use crate::snapshot::format::{Chain, FormatError};
+use crate::snapshot::pager::{self, Pager, PagerError, Source};
+use crate::snapshot::state::compat::Incompatible;
+use crate::snapshot::state::device::{DiskState, Fingerprint};
+use crate::snapshot::state::{Host, MicrovmState, StateError};
+use crate::spec::{Backing, DiskSpec, SerialSpec};
+use crate::vm::cpu::CpuModel;
+use crate::vm::kvm;
+use crate::vm::memory::GuestRam;
+
+/// A VM to be restored.
+#[derive(Clone, Debug)]
+pub struct RestoreConfig {
+    /// The snapshot's directory.
+    pub snapshot: PathBuf,
+    /// Disks that are to be others than the snapshot says.
+    pub disks: Vec<DiskOverride>,
+    /// Endpoint of the serial line.
+    pub serial: SerialSpec,
+    /// Where to make the control socket.
+    pub control: Option<PathBuf>,
+    /// How memory comes.
+    pub memory: MemoryMode,
+    /// Note what is written from the start, so that a diff to the snapshot can be taken.
+    pub track: bool,
+    /// False only with `--disable-sandbox`.
+    pub sandbox: bool,
+    /// What happens on a system call outside a policy.
+    pub seccomp: SeccompMode,
+    /// What is logged.
+    pub log: LogLevel,
+}
+
+/// How a restored VM gets its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryMode {
+    /// Lazily where that is possible.
+    Auto,
+    /// When it is touched.
+    Lazy,
+    /// All of it before the guest runs, and all of it checked.
+    Eager,
+}
+
+/// What is to be different about a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOverride {
+    /// Its id.
+    pub id: String,
+    /// Another image, which the user says is the right one.
+    pub path: Option<PathBuf>,
+    /// Leave the image alone, and keep the guest's writes here.
+    pub cow: Option<Place>,
+}
+
+/// A snapshot that no VM can go on from, here and now.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum RestoreError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("snapshot {}", .0.display())]
+    State(PathBuf, #[source] StateError),
+    #[error("snapshot {}", .0.display())]
+    Host(PathBuf, #[source] Incompatible),
+    #[error("snapshot {}: its state is of {state} bytes of memory, its memory of {memory}", .path.display())]
+    Memory { path: PathBuf, state: u64, memory: u64 },
+    #[error("the snapshot has no disk '{0}': its disks are {1}")]
+    NoDisk(String, String),
+    #[error("disk '{id}' ({}) has {found} bytes, and had {wanted} when the snapshot was taken", .path.display())]
+    DiskSize { id: String, path: PathBuf, found: u64, wanted: u64 },
+    #[error("disk '{id}' ({}) was changed since the snapshot was taken", .path.display())]
+    DiskChanged { id: String, path: PathBuf },
+    #[error("looking at disk '{0}'")]
+    Disk(String, #[source] nix::Error),
+    #[error("the snapshot lacks what was written to its cow disk '{0}'")]
+    NoWrites(String),
+    #[error("disk '{0}'")]
+    Writes(String, #[source] OverlayError),
+    #[error("plugin '{0}' gave no state that it could go on from: the snapshot is for inspection")]
+    Plugin(String),
+    #[error(transparent)]
+    Fill(#[from] FillError),
+    #[error("opening /dev/userfaultfd, for lazy memory")]
+    Userfaultfd(#[source] std::io::Error),
+    #[error("disk '{0}' is served by another program, which cannot take part in lazy memory")]
+    NotLazy(String),
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    #[error("setting the machine's state")]
+    Load(#[from] LoadError),
+}
+
+impl Remedy for RestoreError {
+    fn remedy(&self) -> Option<String> {
+        match self {
+            RestoreError::Format(error) | RestoreError::Fill(FillError::Format(error)) => {
+                error.remedy()
+            }
+            RestoreError::Userfaultfd(_) | RestoreError::NotLazy(_) => {
+                Some("use '--memory-mode eager'; lazy memory needs to open that device".into())
+            }
+            RestoreError::Host(..) => Some("restore it on a host like the one it is from".into()),
+            RestoreError::DiskSize { id, .. } | RestoreError::DiskChanged { id, .. } => {
+                Some(format!(
+                    "name a copy from that time with '--disk id={id},path=FILE' (that says that the \
+                     file is right, as it is), or snapshot with '--disks copy'"
+                ))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What a restore tells of itself while it fills memory.
+pub trait Progress: Sync {
+    /// So many chunks there are.
+    fn begin(&self, chunks: usize);
+    /// So many more are there.
+    fn advance(&self, chunks: usize);
+    /// All are.
+    fn end(&self);
+}
+
+/// Runs a restored VM to its end. The caller must still be single-threaded.
+pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, VmmError> {
+    let mut vm = assemble(config, progress)?;
+    let end = vm.run();
+    vm.shut_down(&end);
+    end
+}
+
+fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
+    let started = Instant::now();
+    let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
+    let path = &config.snapshot;
+    let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
+    let state = read_state(path, &chain)?;
+    let kvm = kvm::open()?;
+    kvm::check_cpus(&kvm, state.vm_info.cpus.into())?;
+    let model = CpuModel::new(&kvm, state.vm_info.cpus)?;
+    let host = Host::new(&kvm, &model)?;
+    state.verify_compatible(&host).map_err(|e| RestoreError::Host(path.clone(), e))?;
+    let (specs, disks) = open_disks(&state, &chain, &config.disks)?;
+    let control = config.control.as_deref().map(ControlServer::bind).transpose();
+    let control = control.map_err(OpenError::Control)?;
+    let console = console::open(&config.serial).map_err(OpenError::Console)?;
+    let ram = GuestRam::new(state.vm_info.memory)?;
+    let lazy = lazy_source(&config, &chain, &specs, &disks)?;
+    let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
+    let common = Common {
+        seccomp: config.seccomp,
+        sandbox: config.sandbox,
+        log: config.log,
+        lazy: inviter.map_err(RestoreError::from)?.map(|inviter| &*Box::leak(inviter)),
+        writes: Some(assemble::write_logs(ram.len())),
+    };
+    let parts = Parts {
+        started,
+        spawner,
+        signals,
+        common,
+        specs,
+        disks,
+        control,
+        console,
+        kvm,
+        model,
+        host,
+        ram,
+        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        hold: Arc::new(Hold::new(false)),
+        guests: Guests::none(),
+        plugin_socket: None,
+    };
+    let state = Arc::new(state);
+    let written = written(&state, &chain)?;
+    let mut pager = None;
+    let mut vm = assemble::build(parts, |machine, _, _| {
+        match lazy {
+            Some(source) => pager = Some(start_pager(source, machine.ram(), common)?),
+            None => {
+                progress.begin(chain.chunks());
+                let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
+                progress.end();
+                filled.map_err(RestoreError::from)?;
+            }
+        }
+        state
+            .vcpu_states
+            .iter()
+            .map(|saved| {
+                let vcpu = machine.create_vcpu(saved.id)?;
+                saved.identify(&vcpu)?;
+                Ok(vcpu)
+            })
+            .collect()
+    })?;
+    vm.pager = pager;
+    if config.track {
+        vm.track_since(chain.manifest().id)?;
+    }
+    vm.load(&state).map_err(RestoreError::from)?;
+    vm.nudge();
+    vm.origin = Some(Origin { chain, state, written });
+    Ok(vm)
+}
+
+/// What memory will come from, if it is to come lazily.
+fn lazy_source(
+    config: &RestoreConfig,
+    chain: &Arc<Chain>,
+    specs: &[DiskSpec],
+    disks: &[Backing],
+) -> Result<Option<Source>, RestoreError> {
+    let wanted = config.memory == MemoryMode::Lazy;
+    if config.memory == MemoryMode::Eager {
+        return Ok(None);
+    }
+    let stranger = disks.iter().position(|disk| matches!(disk, Backing::BackEnd(_)));
+    if let Some(n) = stranger {
+        let refused = RestoreError::NotLazy(specs[n].id().to_string());
+        return if wanted { Err(refused) } else { Ok(None) };
+    }
+    match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => Ok(Some(Source::new(chain.clone(), device.into())?)),
+        Err(error) if wanted => Err(RestoreError::Userfaultfd(error)),
+        Err(error) => {
+            tracing::info!(%error, "no userfaultfd: memory is restored before the guest runs");
+            Ok(None)
+        }
+    }
+}
+
+fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, RestoreError> {
+    let mode = assemble::filter_mode(common);
+    let config = pager::Config {
+        confine: move || assemble::confine(Policy::VmmPager, mode),
+        prefetch: true,
+        stall_limit: pager::STALL_LIMIT,
+        last_resort: Some(|why: &str| {
+            // Whoever was to end the VM waits for memory itself.
+            crate::logging::tell(&format!("guest memory does not come any more: {why}"));
+            std::process::exit(1)
+        }),
+    };
+    Ok(source.start(ram, config)?)
+}
+
+/// What had been written to each `cow` disk, for a reset.
+fn written(
+    state: &MicrovmState,
+    chain: &Chain,
+) -> Result<Vec<(String, Vec<Extent>, File)>, RestoreError> {
+    let at = || chain.snapshot().path().to_path_buf();
+    let mut all = Vec::new();
+    for device in &state.device_states {
+        let disk = device.as_disk().map_err(|e| RestoreError::State(at(), e))?;
+        if let Some(extents) = disk.and_then(|disk| disk.written) {
+            let data = chain.snapshot().disk(&device.id)?;
+            let data = data.ok_or_else(|| RestoreError::NoWrites(device.id.clone()))?;
+            all.push((device.id.clone(), extents, data));
+        }
+    }
+    Ok(all)
+}
+
+fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {
+    let bytes = chain.snapshot().state()?;
+    let state = MicrovmState::decode(&bytes).map_err(|e| RestoreError::State(path.into(), e))?;
+    let (of_state, memory) = (state.vm_info.memory, chain.manifest().memory);
+    if of_state != memory {
+        return Err(RestoreError::Memory { path: path.into(), state: of_state, memory });
+    }
+    if let Some(plugin) = state.plugin_states.iter().find(|plugin| plugin.state.is_none()) {
+        return Err(RestoreError::Plugin(crate::remedy::printable(&plugin.name)));
+    }
+    Ok(state)
+}
+
+/// Opens the image of every disk: the one the user names, the one in the snapshot, or the
+/// one that was used, if it is as it was.
+fn open_disks(
+    state: &MicrovmState,
+    chain: &Chain,
+    named: &[DiskOverride],
+) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
+    let mut saved: Vec<(String, DiskState)> = Vec::new();
+    for device in &state.device_states {
+        let disk =
+            device.as_disk().map_err(|e| RestoreError::State(chain.snapshot().path().into(), e))?;
+        saved.extend(disk.map(|disk| (device.id.clone(), disk)));
+    }
+    if let Some(other) = named.iter().find(|disk| !saved.iter().any(|(id, _)| *id == disk.id)) {
+        let ids: Vec<&str> = saved.iter().map(|(id, _)| id.as_str()).collect();
+        return Err(RestoreError::NoDisk(other.id.clone(), ids.join(", ")).into());
+    }
+    let (mut specs, mut disks) = (Vec::new(), Vec::new());
+    for (id, disk) in saved {
+        let other = named.iter().find(|other| other.id == id);
+        let by_user = other.and_then(|other| other.path.as_ref());
+        let copied = chain.manifest().disks.iter().find(|copy| copy.id == id);
+        // The copy of a cow disk is of what was written to it.
+        let copied = copied.filter(|_| disk.written.is_none());
+        let path = match (by_user, copied) {
+            (Some(path), _) => path.clone(),
+            (None, Some(copy)) => chain.snapshot().path().join(copy.file()),
+            (None, None) => disk.record.path.clone(),
+        };
+        let mut spec = disk.record.spec(&id, path.clone());
+        spec.cow = other.and_then(|other| other.cow.clone()).or(spec.cow);
+        // The snapshot is not to change with the guest.
+        if copied.is_some() && by_user.is_none() && !spec.read_only {
+            spec.cow.get_or_insert_default();
+        }
+        let backing = spec.open_backing().map_err(OpenError::Disk)?;
+        if let Backing::Image(image) = &backing {
+            let (found, wanted) = (image.size, disk.record.size);
+            if found != wanted {
+                return Err(RestoreError::DiskSize { id, path, found, wanted }.into());
+            }
+            if by_user.is_none() && copied.is_none() {
+                use std::os::fd::AsFd;
+                let now = Fingerprint::of(image.fd.as_fd());
+                let now = now.map_err(|e| RestoreError::Disk(id.clone(), e))?;
+                // A block device does not tell: its user has to.
+                if now != disk.record.fingerprint || now.modified_ns.is_none() {
+                    return Err(RestoreError::DiskChanged { id, path }.into());
+                }
+            }
+            if let (Some(extents), Some(overlay)) = (&disk.written, &image.overlay) {
+                let data = chain.snapshot().disk(&id).map_err(RestoreError::from)?;
+                let data = data.ok_or_else(|| RestoreError::NoWrites(id.clone()))?;
+                overlay.load(&data, extents).map_err(|e| RestoreError::Writes(id.clone(), e))?;
+            }
+        }
+        specs.push(spec);
+        disks.push(backing);
+    }
+    Ok((specs, disks))
+}

@@ -1,0 +1,211 @@
+//! Reading the state of a machine that stands still, and holding its memory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use cellblock_devices::protocol::overlay::Extent;
+use cellblock_devices::protocol::state::CellState;
+use cellblock_wire::{CodecError, ShmError, sealed_memfd};
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, lseek};
+
+use super::super::event_loop::{DiskFacts, Vm};
+use super::devices::Frozen;
+use crate::cell::overlay::{OverlayError, Place};
+use crate::snapshot::state::device::{DiskState, Fingerprint};
+use crate::snapshot::state::{
+    DeviceState, DiskRecord, Metadata, MicrovmState, StateError, VmInfo, machine, vcpu,
+};
+use crate::vcpu::WorkError;
+use crate::vm::memory::GuestRam;
+
+/// A state that could not be read, or memory that could not be held.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CaptureError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Vcpu(#[from] WorkError),
+    #[error("device {0} gave no state")]
+    NoState(String),
+    #[error("looking at the image of {0}")]
+    Image(String, #[source] Errno),
+    #[error("making room for the copy")]
+    Room(#[from] ShmError),
+    #[error("copying guest memory")]
+    Copy(#[source] io::Error),
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    #[error("reading what has not come yet")]
+    Chain(#[from] crate::snapshot::format::FormatError),
+    #[error(transparent)]
+    Log(#[from] crate::vm::kvm::KvmError),
+    #[error("encoding")]
+    Encode(#[from] CodecError),
+}
+
+impl Vm {
+    /// The encoded state of the machine: vCPUs, then what belongs to all of them.
+    pub(super) fn capture(
+        &self,
+        frozen: &Frozen,
+        metadata: Metadata,
+    ) -> Result<Vec<u8>, CaptureError> {
+        let facts = self.snapshots.facts.clone();
+        let vcpu_states = self
+            .vcpus
+            .with_each(move |id, vcpu| vcpu::capture(id as u8, vcpu, &facts))?
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?;
+        let irqchip_state = machine::capture(self.machine.vm())?;
+        let mut host = self.snapshots.host.clone();
+        host.tsc_khz = vcpu_states.first().map_or(0, |vcpu| vcpu.tsc_khz);
+        let vm_info = VmInfo {
+            program: env!("CARGO_PKG_VERSION").to_string(),
+            cpus: vcpu_states.len() as u8,
+            memory: self.ram.len(),
+            host,
+            boot_id: self.snapshots.boot_id.clone(),
+        };
+        let state = MicrovmState {
+            vm_info,
+            vcpu_states,
+            device_states: self.device_states(frozen)?,
+            irqchip_state,
+            plugin_states: Vec::new(),
+            metadata,
+        };
+        Ok(state.encode()?)
+    }
+
+    fn device_states(&self, frozen: &Frozen) -> Result<Vec<DeviceState>, CaptureError> {
+        let said = |id: &str| {
+            let at = self.cells.iter().position(|cell| cell.id() == id)?;
+            Some((&self.cells[at], frozen.states.get(at)?.as_ref()?))
+        };
+        let none = |id: &str| CaptureError::NoState(id.to_string());
+        let mut states = Vec::new();
+        for cell in self.cells.iter().filter(|cell| cell.role() == "serial") {
+            let Some((_, CellState::Serial(state))) = said(cell.id()) else {
+                return Err(none(cell.id()));
+            };
+            states.push(DeviceState::serial(cell.id(), state)?);
+        }
+        for (slot, (id, device)) in self.devices.iter().enumerate() {
+            let facts = self.disks.iter().find(|disk| disk.id == *id).ok_or_else(|| none(id))?;
+            let Some((cell, CellState::Blk { balance, .. })) = said(id) else {
+                return Err(none(id));
+            };
+            let state = DiskState {
+                record: record(facts)?.ok_or_else(|| none(id))?,
+                written: written(facts),
+                transport: device.save(),
+                counters: cell.counters().map(|c| c.queues()).unwrap_or_default(),
+                balance: *balance,
+            };
+            states.push(DeviceState::disk(slot, id, &state)?);
+        }
+        Ok(states)
+    }
+}
+
+/// What the guest has written to a `cow` disk.
+fn written(disk: &DiskFacts) -> Option<Vec<Extent>> {
+    let (overlay, _) = disk.image.as_ref()?.overlay.as_ref()?;
+    Some(overlay.extents())
+}
+
+/// Copies of what the guest has written to each `cow` disk, in the order of the disks.
+pub(super) fn overlays(disks: &[DiskFacts]) -> Result<Vec<OwnedFd>, CaptureError> {
+    let mut copies = Vec::new();
+    for disk in disks {
+        let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
+        else {
+            continue;
+        };
+        let flags = MFdFlags::MFD_CLOEXEC;
+        let file =
+            memfd_create(c"snapshot-disk", flags).map_err(|e| CaptureError::Copy(e.into()))?;
+        let file = File::from(file);
+        overlay.save(&file)?;
+        copies.push(file.into());
+    }
+    Ok(copies)
+}
+
+/// What a disk is made of, with the image's fingerprint as of now.
+fn record(disk: &DiskFacts) -> Result<Option<DiskRecord>, CaptureError> {
+    let Some(image) = &disk.image else { return Ok(None) };
+    let fingerprint =
+        Fingerprint::of(image.fd.as_fd()).map_err(|e| CaptureError::Image(disk.id.clone(), e))?;
+    Ok(Some(DiskRecord {
+        path: image.path.clone(),
+        size: disk.size,
+        fingerprint,
+        read_only: disk.read_only,
+        cow: image.overlay.as_ref().map(|(_, place)| match place {
+            Place::Memory => None,
+            Place::Directory(directory) => Some(directory.clone()),
+        }),
+        serial: image.serial.clone(),
+        poll_us: image.poll_us,
+        queues: image.queues,
+        direct: image.direct,
+        engine: image.engine,
+        throttle: disk.throttle,
+    }))
+}
+
+/// Guest memory itself, for as long as nobody writes to it.
+pub(super) fn shared(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
+    ram.fd().try_clone_to_owned().map_err(CaptureError::Copy)
+}
+
+/// A copy of guest memory: of what has pages, so that a guest costs what it uses.
+pub(super) fn copy(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
+    let copy = sealed_memfd("snapshot-memory", ram.len())?;
+    let end = ram.len() as i64;
+    let mut at = 0;
+    while at < end {
+        let start = match lseek(ram.fd(), at, Whence::SeekData) {
+            Ok(start) => start,
+            Err(Errno::ENXIO) => break, // nothing but holes
+            Err(error) => return Err(CaptureError::Copy(error.into())),
+        };
+        let hole = lseek(ram.fd(), start, Whence::SeekHole);
+        let stop = hole.map_err(|e| CaptureError::Copy(e.into()))?;
+        copy_range(ram.fd(), &copy, start, stop).map_err(CaptureError::Copy)?;
+        at = stop;
+    }
+    Ok(copy)
+}
+
+#[allow(unsafe_code)] // sendfile, from page cache to page cache
+fn copy_range(from: BorrowedFd<'_>, to: &OwnedFd, start: i64, stop: i64) -> io::Result<()> {
+    lseek(to, start, Whence::SeekSet)?;
+    let mut at = start;
+    while at < stop {
+        let left = (stop - at) as usize;
+        // SAFETY: both fds are open and `at` outlives the call.
+        let n = unsafe { libc::sendfile(to.as_raw_fd(), from.as_raw_fd(), &mut at, left) };
+        match n {
+            1.. => {}
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return Err(e),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// `bytes` as a file that nobody can change.
+pub(super) fn as_file(bytes: &[u8]) -> Result<OwnedFd, CaptureError> {
+    let fd = sealed_memfd("snapshot-state", bytes.len() as u64)?;
+    io::Write::write_all(&mut File::from(fd.try_clone().map_err(CaptureError::Copy)?), bytes)
+        .map_err(CaptureError::Copy)?;
+    Ok(fd)
+}

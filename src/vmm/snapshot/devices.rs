@@ -1,0 +1,182 @@
+//! Device processes brought to rest, all at once, and let go on.
+//!
+//! A disk's rings are stopped by its front end, and its process then says that they are; the
+//! serial process carries out what is in its ring. Everyone answers with the epoch, in one
+//! common time; who does not is named, and asked to go on all the same, so that one that was
+//! only slow does.
+
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::state::CellState;
+use cellblock_devices::protocol::{FromCell, ToCell};
+
+use super::super::event_loop::Vm;
+use crate::snapshot::coordinator::{CutError, Input, Phase};
+use crate::transport::mmio::FreezeError;
+
+/// What has to be let go on, and what was answered.
+#[derive(Default)]
+pub(in super::super) struct Frozen {
+    /// Disks whose rings were asked to stop, by index, and whether they have.
+    disks: Vec<(usize, bool)>,
+    /// Processes that were told to come to rest.
+    told: bool,
+    /// What each process said, by its place.
+    pub(super) states: Vec<Option<CellState>>,
+}
+
+impl Vm {
+    /// Every process that takes part, by name and in the order of the cells.
+    pub(super) fn participants(&self) -> Vec<String> {
+        self.cells.iter().map(|cell| format!("{} {}", cell.role(), cell.id())).collect()
+    }
+
+    /// A disk of another program's has state that we cannot have.
+    pub(super) fn refuse_strangers(&self) -> Result<(), CutError> {
+        let Some(back_end) = self.back_ends.first() else { return Ok(()) };
+        Err(CutError {
+            phase: Phase::Running,
+            who: format!("disk {}", back_end.id),
+            why: "it is served by another program's vhost-user back end, whose state (device \
+                  state transfer) is not part of a snapshot"
+                .into(),
+        })
+    }
+
+    /// Brings every process to rest.
+    pub(super) fn quiesce(&mut self, limit: Duration, frozen: &mut Frozen) -> Result<(), CutError> {
+        let end = Instant::now() + limit;
+        let epoch = self.snapshots.cut.epoch();
+        frozen.states = vec![None; self.cells.len()];
+        // The console's process works while the disks' rings come to rest.
+        self.tell(epoch, "serial", frozen)?;
+        self.stop_rings(limit, frozen)?;
+        self.tell(epoch, "blk", frozen)?;
+        for n in 0..self.cells.len() {
+            self.await_quiesced(n, epoch, end, frozen)?;
+        }
+        if self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
+            return self.give_up("serial com1", "it left accesses of the guest undone");
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, epoch: u64, role: &str, frozen: &mut Frozen) -> Result<(), CutError> {
+        for n in 0..self.cells.len() {
+            let cell = &self.cells[n];
+            if cell.role() != role {
+                continue;
+            }
+            let name = format!("{role} {}", cell.id());
+            frozen.told = true;
+            let told = cell.is_open()
+                && matches!(cell.channel().try_send(&ToCell::Quiesce { epoch }, &[]), Ok(true));
+            if !told {
+                return self.give_up(&name, "its process is dead or does not take messages");
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_rings(&mut self, limit: Duration, frozen: &mut Frozen) -> Result<(), CutError> {
+        let mut begun = Vec::new();
+        for n in 0..self.devices.len() {
+            match self.devices[n].1.begin_freeze() {
+                Ok(answer) => {
+                    frozen.disks.push((n, false));
+                    begun.push(answer);
+                }
+                Err(error) => return self.disk_failed(n, &error),
+            }
+        }
+        for (n, answer) in begun.into_iter().enumerate() {
+            let result = self.devices[n].1.finish_freeze(&answer, limit);
+            frozen.disks[n].1 = !matches!(result, Err(FreezeError::Late(_)));
+            if let Err(error) = result {
+                return self.disk_failed(n, &error);
+            }
+        }
+        Ok(())
+    }
+
+    fn disk_failed(&mut self, n: usize, error: &FreezeError) -> Result<(), CutError> {
+        let name = format!("blk {}", self.devices[n].0);
+        self.give_up(&name, &crate::remedy::chain(error))
+    }
+
+    fn await_quiesced(
+        &mut self,
+        n: usize,
+        epoch: u64,
+        end: Instant,
+        frozen: &mut Frozen,
+    ) -> Result<(), CutError> {
+        let name = format!("{} {}", self.cells[n].role(), self.cells[n].id());
+        loop {
+            match self.cells[n].wait_message(end) {
+                Some(FromCell::Quiesced { epoch: of, state }) if of == epoch => {
+                    if let Err(why) = check(self.cells[n].role(), &state) {
+                        return self.give_up(&name, why);
+                    }
+                    frozen.states[n] = Some(*state);
+                    return self.step(Input::Acked { who: n, epoch });
+                }
+                // Of a cut that was given up.
+                Some(FromCell::Quiesced { .. }) => {}
+                Some(other) => self.cell_message(n, other),
+                None if self.cells[n].is_open() => {
+                    return self.step(Input::Deadline);
+                }
+                None => return self.give_up(&name, "its process died"),
+            }
+        }
+    }
+
+    fn give_up(&mut self, who: &str, why: &str) -> Result<(), CutError> {
+        self.step(Input::Failed { who: who.into(), why: why.into() })
+    }
+
+    /// Lets everyone go on who was asked to come to rest. What cannot is reported by the
+    /// device itself: its driver has to reset it, or its process is found dead.
+    pub(super) fn release_devices(&mut self, frozen: Frozen) {
+        let begun: Vec<_> = frozen
+            .disks
+            .iter()
+            .map(|(n, stopped)| (*n, *stopped, self.devices[*n].1.begin_thaw()))
+            .collect();
+        if frozen.told {
+            self.release_processes();
+        }
+        for (n, stopped, answer) in begun {
+            let (id, device) = &self.devices[n];
+            if stopped && let Err(error) = device.finish_thaw(&answer) {
+                tracing::error!(
+                    device = id,
+                    error = crate::remedy::chain(&error),
+                    "going on after a snapshot"
+                );
+            }
+        }
+    }
+}
+
+impl Vm {
+    /// Has the processes go on that were told to come to rest.
+    pub(super) fn release_processes(&self) {
+        let epoch = self.snapshots.cut.epoch();
+        for cell in self.cells.iter().filter(|cell| cell.is_open()) {
+            // It reads what is before this first, and then this.
+            let _ = cell.channel().try_send(&ToCell::Thaw { epoch }, &[]);
+        }
+    }
+}
+
+/// A process's word for its own state, as far as it can be checked here.
+fn check(role: &str, state: &CellState) -> Result<(), &'static str> {
+    match (role, state) {
+        ("blk", CellState::Blk { running: 0, .. }) => Ok(()),
+        ("blk", CellState::Blk { .. }) => Err("its rings still run"),
+        ("serial", CellState::Serial(state)) if state.is_possible() => Ok(()),
+        _ => Err("it answered with a state that no such device has"),
+    }
+}

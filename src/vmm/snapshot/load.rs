@@ -1,0 +1,157 @@
+//! A machine that goes on from a state: the reverse of `capture`, in KVM's order.
+//!
+//! The machine is a shell: its processes wait in their jails, its vCPUs have not run, its
+//! memory is as the snapshot has it. A machine that ran can be brought back the same way.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::state::CellLoad;
+use cellblock_devices::protocol::{FromCell, ToCell};
+
+use super::super::event_loop::Vm;
+use crate::snapshot::state::device::DiskState;
+use crate::snapshot::state::{DeviceState, MicrovmState, StateError, machine};
+use crate::transport::mmio::FreezeError;
+use crate::vcpu::WorkError;
+
+/// How long a device process may take over what it is to go on from.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// A machine that could not be brought to where a state is.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum LoadError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Vcpu(#[from] WorkError),
+    #[error("the snapshot has {0}, which this machine has not")]
+    NoDevice(String),
+    #[error("the {0} process does not take the state of its device")]
+    Refused(String),
+    #[error("the {0} process did not answer in time")]
+    Silent(String),
+    #[error("disk {0}")]
+    Disk(String, #[source] FreezeError),
+}
+
+impl Vm {
+    /// Sets everything but memory: vCPUs, then what they share, then the devices.
+    pub(in super::super) fn load(&mut self, state: &Arc<MicrovmState>) -> Result<(), LoadError> {
+        self.load_vcpus(state)?;
+        state.irqchip_state.load(self.machine.vm())?;
+        // Its watchdogs are not to see the time that passed.
+        self.vcpus.with_each(|_, vcpu| vcpu.kvmclock_ctrl().is_ok())?;
+        for device in &state.device_states {
+            self.load_process(device)?;
+        }
+        for device in &state.device_states {
+            if let Some(disk) = device.as_disk()? {
+                self.load_disk(device, &disk)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn load_vcpus(&self, state: &Arc<MicrovmState>) -> Result<(), LoadError> {
+        let offsets = self.tsc_offsets(state)?;
+        let (facts, state) = (self.snapshots.facts.clone(), state.clone());
+        let results = self.vcpus.with_each(move |id, vcpu| match state.vcpu_states.get(id) {
+            Some(saved) => saved.load(vcpu, &facts, offsets[id]),
+            None => Err(StateError::Malformed("fewer vCPUs than the machine")),
+        })?;
+        Ok(results.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// What each vCPU's TSC is to be ahead of this host's. While the host has not been
+    /// started anew it is what it was; its TSC is one clock for all of that time. Otherwise
+    /// the guest's TSC goes on by what its clock does.
+    fn tsc_offsets(&self, state: &MicrovmState) -> Result<Vec<Option<u64>>, LoadError> {
+        let saved = state.vcpu_states.iter().map(|vcpu| (vcpu.tsc_offset, vcpu.tsc_khz));
+        let boot_id = &self.snapshots.boot_id;
+        if !boot_id.is_empty() && *boot_id == state.vm_info.boot_id {
+            return Ok(saved.map(|(offset, _)| offset).collect());
+        }
+        state.irqchip_state.load_clock(self.machine.vm())?;
+        let (then, now) = (state.irqchip_state.moment(), machine::moment_now(self.machine.vm())?);
+        let (Some(then), Some(now)) = (then, now) else {
+            return Ok(saved.map(|_| None).collect());
+        };
+        Ok(saved.map(|(offset, khz)| offset.map(|o| shifted(o, khz, then, now))).collect())
+    }
+
+    /// Hands a process what its device goes on from.
+    fn load_process(&mut self, device: &DeviceState) -> Result<(), LoadError> {
+        let load = if let Some(serial) = device.as_serial()? {
+            CellLoad::Serial(serial)
+        } else if let Some(disk) = device.as_disk()? {
+            CellLoad::Blk { counters: disk.counters, balance: disk.balance }
+        } else {
+            return Err(LoadError::NoDevice(device.kind.clone()));
+        };
+        let n = self.cells.iter().position(|cell| cell.id() == device.id);
+        let n = n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
+        let name = format!("{} {}", self.cells[n].role(), device.id);
+        let message = ToCell::Load(Box::new(load));
+        if !matches!(self.cells[n].channel().try_send(&message, &[]), Ok(true)) {
+            return Err(LoadError::Silent(name));
+        }
+        let end = Instant::now() + LIMIT;
+        loop {
+            match self.cells[n].wait_message(end) {
+                Some(FromCell::Loaded(true)) => return Ok(()),
+                Some(FromCell::Loaded(false)) => return Err(LoadError::Refused(name)),
+                Some(other) => self.cell_message(n, other),
+                None => return Err(LoadError::Silent(name)),
+            }
+        }
+    }
+
+    fn load_disk(&self, device: &DeviceState, disk: &DiskState) -> Result<(), LoadError> {
+        let (_, transport) = self
+            .devices
+            .iter()
+            .find(|(id, _)| *id == device.id)
+            .ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
+        transport.load(&disk.transport).map_err(|e| LoadError::Disk(device.id.clone(), e))
+    }
+
+    /// Kicks every queue and raises every interrupt once: one too many is harmless, one too
+    /// few is not, and what was on its way when the state was read is in no register.
+    pub(in super::super) fn nudge(&self) {
+        for (_, device) in &self.devices {
+            device.nudge();
+        }
+        if let Some(irq) = &self.com1_irq {
+            let _ = irq.write(1); // a full eventfd is an interrupt all the same
+        }
+        if let Some(vmgenid) = &self.vmgenid {
+            let _ = vmgenid.raise(); // the same holds
+        }
+    }
+}
+
+/// A TSC offset for another host: `then` and `now` are clock (ns) and host TSC.
+fn shifted(offset: u64, khz: u32, then: (u64, u64), now: (u64, u64)) -> u64 {
+    let passed = i128::from(now.0) - i128::from(then.0);
+    let ticks = passed * i128::from(khz) / 1_000_000;
+    // Modulo 2^64, as the processor adds it.
+    let moved = ticks + i128::from(then.1) - i128::from(now.1);
+    offset.wrapping_add(moved as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tsc_goes_on_by_what_the_clock_does() {
+        // Then: guest TSC 1000 + 500. Now 2 us later on the clock, at 1 GHz, on a host
+        // whose own TSC has just begun.
+        let offset = shifted(500, 1_000_000, (10_000, 1000), (12_000, 7));
+        assert_eq!(offset.wrapping_add(7), 1000 + 500 + 2000);
+        // The same moment on the same host changes nothing.
+        assert_eq!(shifted(u64::MAX - 3, 2_600_000, (5, 9), (5, 9)), u64::MAX - 3);
+    }
+}

@@ -1,0 +1,360 @@
+//! Snapshots, carried out on the machine: what the coordinator says is done here.
+//!
+//! The VMM makes the cut and hands it out, the state and guest memory as two file
+//! descriptors. Writing it to disk is the work of the process that asked, with that
+//! process's rights and beside the guest: the VMM opens no path, and its filter stays.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `devices` | brings device processes to rest, and lets them go on |
+//! | `capture` | reads the state, and copies guest memory |
+//! | `live` | copies guest memory, in the cut or in rounds before it |
+//! | `load` | brings a machine to where a state is |
+//! | `reset` | puts a restored machine back to its snapshot |
+
+mod capture;
+mod devices;
+mod live;
+mod load;
+mod reset;
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use super::event_loop::Vm;
+use crate::control::protocol::{EventKind, Reply, SnapshotDisk, SnapshotReport};
+use crate::control::server::{Response, Token};
+use crate::snapshot::coordinator::{Coordinator, CutError, Input, Phase};
+use crate::snapshot::dirty::Tracker;
+use crate::snapshot::format::{PAGE, SnapshotId};
+use crate::snapshot::state::{Host, HostFacts, Metadata};
+use crate::vcpu::VcpuState;
+use crate::vm::kvm::KvmError;
+use crate::vm::layout;
+use devices::Frozen;
+pub use load::LoadError;
+pub use reset::Origin;
+
+/// How long each phase may take where the request does not say.
+const PHASE_LIMIT: Duration = Duration::from_secs(5);
+/// How long rounds of a live copy may go on.
+const ROUNDS_LIMIT: Duration = Duration::from_secs(60);
+/// How long a cut that is held waits for memory that is still to come.
+const MEMORY_LIMIT: Duration = Duration::from_secs(60);
+/// The longest a request may ask for.
+const PHASE_MOST: Duration = Duration::from_secs(600);
+
+/// What snapshots need of the machine, found out before the VMM is confined.
+pub(super) struct Snapshots {
+    pub(super) host: Host,
+    pub(super) facts: HostFacts,
+    pub(super) boot_id: String,
+    /// What was written since the last snapshot.
+    pub(super) tracker: Tracker,
+    /// What was written since the tracker's base before the last cut, until that is kept.
+    unkept: Option<Vec<u64>>,
+    /// Whose the last cut is.
+    cutter: Option<u64>,
+    cut: Coordinator,
+    /// The cut that a client holds: its connection, and what has to be thawed.
+    held: Option<(u64, Frozen)>,
+    /// The VM was paused before the cut.
+    was_paused: bool,
+}
+
+/// What a request asks for.
+pub(super) struct Wanted {
+    pub(super) hold: bool,
+    pub(super) live: bool,
+    pub(super) limit: Duration,
+    pub(super) trigger: String,
+}
+
+impl Snapshots {
+    pub(super) fn new(host: Host, boot_id: String, tracker: Tracker) -> Snapshots {
+        let facts = host.facts();
+        let cut = Coordinator::new(Vec::new());
+        Snapshots {
+            host,
+            facts,
+            boot_id,
+            tracker,
+            unkept: None,
+            cutter: None,
+            cut,
+            held: None,
+            was_paused: false,
+        }
+    }
+}
+
+impl Vm {
+    /// Answers a request for a snapshot.
+    pub(super) fn snapshot(
+        &mut self,
+        hold: bool,
+        live: bool,
+        timeout_us: Option<u64>,
+        trigger: Option<String>,
+        token: Token,
+    ) -> Response {
+        if self.plugin.is_some() {
+            return Response::Now(Reply::error(
+                "no snapshot: the VM has a plugin, whose own state cannot be part of one yet",
+                Some("take snapshots of VMs without --plugin"),
+            ));
+        }
+        if self.snapshots.held.is_some() {
+            return Response::Now(Reply::error("another snapshot holds the VM", Some("try again")));
+        }
+        let limit = timeout_us.map_or(PHASE_LIMIT, Duration::from_micros).min(PHASE_MOST);
+        let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
+        let wanted = Wanted { hold, live: live && !hold, limit, trigger };
+        let cut = self.cut(&wanted, token.client());
+        self.release_guest(token.client());
+        match cut {
+            Ok((report, fds)) => {
+                let (epoch, still_us) = (report.epoch, report.still_us);
+                self.event(EventKind::Snapshot { epoch, still_us });
+                Response::WithFds(Reply::Snapshot(report), fds)
+            }
+            Err(CutError { phase, who, why }) => {
+                let (phase, why) = (phase.to_string(), crate::remedy::printable(&why));
+                let message = format!("no snapshot: {phase}: {who}: {why}");
+                self.event(EventKind::SnapshotFailed { phase, who, why });
+                Response::Now(Reply::error(message, Some("the VM goes on; try again")))
+            }
+        }
+    }
+
+    fn cut(
+        &mut self,
+        wanted: &Wanted,
+        client: u64,
+    ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
+        self.snapshots.cut.participate(self.participants());
+        let mut frozen = Frozen::default();
+        self.snapshots.was_paused = self.is_paused();
+        self.nothing_kept();
+        self.snapshots.cutter = Some(client);
+        let mut clock = Stopwatch::new();
+        if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
+            let (who, why) = ("guest memory".into(), "it has not come in time".into());
+            return Err(CutError { phase: Phase::Running, who, why });
+        }
+        let live = wanted.live.then(|| self.copy_live(ROUNDS_LIMIT)).transpose();
+        let live = live.map_err(|error| CutError {
+            phase: Phase::Running,
+            who: "guest memory".into(),
+            why: crate::remedy::chain(&error),
+        })?;
+        let rounds = live.as_ref().map_or((0, 0), |copy| (clock.lap(), copy.rounds));
+        let begun = Instant::now();
+        let result = self.make_cut(wanted, live, &mut frozen);
+        let result = result.map(|(mut report, fds)| {
+            (report.rounds_us, report.rounds) = rounds;
+            (report, fds)
+        });
+        match result {
+            Ok((mut report, fds)) if wanted.hold => {
+                report.still_us = 0;
+                self.snapshots.held = Some((client, frozen));
+                Ok((report, fds))
+            }
+            Ok((mut report, fds)) => {
+                let copied = Instant::now();
+                self.thaw(frozen, Input::Thaw);
+                report.thaw_us = micros(copied.elapsed());
+                report.still_us = micros(begun.elapsed());
+                Ok((report, fds))
+            }
+            Err(error) => {
+                self.thaw(frozen, Input::Thaw);
+                Err(error)
+            }
+        }
+    }
+
+    fn make_cut(
+        &mut self,
+        wanted: &Wanted,
+        live: Option<live::Copy>,
+        frozen: &mut Frozen,
+    ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
+        let mut clock = Stopwatch::new();
+        self.refuse_strangers()?;
+        self.step(Input::Begin)?;
+        self.park(wanted.limit)?;
+        self.step(Input::Parked)?;
+        let pause_us = clock.lap();
+        self.quiesce(wanted.limit, frozen)?;
+        let drain_us = clock.lap();
+        self.step(Input::Capture)?;
+        let epoch = self.vcpus.epoch();
+        let metadata = Metadata { epoch, captured_us: now_us(), trigger: wanted.trigger.clone() };
+        let state = self.capture(frozen, metadata);
+        let state = self.or_give_up("the VMM", state)?;
+        let capture_us = clock.lap();
+        let base = self.snapshots.tracker.base();
+        let memory = self.copy_still(live, wanted.hold);
+        let (memory, last_pages, since) = self.or_give_up("guest memory", memory)?;
+        self.snapshots.unkept = base.map(|_| since.clone());
+        let pages = base.map(|_| live::pages_file(&since)).transpose();
+        let pages = self.or_give_up("guest memory", pages)?;
+        let overlays = capture::overlays(&self.disks);
+        let overlays = self.or_give_up("the cow disks", overlays)?;
+        let memory_us = clock.lap();
+        let bytes = state.len() as u64;
+        let state = self.or_give_up("the state", capture::as_file(&state))?;
+        self.step(Input::Captured)?;
+        let report = SnapshotReport {
+            epoch,
+            pause_us,
+            drain_us,
+            capture_us,
+            memory_us,
+            last_pages,
+            base: base.map(|id| id.to_string()),
+            memory: self.ram.len(),
+            state: bytes,
+            disks: self.snapshot_disks(),
+            ..SnapshotReport::default()
+        };
+        let fds = [state, memory].into_iter().chain(overlays).chain(pages).collect();
+        Ok((report, fds))
+    }
+
+    /// The machine is as in snapshot `id`, and has not run.
+    pub(super) fn track_since(&mut self, id: SnapshotId) -> Result<(), KvmError> {
+        self.snapshots.tracker.begin(&self.machine)?;
+        self.snapshots.tracker.cut(&self.machine)?;
+        self.snapshots.tracker.keep(id);
+        // The new generation id is in memory already.
+        self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
+        Ok(())
+    }
+
+    /// The last cut was written down as a snapshot.
+    pub(super) fn kept(&mut self, id: &str, client: u64) -> Reply {
+        if self.snapshots.cutter != Some(client) {
+            return Reply::error("the last cut of the VM was made for another", None);
+        }
+        let Some(id) = SnapshotId::parse(id) else {
+            return Reply::error("this is no snapshot's id", None);
+        };
+        self.snapshots.unkept = None;
+        self.snapshots.tracker.keep(id);
+        Reply::Kept
+    }
+
+    /// If the last cut was not written down, what was written before it still counts.
+    fn nothing_kept(&mut self) {
+        if let Some(since) = self.snapshots.unkept.take() {
+            self.snapshots.tracker.forget(&since);
+        }
+    }
+
+    fn snapshot_disks(&self) -> Vec<SnapshotDisk> {
+        let disk = |disk: &super::event_loop::DiskFacts| {
+            let image = disk.image.as_ref()?;
+            Some(SnapshotDisk {
+                id: disk.id.clone(),
+                path: image.path.clone(),
+                cow: image.overlay.is_some(),
+            })
+        };
+        self.disks.iter().filter_map(disk).collect()
+    }
+
+    /// Brings every vCPU to a halt between two instructions.
+    fn park(&mut self, limit: Duration) -> Result<(), CutError> {
+        let end = Instant::now() + limit;
+        if !self.snapshots.was_paused {
+            let paused = self.vcpus.pause(limit);
+            self.or_give_up("the vCPUs", paused)?;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        let settled = self.vcpus.settle(left);
+        self.or_give_up("the vCPUs", settled)
+    }
+
+    fn step(&mut self, input: Input) -> Result<(), CutError> {
+        self.snapshots.cut.step(input).map(|_| ())
+    }
+
+    /// Gives the cut up where something failed, and says whose fault it is.
+    fn or_give_up<T, E: std::error::Error>(
+        &mut self,
+        who: &str,
+        result: Result<T, E>,
+    ) -> Result<T, CutError> {
+        result.map_err(|error| {
+            let (who, why) = (who.to_string(), crate::remedy::chain(&error));
+            let phase = self.snapshots.cut.phase();
+            match self.snapshots.cut.step(Input::Failed { who: who.clone(), why: why.clone() }) {
+                Err(error) => error,
+                Ok(_) => CutError { phase, who, why },
+            }
+        })
+    }
+
+    /// Lets everyone go on, as far as they were brought to rest.
+    fn thaw(&mut self, frozen: Frozen, input: Input) {
+        if self.snapshots.cut.phase() == Phase::Held {
+            let _ = self.snapshots.cut.step(input); // it has its place there
+        }
+        self.release_devices(frozen);
+        if !self.snapshots.was_paused
+            && self.vcpus.states().iter().all(|state| *state == VcpuState::Paused)
+            && let Err(error) = self.vcpus.resume()
+        {
+            tracing::error!(error = crate::remedy::chain(&error), "going on after a snapshot");
+        }
+    }
+
+    /// Lets everyone go on after a cut that was held. False where there is none.
+    pub(super) fn end_hold(&mut self) -> bool {
+        let Some((_, frozen)) = self.snapshots.held.take() else { return false };
+        self.thaw(frozen, Input::Thaw);
+        true
+    }
+
+    /// A client is gone: what it held goes on.
+    pub(super) fn client_gone(&mut self, client: u64) {
+        self.release_guest(client);
+        if self.snapshots.held.as_ref().is_some_and(|(holder, _)| *holder == client)
+            && !self.asked_to_stop
+        {
+            tracing::warn!("who took the snapshot is gone; the VM goes on");
+            self.end_hold();
+        }
+    }
+
+    /// Whether a cut holds the VM still.
+    pub(super) fn is_held(&self) -> bool {
+        self.snapshots.held.is_some()
+    }
+}
+
+/// Microseconds between one moment and the next.
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    fn new() -> Stopwatch {
+        Stopwatch(Instant::now())
+    }
+
+    fn lap(&mut self) -> u64 {
+        let now = Instant::now();
+        micros(now - std::mem::replace(&mut self.0, now))
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn now_us() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    micros(since.unwrap_or_default())
+}

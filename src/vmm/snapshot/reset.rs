@@ -1,0 +1,228 @@
+//! A restored machine put back to its snapshot, in place: the same processes, jails and
+//! connections, and nothing of what the guest did since.
+//!
+//! Everyone comes to rest as for a cut; then memory that differs is put back, what was written
+//! to `cow` disks dropped, and the state set as in a restore. Which pages were written since is
+//! known from the second reset on, or from the start where the VM was restored so; the first one
+//! compares all that has bytes.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::overlay::Extent;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::event_loop::Vm;
+use super::devices::Frozen;
+use super::{LoadError, micros};
+use crate::control::protocol::{EventKind, Reply};
+use crate::snapshot::coordinator::{CutError, Input, Phase};
+use crate::snapshot::eager::FillError;
+use crate::snapshot::format::{CHUNK, Chain, PAGE};
+use crate::snapshot::state::MicrovmState;
+use crate::vm::memory::GuestRam;
+use crate::vm::vmgenid::VmGenIdError;
+
+/// How long vCPUs and processes may take to come to rest.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Where a restored machine came from.
+pub struct Origin {
+    /// Its memory.
+    pub chain: Arc<Chain>,
+    /// All but its memory.
+    pub state: Arc<MicrovmState>,
+    /// What had been written to each `cow` disk, by id.
+    pub written: Vec<(String, Vec<Extent>, File)>,
+}
+
+/// A reset that failed halfway: the machine is in no state a guest knows.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ResetError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Fill(#[from] FillError),
+    #[error(transparent)]
+    Log(#[from] crate::vm::kvm::KvmError),
+    #[error("looking at guest memory")]
+    Look(#[source] Errno),
+    #[error(transparent)]
+    Overlay(#[from] crate::cell::overlay::OverlayError),
+    #[error(transparent)]
+    Disk(#[from] crate::transport::mmio::FreezeError),
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
+}
+
+impl Vm {
+    /// Answers a request to go back.
+    pub(in super::super) fn reset(&mut self) -> Reply {
+        let Some(origin) = self.origin.take() else {
+            return Reply::error(
+                "the VM was started from a kernel, not from a snapshot",
+                Some("only a VM that 'cellblock restore' made can be reset"),
+            );
+        };
+        let reply = self.reset_to(&origin);
+        self.origin = Some(origin);
+        reply
+    }
+
+    fn reset_to(&mut self, origin: &Origin) -> Reply {
+        if self.is_held() {
+            return Reply::error("a snapshot holds the VM", Some("try again"));
+        }
+        let begun = Instant::now();
+        self.snapshots.cut.participate(self.participants());
+        self.snapshots.was_paused = self.is_paused();
+        let mut frozen = Frozen::default();
+        if let Err(CutError { phase, who, why }) = self.come_to_rest(&mut frozen) {
+            self.thaw(frozen, Input::Thaw);
+            let message = format!("no reset: {phase}: {who}: {why}");
+            return Reply::error(crate::remedy::printable(&message), Some("try again"));
+        }
+        let pages = match self.go_back(origin) {
+            Ok(pages) => pages,
+            Err(error) => {
+                // Half of it is of then and half of now: no guest can go on from that.
+                let why = crate::remedy::chain(&error);
+                tracing::error!(error = why, "the reset failed halfway; the VM is stopped");
+                self.asked_to_stop = true;
+                return Reply::error(format!("the reset failed halfway: {why}"), None);
+            }
+        };
+        let epoch = self.vcpus.epoch();
+        self.release_processes();
+        let _ = self.snapshots.cut.step(Input::Failed { who: String::new(), why: String::new() });
+        self.nudge();
+        if !self.snapshots.was_paused
+            && let Err(error) = self.vcpus.resume()
+        {
+            tracing::error!(error = crate::remedy::chain(&error), "going on after a reset");
+        }
+        let took_us = micros(begun.elapsed());
+        self.event(EventKind::Reset { epoch, took_us, pages });
+        Reply::Reset { epoch, took_us, pages }
+    }
+
+    fn come_to_rest(&mut self, frozen: &mut Frozen) -> Result<(), CutError> {
+        self.refuse_strangers()?;
+        self.step(Input::Begin)?;
+        self.park(LIMIT)?;
+        self.step(Input::Parked)?;
+        self.quiesce(LIMIT, frozen)?;
+        debug_assert_eq!(self.snapshots.cut.phase(), Phase::Frozen);
+        Ok(())
+    }
+
+    /// Used rings are written by device processes, through no log of theirs.
+    fn rings_were_written(&mut self) {
+        for (_, device) in &self.devices {
+            for (gpa, len) in device.used_rings() {
+                self.snapshots.tracker.wrote(&self.ram, gpa, len);
+            }
+        }
+    }
+
+    /// Puts memory, disks and state back; returns how many pages were put back.
+    fn go_back(&mut self, origin: &Origin) -> Result<u64, ResetError> {
+        let id = origin.chain.manifest().id;
+        let known = self.snapshots.tracker.base() == Some(id);
+        self.nothing_kept();
+        let pages = if known {
+            self.rings_were_written();
+            let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
+            put_back_pages(&origin.chain, &self.ram, &since)?
+        } else {
+            put_back(&origin.chain, &self.ram)?
+        };
+        // From now on it is known what is written: the next time is short.
+        self.track_since(id)?;
+        for disk in &self.disks {
+            let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
+            else {
+                continue;
+            };
+            match origin.written.iter().find(|(id, ..)| *id == disk.id) {
+                Some((_, extents, data)) => overlay.load(data, extents)?,
+                None => overlay.clear()?,
+            }
+        }
+        if let Some(vmgenid) = &self.vmgenid {
+            vmgenid.set(&self.ram, vmgenid.fresh()?)?;
+        }
+        for (_, device) in &self.devices {
+            device.forget_frozen()?;
+        }
+        self.load(&origin.state)?;
+        Ok(pages)
+    }
+}
+
+/// Puts back the pages of `since`, a word for each chunk.
+fn put_back_pages(chain: &Chain, ram: &GuestRam, since: &[u64]) -> Result<u64, ResetError> {
+    let mut pages = 0;
+    let mut was = vec![0; CHUNK];
+    for (index, set) in since.iter().enumerate().filter(|(_, set)| **set != 0) {
+        if chain.is_zero(index) {
+            was.fill(0);
+        } else {
+            chain.read_chunk(index, &mut was).map_err(FillError::from)?;
+        }
+        let Some(at) = address(ram, (index * CHUNK) as u64) else { continue };
+        for page in (0..CHUNK / PAGE).filter(|page| set & 1 << page != 0) {
+            let at = GuestAddress(at.0 + (page * PAGE) as u64);
+            let bytes = &was[page * PAGE..(page + 1) * PAGE];
+            ram.memory().write_slice(bytes, at).map_err(FillError::from)?;
+            pages += 1;
+        }
+    }
+    Ok(pages)
+}
+
+/// Makes memory what the snapshot has, writing only what differs.
+fn put_back(chain: &Chain, ram: &GuestRam) -> Result<u64, ResetError> {
+    let mut pages = 0;
+    let (mut was, mut is) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for index in 0..chain.chunks() {
+        let offset = (index * CHUNK) as u64;
+        let here = lseek(ram.fd(), offset as i64, Whence::SeekData);
+        let populated = match here {
+            Ok(data) => (data as u64) < offset + CHUNK as u64,
+            Err(Errno::ENXIO) => false,
+            Err(error) => return Err(ResetError::Look(error)),
+        };
+        let zero = chain.is_zero(index);
+        if zero && !populated {
+            continue;
+        }
+        if zero {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(ram.fd(), flags, offset as i64, CHUNK as i64).map_err(ResetError::Look)?;
+            pages += (CHUNK / PAGE) as u64;
+            continue;
+        }
+        chain.read_chunk(index, &mut was).map_err(FillError::from)?;
+        let Some(at) = address(ram, offset) else { continue };
+        ram.memory().read_slice(&mut is, at).map_err(FillError::from)?;
+        for (page, (was, is)) in was.chunks(PAGE).zip(is.chunks(PAGE)).enumerate() {
+            if was != is {
+                let at = GuestAddress(at.0 + (page * PAGE) as u64);
+                ram.memory().write_slice(was, at).map_err(FillError::from)?;
+                pages += 1;
+            }
+        }
+    }
+    Ok(pages)
+}
+
+/// Where byte `offset` of the memfd is for the guest.
+fn address(ram: &GuestRam, offset: u64) -> Option<GuestAddress> {
+    let region = ram.regions().iter().find(|r| offset >= r.offset && offset - r.offset < r.len)?;
+    Some(GuestAddress(region.gpa + (offset - region.offset)))
+}

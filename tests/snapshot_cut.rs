@@ -1,0 +1,156 @@
+//! The cut: everything stands still for it, everything goes on after it, all or nothing.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use cellblock::control::client::{Client, ClientError, Cut};
+use cellblock::control::protocol::{EventKind, Request, State};
+use cellblock::snapshot::state::MicrovmState;
+use common::{LIMIT, Vm};
+use nix::sys::signal::Signal;
+
+/// Cycles of the standing test; `CELLBLOCK_CYCLES` has it do more, as 5000.
+const CYCLES: u64 = 150;
+
+fn cycles() -> u64 {
+    std::env::var("CELLBLOCK_CYCLES").map_or(CYCLES, |n| n.parse().unwrap())
+}
+
+fn cut_within(vm: &Vm, hold: bool, timeout: Duration) -> Result<(Client, Cut), ClientError> {
+    let mut client = Client::connect(&vm.path("control"))?;
+    let cut = client.snapshot(hold, false, timeout, "test", LIMIT)?;
+    Ok((client, cut))
+}
+
+#[track_caller]
+fn cut(vm: &mut Vm) -> Cut {
+    match cut_within(vm, false, Duration::from_secs(5)) {
+        Ok((_, cut)) => cut,
+        Err(error) => vm.fail(&cellblock::remedy::chain(&error)),
+    }
+}
+
+fn contents(fd: OwnedFd) -> Vec<u8> {
+    let (mut file, mut bytes) = (File::from(fd), Vec::new());
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_cut_is_a_whole_state_and_the_memory_that_belongs_to_it() {
+    let mut vm = Vm::with("mode=pause cpus=2 every=50").cpus(2).disk(4).start();
+    vm.wait_for("pause: n=100 ");
+    let cut = cut(&mut vm);
+    let report = cut.report.clone();
+    assert_eq!((report.memory, report.disks.len()), (64 << 20, 1));
+    assert!(report.still_us >= report.pause_us + report.drain_us, "{report:?}");
+    let bytes = contents(cut.state);
+    assert_eq!(bytes.len() as u64, report.state);
+    let state = MicrovmState::decode(&bytes).unwrap();
+    assert_eq!(state.encode().unwrap(), bytes, "the same state has the same bytes");
+    state.verify_compatible(&state.vm_info.host).unwrap();
+    assert_eq!((state.vm_info.cpus, state.vcpu_states.len()), (2, 2));
+    assert!(state.vcpu_states[0].msrs.iter().any(|(index, _)| *index == 0x10), "no TSC");
+    let ids: Vec<_> = state.device_states.iter().map(|d| (d.slot, d.id.as_str())).collect();
+    assert_eq!(ids, [(0, "com1"), (1, "disk0")]);
+    let disk = state.device_states[1].as_disk().unwrap().unwrap();
+    assert!(disk.transport.queues[0].base.is_some());
+    assert!(disk.counters[0].writes_completed >= 100);
+    let memory = contents(cut.memory);
+    assert_eq!(memory.len() as u64, report.memory);
+    let ring = disk.transport.queues[0].config.used as usize;
+    let used = u16::from_le_bytes([memory[ring + 2], memory[ring + 3]]);
+    assert_eq!(Some(used), disk.transport.queues[0].base, "memory is of the same moment");
+    // Every truncation is refused, and no flip gets further than an error.
+    for len in (0..bytes.len()).step_by(97) {
+        assert!(MicrovmState::decode(&bytes[..len]).is_err());
+    }
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// The guest counts, writes and checks blocks, reads its console and watches its clocks.
+#[test]
+fn cut_after_cut_leaves_no_trace_in_the_guest() {
+    let mut vm = Vm::with("mode=pause cpus=2 every=100").cpus(2).disk(4).start();
+    vm.wait_for("pause: n=100 ");
+    let mut still = Vec::new();
+    for n in 0..cycles() {
+        let report = cut(&mut vm).report;
+        still.push(report.still_us);
+        // The pauses fall into different moments of what the guest does.
+        std::thread::sleep(Duration::from_micros(n * 37 % 1500));
+    }
+    still.sort_unstable();
+    let at = |part: usize| still[(still.len() - 1) * part / 100];
+    eprintln!("{} cuts: still {} us median, {} us 99th", still.len(), at(50), at(99));
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// A stopped process of a device is named in time, nobody is left behind, and once it goes on
+/// the next cut works.
+#[test]
+fn a_process_that_does_not_answer_fails_the_cut_in_time() {
+    let mut vm = Vm::with("mode=pause every=100").disk(4).start();
+    vm.wait_for("pause: n=100 ");
+    let events = vm.events();
+    for (role, id) in [("blk", "disk0"), ("serial", "com1")] {
+        let pid = vm.pid_of(role, id);
+        common::send(pid, Signal::SIGSTOP);
+        let begun = Instant::now();
+        let result = cut_within(&vm, false, Duration::from_millis(300));
+        let took = begun.elapsed();
+        common::send(pid, Signal::SIGCONT);
+        let Err(ClientError::Refused { message, .. }) = result else {
+            vm.fail(&format!("a cut without {role}: {result:?}"))
+        };
+        assert!(
+            message.contains(&format!("{role} {id}")) || message.contains("vcpu 0 waits"),
+            "{message}"
+        );
+        assert!(took < Duration::from_secs(3), "{took:?}");
+        assert_eq!(vm.stats().state, State::Running);
+        vm.wait_for_event(&events, |event| matches!(event, EventKind::SnapshotFailed { .. }));
+        vm.wait_for("pause: n=");
+        cut(&mut vm);
+        vm.wait_for("pause: n=");
+    }
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+#[test]
+fn a_held_vm_stands_still_until_its_client_says_or_goes() {
+    let mut vm = Vm::with("mode=pause every=10").disk(4).start();
+    vm.wait_for("pause: n=10 ");
+    let (mut client, held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
+    let before = contents(held.memory.try_clone().unwrap());
+    assert!(cut_within(&vm, false, Duration::from_secs(5)).is_err(), "one at a time");
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(contents(held.memory) == before, "the guest ran");
+    client.ask(Request::Resume).unwrap();
+    vm.wait_for("pause: n=");
+    let (client, _held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
+    drop(client);
+    vm.wait_for("pause: n=");
+    // A VM that was paused stays so.
+    vm.pause();
+    cut(&mut vm);
+    assert_eq!(vm.stats().state, State::Paused);
+    vm.resume();
+    let (mut client, _held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
+    client.ask(Request::Stop).unwrap();
+    vm.ends_well();
+}

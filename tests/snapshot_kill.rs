@@ -1,0 +1,145 @@
+//! Whoever is killed at whatever moment of a snapshot: what is on disk is whole or not there,
+//! and a VM that lives goes on.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use cellblock::snapshot::format::Chain;
+use cellblock::snapshot::state::MicrovmState;
+use common::{LIMIT, Vm, poll};
+use nix::sys::signal::Signal;
+
+/// Moments at which somebody is killed.
+const MOMENTS: u64 = 24;
+
+fn begin(vm: &Vm, to: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_cellblock"))
+        .arg("snapshot")
+        .arg(vm.path("control"))
+        .arg(to)
+        .args(["--disks", "copy"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Whole, or not there. Says which.
+fn is_whole(at: &Path) -> bool {
+    if !at.exists() {
+        return false;
+    }
+    let chain = Chain::open(at).unwrap();
+    chain.verify_all(|_, _| {}).unwrap();
+    MicrovmState::decode(&chain.snapshot().state().unwrap()).unwrap();
+    true
+}
+
+/// How long an undisturbed snapshot takes: the moments are spread over it.
+fn undisturbed(vm: &Vm, at: &Path) -> Duration {
+    let begun = std::time::Instant::now();
+    assert!(begin(vm, at).wait().unwrap().success());
+    let took = begun.elapsed();
+    assert!(is_whole(at));
+    took
+}
+
+#[test]
+fn the_writer_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    let took = undisturbed(&vm, &dir.path().join("first"));
+    let (mut whole, mut none) = (0, 0);
+    for moment in 0..MOMENTS {
+        let at = dir.path().join(format!("s{moment}"));
+        let mut writer = begin(&vm, &at);
+        std::thread::sleep(
+            took * moment as u32 / MOMENTS as u32 + Duration::from_micros(moment * 7),
+        );
+        let _ = writer.kill();
+        writer.wait().unwrap();
+        if is_whole(&at) {
+            whole += 1
+        } else {
+            none += 1
+        }
+        // One that was held by the writer goes on without it.
+        vm.wait_for_line("pause: n=");
+    }
+    eprintln!("killed {MOMENTS} writers: {whole} whole, {none} not there");
+    assert!(none > 0, "nobody was killed in time");
+    assert!(is_whole(&dir.path().join("first")), "the old snapshot is what it was");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+#[test]
+fn the_vm_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    for moment in 0..8 {
+        let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+        vm.wait_for_line("pause: n=20 ");
+        let at = dir.path().join(format!("s{moment}"));
+        let mut writer = begin(&vm, &at);
+        std::thread::sleep(Duration::from_millis(2 * moment));
+        vm.signal(Signal::SIGKILL);
+        let ended = poll(LIMIT, || writer.try_wait().unwrap());
+        let status = ended.unwrap_or_else(|| panic!("the writer waits for a VM that is dead"));
+        assert_eq!(is_whole(&at), status.success(), "moment {moment}");
+        // What was begun is taken away.
+        let left: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .filter(|name| name.to_string_lossy().starts_with('.'))
+            .collect();
+        assert!(left.is_empty(), "moment {moment}: {left:?}");
+    }
+}
+
+/// An interrupted writer takes away what it has begun.
+#[test]
+fn an_interrupt_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    for moment in 0..8 {
+        let at = dir.path().join(format!("s{moment}"));
+        let mut writer = begin(&vm, &at);
+        std::thread::sleep(Duration::from_millis(moment));
+        common::send(writer.id() as i32, Signal::SIGINT);
+        let status = poll(LIMIT, || writer.try_wait().unwrap()).expect("it ends");
+        assert_eq!(is_whole(&at), status.success());
+        vm.wait_for_line("pause: n=");
+    }
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// A device process that dies is named, and there is no snapshot.
+#[test]
+fn a_dead_device_process_fails_the_snapshot_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=spin").disk(4).start();
+    vm.wait_for("spin");
+    let pid = vm.pid_of("serial", "com1");
+    common::send(pid, Signal::SIGKILL);
+    poll(LIMIT, || vm.stderr.text().contains("died").then_some(())).expect("its death is reported");
+    let ended = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+        .arg("snapshot")
+        .arg(vm.path("control"))
+        .arg(&at)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(ended.stderr).unwrap();
+    assert!(ended.status.code() == Some(1) && text.contains("serial com1"), "{text}");
+    assert!(!at.exists() && fs::read_dir(dir.path()).unwrap().next().is_none());
+}

@@ -1,0 +1,185 @@
+//! Real VMs whose memory comes when it is touched, is copied while they run, or is written
+//! down as a difference.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output as Ended};
+
+use cellblock::snapshot::format::{CHUNK, Chain, Snapshot};
+use common::{LIMIT, Vm};
+
+fn cellblock(args: &[&str]) -> Ended {
+    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
+}
+
+fn try_snapshot(vm: &mut Vm, to: &Path, options: &[&str]) -> Ended {
+    let control = vm.path("control");
+    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap(), "--json"];
+    cellblock(&[&words, options].concat())
+}
+
+#[track_caller]
+fn snapshot(vm: &mut Vm, to: &Path, options: &[&str]) -> serde_json::Value {
+    let ended = try_snapshot(vm, to, options);
+    if !ended.status.success() {
+        vm.fail(&format!("snapshot: {ended:?}"));
+    }
+    serde_json::from_slice(&ended.stdout).unwrap()
+}
+
+/// The guest counts, writes blocks that say where they belong, reads them back, and checks
+/// its clock and all that it wrote to memory.
+fn busy() -> Vm {
+    let mut vm = Vm::with("mode=pause cpus=2 every=20").cpus(2).disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=40 ");
+    vm
+}
+
+#[track_caller]
+fn goes_on_and_ends(mut vm: Vm) -> Vm {
+    vm.wait_for_line("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    let said = vm.console.text();
+    assert!(!said.contains("FAIL"), "{said}");
+    // Its directory has the disk's image.
+    vm
+}
+
+fn restored(from: &Path, mode: &str) -> Vm {
+    Vm::restore(from).arg("--memory-mode").arg(mode).start()
+}
+
+#[test]
+fn a_vm_runs_while_its_memory_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = busy();
+    snapshot(&mut vm, &at, &[]);
+    for mode in ["lazy", "auto", "eager"] {
+        goes_on_and_ends(restored(&at, mode));
+    }
+    // What was touched first is known by now, and of no consequence but for speed.
+    assert!(at.join("touch").exists());
+    goes_on_and_ends(restored(&at, "lazy"));
+    assert!(cellblock(&["verify", at.to_str().unwrap()]).status.success());
+    goes_on_and_ends(vm);
+}
+
+/// At once after its start, most of its memory has not come: the snapshot has it all the same.
+#[test]
+fn a_vm_whose_memory_still_comes_can_be_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut vm = busy();
+    snapshot(&mut vm, &at("one"), &[]);
+    for (name, options) in [("two", &[][..]), ("live", &["--live"]), ("held", &["--stop"])] {
+        let mut lazy = restored(&at("one"), "lazy");
+        snapshot(&mut lazy, &at(name), options);
+        goes_on_and_ends(restored(&at(name), "eager"));
+    }
+    goes_on_and_ends(vm);
+}
+
+#[test]
+fn a_live_snapshot_is_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = busy();
+    let mut ended = Vec::new();
+    for n in 0..4 {
+        let at = dir.path().join(format!("g{n}"));
+        let report = snapshot(&mut vm, &at, &["--live"]);
+        let number = |key: &str| report[key].as_u64().unwrap();
+        assert!(number("rounds") >= 2 && number("rounds_us") > 0, "{report}");
+        assert!(number("last_pages") > 0, "{report}");
+        assert!(Snapshot::open(&at).unwrap().manifest().live);
+        assert!(cellblock(&["verify", at.to_str().unwrap()]).status.success());
+        let next = restored(&at, "auto");
+        ended.push(goes_on_and_ends(std::mem::replace(&mut vm, next)));
+        vm.wait_for_line("pause: n=");
+    }
+    goes_on_and_ends(vm);
+}
+
+#[test]
+fn a_chain_of_diffs_goes_on_and_can_be_flattened() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let path = |name: &str| -> String { at(name).to_str().unwrap().into() };
+    let mut vm = busy();
+    // Of what was written before the first snapshot nothing is known.
+    snapshot(&mut vm, &at("zero"), &["--stop"]);
+    let mut vm = restored(&at("zero"), "lazy");
+    vm.wait_for_line("pause: n=");
+    let refused = try_snapshot(&mut vm, &at("none"), &["--diff", &path("zero")]);
+    let line = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && line.contains("take a full one first"), "{line}");
+    assert!(!at("none").exists());
+
+    snapshot(&mut vm, &at("full"), &[]);
+    vm.wait_for_line("pause: n=");
+    snapshot(&mut vm, &at("one"), &["--diff", &path("full")]);
+    vm.wait_for_line("pause: n=");
+    // One that is not kept, because PARENT is not the last: nothing is lost by it.
+    let refused = try_snapshot(&mut vm, &at("none"), &["--diff", &path("full")]);
+    let line = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && line.contains("and PARENT is"), "{line}");
+    vm.wait_for_line("pause: n=");
+    snapshot(&mut vm, &at("two"), &["--diff", &path("one"), "--live"]);
+    goes_on_and_ends(vm);
+
+    let chain = Chain::open(&at("two")).unwrap();
+    assert_eq!(chain.links().len(), 3);
+    let own: u32 = chain.snapshot().entries().iter().map(|entry| entry.own.count_ones()).sum();
+    assert!(own > 0 && u64::from(own) < chain.manifest().memory / 4096 / 2, "{own} pages");
+    let merged = cellblock(&["snapshot", "merge", &path("two"), &path("flat")]);
+    assert!(merged.status.success(), "{merged:?}");
+    for (name, mode) in [("two", "lazy"), ("two", "eager"), ("one", "lazy"), ("flat", "lazy")] {
+        goes_on_and_ends(restored(&at(name), mode));
+    }
+}
+
+#[test]
+fn a_diff_to_the_snapshot_a_vm_came_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut vm = busy();
+    snapshot(&mut vm, &at("full"), &["--stop"]);
+    let mut vm = Vm::restore(&at("full")).arg("--track").start();
+    vm.wait_for_line("pause: n=");
+    let parent = at("full");
+    snapshot(&mut vm, &at("diff"), &["--diff", parent.to_str().unwrap()]);
+    goes_on_and_ends(vm);
+    goes_on_and_ends(restored(&at("diff"), "lazy"));
+}
+
+/// Every chunk that has anything is damaged: whichever the VM needs first ends it.
+#[test]
+fn a_bad_chunk_ends_the_vm_with_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let at: PathBuf = dir.path().join("s");
+    let mut vm = busy();
+    snapshot(&mut vm, &at, &["--stop"]);
+    let whole = Snapshot::open(&at).unwrap();
+    let file = File::options().read(true).write(true).open(at.join("memory")).unwrap();
+    for (index, entry) in whole.entries().iter().enumerate().filter(|(_, e)| e.data != 0) {
+        let offset = (index * CHUNK) as u64 + u64::from(entry.data.trailing_zeros()) * 4096;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    }
+    for mode in ["lazy", "eager"] {
+        let args = ["restore", at.to_str().unwrap(), "--serial", "null", "--memory-mode", mode];
+        let begun = std::time::Instant::now();
+        let ended = cellblock(&args);
+        let line = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{mode}: {line}");
+        assert!(line.contains("is damaged") || line.contains("does not come"), "{mode}: {line}");
+        assert!(begun.elapsed() < LIMIT, "{mode}: took {:?}", begun.elapsed());
+    }
+    fs::remove_dir_all(&at).unwrap();
+}

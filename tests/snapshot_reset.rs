@@ -1,0 +1,65 @@
+//! A restored VM put back to its snapshot, in place.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::process::Command;
+
+use cellblock::control::client::ClientError;
+use cellblock::control::protocol::{Reply, Request, State};
+use common::Vm;
+
+const RESETS: u64 = 8;
+
+fn count(line: &str) -> u64 {
+    line.split("n=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_reset_vm_lives_the_same_moment_again_and_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause cpus=2 every=10").cpus(2).disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=100 ");
+    match vm.try_ask(Request::Reset) {
+        Err(ClientError::Refused { message, .. }) => assert!(message.contains("from a kernel")),
+        other => vm.fail(&format!("a VM with no snapshot was reset: {other:?}")),
+    }
+    let control = vm.path("control");
+    let words = ["snapshot", control.to_str().unwrap(), at.to_str().unwrap()];
+    let ended = Command::new(env!("CARGO_BIN_EXE_cellblock")).args(words).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+
+    let mut vm = Vm::restore(&at).start();
+    let first = count(&vm.wait_for_line("pause: n="));
+    let family = vm.processes();
+    let (mut times, mut wrote) = (Vec::new(), Vec::new());
+    for _ in 0..RESETS {
+        vm.wait_for_line(&format!("pause: n={} ", first + 20));
+        let Reply::Reset { took_us, pages, .. } = vm.ask(Request::Reset) else {
+            vm.fail("a reset was answered with something else")
+        };
+        assert!(pages > 0, "nothing was put back");
+        times.push(took_us);
+        wrote.push(pages);
+        // It counts on from where the snapshot is: the count of a moment ago is gone.
+        vm.wait_for_line(&format!("pause: n={first} "));
+    }
+    times.sort_unstable();
+    wrote.sort_unstable();
+    eprintln!(
+        "{RESETS} resets: {} us median, {} pages",
+        times[times.len() / 2],
+        wrote[wrote.len() / 2]
+    );
+    assert_eq!(vm.processes(), family, "other processes");
+    vm.pause();
+    vm.ask(Request::Reset);
+    assert_eq!(vm.stats().state, State::Paused);
+    vm.resume();
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}

@@ -1,0 +1,191 @@
+//! From a running VM to a directory and back, generation after generation.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output as Ended};
+use std::time::Duration;
+
+use cellblock::control::protocol::State;
+use common::{LIMIT, Vm};
+
+/// Generations of the standing test; `CELLBLOCK_GENERATIONS` has it do more, as 1000.
+const GENERATIONS: u64 = 12;
+
+fn generations() -> u64 {
+    std::env::var("CELLBLOCK_GENERATIONS").map_or(GENERATIONS, |n| n.parse().unwrap())
+}
+
+fn cellblock(args: &[&str]) -> Ended {
+    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
+}
+
+#[track_caller]
+fn snapshot(vm: &mut Vm, to: &Path, options: &[&str]) -> String {
+    let control = vm.path("control");
+    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap()];
+    let ended = cellblock(&[&words, options].concat());
+    if !ended.status.success() {
+        vm.fail(&format!("snapshot: {ended:?}"));
+    }
+    String::from_utf8(ended.stdout).unwrap()
+}
+
+/// The numbers behind each `key`.
+fn numbers(text: &str, key: &str) -> Vec<u64> {
+    let digits = |rest: &str| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok();
+    text.split(key).skip(1).filter_map(digits).collect()
+}
+
+/// Each VM goes on from the snapshot of the one before. The guest counts without a gap, reads
+/// back what it wrote, and neither its TSC nor its clock ever steps back.
+#[test]
+fn a_guest_lives_on_through_generations() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: u64| dir.path().join(format!("g{n}"));
+    let mut vm = Vm::with("mode=pause cpus=2 every=20").cpus(2).disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    let image = vm.path("disk0").to_path_buf();
+    let kept = dir.path().join("disk0");
+    let mut said = String::new();
+    for n in 0..generations() {
+        snapshot(&mut vm, &at(n), &["--stop"]);
+        said.push_str(&vm.console.finished(LIMIT));
+        assert!(!said.contains("FAIL"), "{said}");
+        if n == 0 {
+            // The first VM's directory goes with it.
+            fs::copy(&image, &kept).unwrap();
+        }
+        let named = format!("id=disk0,path={}", kept.display());
+        vm = Vm::restore(&at(n)).arg("--disk").arg(named).start();
+        vm.wait_for_line("pause: n=");
+        if n > 0 {
+            fs::remove_dir_all(at(n - 1)).unwrap();
+        }
+    }
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    said.push_str(&vm.console.text());
+    vm.ends_well();
+    // What all of them said, one after the other, is what one guest would have said: a line
+    // that was cut in two by a snapshot goes on in the next life.
+    let counts = numbers(&said, "pause: n=");
+    let want: Vec<u64> = (1..=counts.len() as u64).map(|n| n * 20).collect();
+    assert_eq!(counts, want);
+    for clock in [" tsc=", " ns="] {
+        assert!(numbers(&said, clock).is_sorted(), "{clock} stepped back");
+    }
+}
+
+/// A restored VM is a VM: control, statistics, pauses, snapshots; its disk is its own copy.
+#[test]
+fn a_restored_vm_can_do_what_any_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",iops=100000").start();
+    vm.wait_for_line("pause: n=40 ");
+    let before = vm.stats().disks[0].counters.clone();
+    let said = snapshot(&mut vm, &at("one"), &["--disks", "copy", "--json"]);
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert!(said["still_us"].as_u64().unwrap() > 0 && said["id"].is_string(), "{said}");
+    vm.wait_for_line("pause: n=");
+    let mut restored = Vm::restore(&at("one")).start();
+    restored.wait_for_line("pause: n=");
+    let stats = restored.stats();
+    assert_eq!((stats.state, stats.vcpus.len(), stats.memory), (State::Running, 1, 64 << 20));
+    assert_eq!(stats.disks[0].throttle.iops, Some(100_000));
+    assert!(stats.disks[0].counters.writes_completed >= before.writes_completed);
+    restored.pause();
+    restored.resume();
+    restored.wait_for_line("pause: n=");
+    snapshot(&mut restored, &at("two"), &["--disks", "copy"]);
+    let mut again = Vm::restore(&at("two")).start();
+    for vm in [&mut vm, &mut restored, &mut again] {
+        vm.wait_for_line("pause: n=");
+        vm.say(b"q");
+        vm.wait_for("pause: ok");
+    }
+    vm.ends_well();
+    restored.ends_well();
+    again.ends_well();
+}
+
+/// Two VMs from one snapshot at once: neither sees what the other writes, nor does the image.
+#[test]
+fn clones_share_a_snapshot_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=40 ");
+    let image = vm.path("disk0").to_path_buf();
+    snapshot(&mut vm, &at, &[]);
+    let mut clones = [Vm::restore(&at).start(), Vm::restore(&at).start()];
+    for clone in &mut clones {
+        clone.wait_for_line("pause: n=");
+    }
+    vm.wait_for_line("pause: n=");
+    let second = dir.path().join("second");
+    snapshot(&mut clones[0], &second, &[]);
+    assert!(fs::read(&image).unwrap().iter().all(|byte| *byte == 0), "the image was written to");
+    let grandchild = Vm::restore(&second).start();
+    let [one, two] = clones;
+    for mut vm in [vm, one, two, grandchild] {
+        vm.wait_for_line("pause: n=");
+        vm.say(b"q");
+        vm.wait_for("pause: ok");
+        if vm.path("disk0").exists() {
+            drop(vm); // the others need the image
+        } else {
+            vm.ends_well();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_restored_is_refused_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    snapshot(&mut vm, &at, &[]);
+    vm.wait_for_line("pause: n="); // the disk is written to
+    vm.pause();
+    let refused = |args: &[&str]| {
+        let words = [&["restore", at.to_str().unwrap(), "--serial", "null"], args].concat();
+        let ended = cellblock(&words);
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        let text = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        text
+    };
+    assert!(refused(&[]).contains("in use"));
+    let disk = vm.path("disk0").to_path_buf();
+    let short = dir.path().join("short");
+    fs::write(&short, vec![0; 512]).unwrap();
+    let named = format!("id=disk0,path={}", short.display());
+    assert!(refused(&["--disk", &named]).contains("has 512 bytes"));
+    assert!(refused(&["--disk", "id=other,path=x"]).contains("its disks are disk0"));
+    // Once it is free, it shows that it was written to.
+    let kept = fs::read(&disk).unwrap();
+    vm.resume();
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    drop(kept);
+    let ended = {
+        let words = ["restore", at.to_str().unwrap(), "--serial", "null"];
+        vm.wait_exit();
+        cellblock(&words)
+    };
+    let text = String::from_utf8(ended.stderr).unwrap();
+    assert!(text.contains("was changed since") && text.contains("--disk id=disk0"), "{text}");
+    // A place that is taken disturbs nobody.
+    let mut vm = Vm::with("mode=spin").start();
+    vm.wait_for("spin");
+    let control = vm.path("control");
+    let ended = cellblock(&["snapshot", control.to_str().unwrap(), at.to_str().unwrap()]);
+    assert_eq!(ended.status.code(), Some(1));
+    assert_eq!(vm.stats().epoch, 0);
+    std::thread::sleep(Duration::from_millis(1));
+}

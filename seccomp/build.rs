@@ -14,7 +14,8 @@ use std::path::Path;
 use std::{env, fs};
 
 /// Policies that become programs; the other files are included by these.
-const PROGRAMS: [&str; 6] = ["blk", "serial", "vmm_main", "vmm_vcpu", "vmm_device", "vmm_pager"];
+const PROGRAMS: [&str; 7] =
+    ["blk", "serial", "vmm_main", "vmm_vcpu", "vmm_device", "vmm_plugin", "vmm_pager"];
 
 fn main() {
     println!("cargo::rerun-if-changed=policies");

@@ -14,15 +14,18 @@ use std::path::{Path, PathBuf};
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use nix::fcntl::OFlag;
 
-pub use self::file::{ConfigFile, ConfigFileError};
+pub use self::file::{ConfigFile, ConfigFileError, PluginKeys};
 use crate::console::{self, ConsoleError, OpenedConsole};
 use crate::control::server::{ControlServer, ServerError};
+use crate::plugin_process::PluginConfig;
 use crate::remedy::Remedy;
 use crate::snapshot::trigger::SnapshotResources;
-use crate::spec::{Backing, DiskError, DiskSpec, SerialSpec};
+use crate::spec::{Backing, DiskError, DiskSpec, PluginSocketSpec, SerialSpec};
 
 /// Most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 32;
+/// Most vCPUs of a VM that has a plugin in the place of a kernel.
+pub const MAX_PLUGIN_CPUS: u8 = 64;
 /// Least guest memory, in bytes.
 pub const MIN_MEMORY: u64 = 32 << 20;
 /// Guest memory where none is asked for, in bytes.
@@ -35,8 +38,8 @@ const MIB: u64 = 1 << 20;
 /// A virtual machine, described.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
-    /// The kernel image.
-    pub kernel: PathBuf,
+    /// The kernel image. None where a plugin makes all of the machine.
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// The kernel's command line, as the user gave it.
@@ -51,6 +54,10 @@ pub struct VmConfig {
     pub serial: SerialSpec,
     /// Where to make the control socket.
     pub control: Option<PathBuf>,
+    /// The plugin that is started with the VM.
+    pub plugin: Option<PluginConfig>,
+    /// Where programs attach to it.
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -63,10 +70,13 @@ pub struct VmConfig {
     pub snapshot: SnapshotResources,
 }
 
-/// Reads a number of vCPUs.
+/// Reads a number of vCPUs: up to [`MAX_CPUS`], or [`MAX_PLUGIN_CPUS`] where a plugin makes
+/// all of the machine, which the caller knows.
 pub fn cpus(text: &str) -> Result<u8, String> {
-    let count = text.parse::<u8>().ok().filter(|n| (1..=MAX_CPUS).contains(n));
-    count.ok_or_else(|| format!("a VM has 1 to {MAX_CPUS} CPUs"))
+    let count = text.parse::<u8>().ok().filter(|n| (1..=MAX_PLUGIN_CPUS).contains(n));
+    count.ok_or_else(|| {
+        format!("a VM has 1 to {MAX_CPUS} CPUs, with nothing but a plugin up to {MAX_PLUGIN_CPUS}")
+    })
 }
 
 /// Reads an amount of guest memory, in bytes. A plain number counts MiB.
@@ -100,7 +110,7 @@ pub fn seccomp(text: &str) -> Result<SeccompMode, String> {
 #[derive(Debug)]
 pub struct Opened {
     /// The kernel image.
-    pub kernel: File,
+    pub kernel: Option<File>,
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// The disks, in the order of [`VmConfig::disks`].
@@ -178,7 +188,7 @@ impl VmConfig {
     /// The console comes last, because it changes the user's terminal; the disks come
     /// before it, so that a serial file that names one of them is found out.
     pub fn open(&self) -> Result<Opened, OpenError> {
-        let kernel = image("kernel", &self.kernel)?;
+        let kernel = self.kernel.as_deref().map(|path| image("kernel", path)).transpose()?;
         let initrd = self.initrd.as_deref().map(|path| image("initrd", path)).transpose()?;
         if let Some(present) = host_memory()
             && self.memory > present
@@ -227,9 +237,9 @@ mod tests {
     #[test]
     fn numbers_have_their_limits() {
         assert_eq!(cpus("1"), Ok(1));
-        assert_eq!(cpus("32"), Ok(32));
-        for text in ["0", "33", "256", "1000", "-1", "", "two"] {
-            assert_eq!(cpus(text), Err("a VM has 1 to 32 CPUs".into()), "{text}");
+        assert_eq!(cpus("64"), Ok(64));
+        for text in ["0", "65", "256", "1000", "-1", "", "two"] {
+            assert!(cpus(text).unwrap_err().starts_with("a VM has 1 to 32 CPUs"), "{text}");
         }
         assert_eq!(memory("32M"), Ok(32 << 20));
         assert_eq!(memory("6G"), Ok(6 << 30));
@@ -242,7 +252,7 @@ mod tests {
         let kernel = dir.join("kernel");
         std::fs::write(&kernel, "k").unwrap();
         VmConfig {
-            kernel,
+            kernel: Some(kernel),
             initrd: None,
             cmdline: String::new(),
             cpus: 1,
@@ -250,6 +260,8 @@ mod tests {
             disks: Vec::new(),
             serial: SerialSpec::Null,
             control: Some(dir.join("control")),
+            plugin: None,
+            plugin_socket: None,
             sandbox: true,
             seccomp: SeccompMode::Kill,
             max_deaths: DEFAULT_MAX_DEATHS,
@@ -276,8 +288,11 @@ mod tests {
         let good = config(dir.path());
         let at = |name: &str| dir.path().join(name);
         for (config, part) in [
-            (VmConfig { kernel: at("none"), ..good.clone() }, "given with --kernel"),
-            (VmConfig { kernel: at("."), ..good.clone() }, "is a directory, not a file; give"),
+            (VmConfig { kernel: Some(at("none")), ..good.clone() }, "given with --kernel"),
+            (
+                VmConfig { kernel: Some(at(".")), ..good.clone() },
+                "is a directory, not a file; give",
+            ),
             (VmConfig { initrd: Some(at("none")), ..good.clone() }, "given with --initrd"),
             (VmConfig { memory: 1 << 60, ..good.clone() }, "MiB; ask for less with --memory"),
         ] {

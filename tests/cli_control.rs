@@ -110,6 +110,7 @@ fn stats(paused: bool) -> Stats {
             input: 2,
             dropped: 3,
         }],
+        plugin_socket: None,
     }
 }
 

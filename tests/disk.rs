@@ -311,7 +311,7 @@ fn an_image_cut_short_is_an_error_to_the_guest() {
     let mut vm = Vm::with("mode=blk mib=4 seed=3 qd=8 keep").arg("--disk").arg(slow).start();
     vm.wait_for("blk: capacity=");
     File::options().write(true).open(&image).unwrap().set_len(MIB / 2).unwrap();
-    let line = vm.console.wait_for("FAIL: ", LIMIT).expect("a request that fails");
+    let line = vm.console.wait_for_line("FAIL: ", LIMIT).expect("a request that fails");
     assert!(line.contains("request type 0") && line.contains("status 1"), "{line}");
     vm.wait_exit();
     let text = vm.stderr.text();

@@ -59,6 +59,44 @@ fn each_trigger_takes_one_snapshot_from_which_the_guest_goes_on() {
     }
 }
 
+/// The guest waits at its marker: each life that begins there runs all of the workload.
+#[test]
+fn each_life_runs_the_workload_from_its_beginning() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let words = ["--snapshot-on-pre-exec", "--snapshot-out", out.to_str().unwrap()];
+    let mut vm = words.iter().fold(Vm::with("mode=hello marks=1,2,5"), |vm, w| vm.arg(*w)).start();
+    vm.wait_for("cellblock guest");
+    vm.wait_for("hello: protocol=");
+    vm.wait_for("hello: ok");
+    vm.ends_well();
+    assert_eq!(trigger_of(&out), "pre-exec");
+    for _ in 0..2 {
+        let mut life = Vm::restore(&out).start();
+        life.wait_for("hello: protocol=");
+        life.wait_for("hello: ok");
+        assert!(!life.console.text().contains("cellblock guest"), "it was started anew");
+        life.ends_well();
+    }
+}
+
+/// A guest that stops listening while things settle has not what was waited for.
+#[test]
+fn a_listener_that_goes_away_is_waited_for_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let words = ["--snapshot-on-listener", "--snapshot-quiesce-ms", "200", "--snapshot-after-ms"];
+    let cmdline = "mode=pause every=20 marks=3,4";
+    let mut vm = words.iter().fold(Vm::with(cmdline), |vm, w| vm.arg(*w));
+    vm = vm.arg("700").arg("--snapshot-out").arg(out.to_str().unwrap());
+    let mut vm = vm.start();
+    taken(&mut vm, &out);
+    assert_eq!(trigger_of(&out), "after-ms");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 #[test]
 fn a_vm_without_a_control_socket_takes_them_too_and_ends_without_one() {
     let dir = tempfile::tempdir().unwrap();
@@ -102,4 +140,21 @@ fn what_makes_no_sense_is_refused_before_anything_starts() {
     assert!(status == Some(2) && text.contains("not when"), "{text}");
     let (status, text) = run(&["--snapshot-out", "/tmp", "--snapshot-on-listener"]);
     assert!(status == Some(1) && text.contains("it exists"), "{text}");
+}
+
+/// The guest ends in the middle of it: so does the VM, with a whole snapshot or none.
+#[test]
+fn a_vm_that_ends_while_it_is_written_down_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..6 {
+        let out = dir.path().join(format!("s{n}"));
+        let mut vm = Vm::with(&format!("mode=pause every=5 marks=2 count={}", 5 * n + 5))
+            .arg("--snapshot-on-pre-exec")
+            .arg("--snapshot-out")
+            .arg(out.to_str().unwrap())
+            .start();
+        vm.wait_for("pause: ok");
+        vm.ends_well();
+        assert!(!out.exists() || trigger_of(&out) == "pre-exec");
+    }
 }

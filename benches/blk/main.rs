@@ -66,7 +66,9 @@ fn main() {
     }
     let mut extent = if smoke { Extent::smoke() } else { Extent::full() };
     extent.rounds = rounds.unwrap_or(extent.rounds);
-    extent.work.retain(|w| words.is_empty() || words.iter().any(|word| w.name().contains(word)));
+    extent
+        .work
+        .retain(|w| words.is_empty() || words.iter().any(|word| (w.name() + ",").contains(word)));
     let frequency = cpu::frequency();
     let report = run(&extent, dir, frequency, !json);
     if json {

@@ -3,6 +3,8 @@
 
 #[path = "blk_counters.rs"]
 mod counters;
+#[path = "blk_hostile.rs"]
+mod hostile;
 #[path = "blk_throttle.rs"]
 mod throttle;
 #[path = "blk_vhost_user.rs"]

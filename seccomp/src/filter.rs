@@ -20,6 +20,8 @@ pub enum Policy {
     VmmVcpu,
     /// A device's front-end thread in the VMM (`policies/vmm_device.json`).
     VmmDevice,
+    /// The VMM's thread that serves plugins (`policies/vmm_plugin.json`).
+    VmmPlugin,
     /// The pager of a restored VM (`policies/vmm_pager.json`).
     VmmPager,
 }
@@ -58,6 +60,8 @@ impl Policy {
             (Policy::VmmVcpu, Mode::Log) => &VMM_VCPU_LOG,
             (Policy::VmmDevice, Mode::Kill) => &VMM_DEVICE_KILL,
             (Policy::VmmDevice, Mode::Log) => &VMM_DEVICE_LOG,
+            (Policy::VmmPlugin, Mode::Kill) => &VMM_PLUGIN_KILL,
+            (Policy::VmmPlugin, Mode::Log) => &VMM_PLUGIN_LOG,
             (Policy::VmmPager, Mode::Kill) => &VMM_PAGER_KILL,
             (Policy::VmmPager, Mode::Log) => &VMM_PAGER_LOG,
         }

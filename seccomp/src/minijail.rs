@@ -31,7 +31,10 @@ mod constants;
 mod parse;
 mod program;
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
 
 use serde::{Deserialize, Serialize};
 
@@ -129,6 +132,8 @@ pub enum Violation {
     Kill,
     /// The kernel logs the call and lets it through.
     Log,
+    /// Whoever has the filter's listener is asked; until the answer the call stands still.
+    Notify,
 }
 
 /// A policy file and all it includes, checked.
@@ -185,6 +190,9 @@ impl Policy {
     }
 }
 
+// include/uapi/linux/seccomp.h: SECCOMP_FILTER_FLAG_NEW_LISTENER.
+const NEW_LISTENER: libc::c_ulong = 1 << 3;
+
 /// A compiled policy, ready for [`Filter::apply`].
 #[derive(Clone, Debug)]
 pub struct Filter(Vec<sock_filter>);
@@ -200,5 +208,22 @@ impl Filter {
     /// no_new_privs.
     pub fn apply(&self) -> Result<(), seccompiler::Error> {
         seccompiler::apply_filter(&self.0)
+    }
+
+    /// As [`Filter::apply`], for a filter that asks: with its listener. no_new_privs must be
+    /// set already.
+    #[allow(unsafe_code)] // seccomp has no wrapper for this
+    pub fn apply_asking(&self) -> Result<OwnedFd, Errno> {
+        let program = libc::sock_fprog {
+            len: u16::try_from(self.0.len()).map_err(|_| Errno::E2BIG)?,
+            filter: self.0.as_ptr().cast_mut().cast(),
+        };
+        let (operation, flags) = (libc::SECCOMP_SET_MODE_FILTER, NEW_LISTENER);
+        // SAFETY: the kernel reads the program, whose instructions have libc's layout; the
+        // result is a new fd that nobody else knows.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_seccomp, operation, flags, &raw const program);
+            Ok(OwnedFd::from_raw_fd(Errno::result(fd)? as i32))
+        }
     }
 }

@@ -8,9 +8,11 @@ mod control;
 mod demo;
 mod describe;
 mod events;
+mod gdb;
 mod merge;
 mod output;
 mod pause;
+mod plugin_args;
 mod ps;
 mod reset;
 mod restore;
@@ -77,6 +79,7 @@ enum Command {
     Events(events::Events),
     Describe(describe::Describe),
     Verify(verify::Verify),
+    Gdb(gdb::Gdb),
     VhostUserBlk(vhost_user_blk::VhostUserBlk),
 }
 
@@ -141,6 +144,7 @@ impl Cli {
             Command::Events(events) => events.execute(),
             Command::Describe(describe) => describe.execute(),
             Command::Verify(verify) => verify.execute(),
+            Command::Gdb(gdb) => gdb.execute(),
             Command::VhostUserBlk(serve) => serve.execute(level),
         }
     }

@@ -8,11 +8,12 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 
 use super::Failure;
+use super::plugin_args::PluginArgs;
 use crate::config::{self, ConfigFile, ConfigFileError, VmConfig};
 use crate::logging;
 use crate::remedy::one_line;
 use crate::snapshot::trigger::SnapshotResources;
-use crate::spec::{DiskSpec, SerialSpec, name_disks};
+use crate::spec::{DiskSpec, PluginSocketSpec, SerialSpec, name_disks};
 
 const EXAMPLES: &str = "\
 A disk SPEC is PATH[,key=value]...:
@@ -32,6 +33,10 @@ A serial SPEC is one of:
   pty            a new pseudo-terminal, whose name is printed
   socket=PATH    a new Unix stream socket, one client at a time
   null           nothing
+A plugin-socket SPEC is PATH[,key=value]...; who runs the VM, and root, may do everything:
+  observe=UID    users that may stop vCPUs and look, several with : between
+  control=UID    users that may do everything
+  memory=MODE    how guest memory is handed out: none, ro or rw [default: ro]
 A comma inside a value is written twice. A size takes K, M, G or T.
 
 Examples:
@@ -88,6 +93,11 @@ pub(super) struct Run {
     config: Option<PathBuf>,
     #[command(flatten)]
     snapshot: SnapshotOptions,
+    /// Make a socket here for programs that attach to the VM, as 'cellblock gdb' does
+    #[arg(long, value_name = "SPEC")]
+    plugin_socket: Option<PluginSocketSpec>,
+    #[command(flatten)]
+    plugin: PluginArgs,
     /// End when the process that started this one does
     #[arg(long, hide = true)]
     die_with_parent: bool,
@@ -108,23 +118,24 @@ struct SnapshotOptions {
     /// When the guest reports a listener, or is parked without one
     #[arg(long)]
     snapshot_on_listener: bool,
-    /// When the guest reports that it is about to run its workload
+    /// When the guest reports that it is about to run its workload; by port, it waits there
     #[arg(long)]
     snapshot_on_pre_exec: bool,
     /// Let things settle for N milliseconds after a heartbeat or a listener [default: 0]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    snapshot_quiesce_ms: u64,
+    #[arg(long, value_name = "N")]
+    snapshot_quiesce_ms: Option<u64>,
 }
 
 impl SnapshotOptions {
-    fn resources(self) -> Result<SnapshotResources, Failure> {
+    fn resources(self, file: &ConfigFile) -> Result<SnapshotResources, Failure> {
+        let quiesce_ms = self.snapshot_quiesce_ms.or(file.snapshot_quiesce_ms);
         let resources = SnapshotResources {
-            after_ms: self.snapshot_after_ms,
-            at_heartbeat: self.snapshot_at_heartbeat,
-            on_listener: self.snapshot_on_listener,
-            on_pre_exec: self.snapshot_on_pre_exec,
-            quiesce_ms: self.snapshot_quiesce_ms,
-            out_path: self.snapshot_out,
+            after_ms: self.snapshot_after_ms.or(file.snapshot_after_ms),
+            at_heartbeat: self.snapshot_at_heartbeat.or(file.snapshot_at_heartbeat),
+            on_listener: self.snapshot_on_listener || file.snapshot_on_listener,
+            on_pre_exec: self.snapshot_on_pre_exec || file.snapshot_on_pre_exec,
+            quiesce_ms: quiesce_ms.unwrap_or(0),
+            out_path: self.snapshot_out.or_else(|| file.snapshot_out.clone()),
         };
         resources.check().map_err(|error| Failure::Usage(error.to_string()))?;
         match &resources.out_path {
@@ -151,38 +162,74 @@ impl Run {
 
     /// Puts options, configuration file and defaults together.
     fn into_config(self, log: Option<LogLevel>) -> Result<VmConfig, Failure> {
-        let file = match &self.config {
+        let mut file = match &self.config {
             Some(path) => ConfigFile::read(path).map_err(|error| match error {
                 ConfigFileError::Read { .. } => Failure::Error(one_line(&error)),
                 ConfigFileError::Content { .. } => Failure::Usage(one_line(&error)),
             })?,
             None => ConfigFile::default(),
         };
-        let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
-            Failure::Usage("no kernel given; say --kernel FILE, or kernel in --config FILE".into())
-        })?;
-        let cmdline = self.cmdline.or(file.cmdline).unwrap_or_default();
+        let snapshot = self.snapshot.resources(&file)?;
+        let plugin = self.plugin.into_config(file.plugin())?;
+        let kernel = self.kernel.or(file.kernel);
+        if kernel.is_none() && plugin.is_none() {
+            return Err(Failure::Usage(
+                "no kernel given; say --kernel FILE, or kernel in --config FILE".into(),
+            ));
+        }
+        let cpus = self.cpus.or(file.cpus).unwrap_or(1);
+        if kernel.is_some() && cpus > config::MAX_CPUS {
+            let most = config::MAX_CPUS;
+            return Err(Failure::Usage(format!(
+                "'{cpus}' CPUs are too many: a VM with a kernel has 1 to {most} CPUs"
+            )));
+        }
+        let (cmdline, initrd) = (self.cmdline.or(file.cmdline), self.initrd.or(file.initrd));
+        let memory = self.memory.or(file.memory);
+        let serial = self.serial.or(file.serial);
+        let mut disks = if self.disk.is_empty() { file.disk } else { self.disk };
+        if kernel.is_none() {
+            // What a plugin makes itself.
+            let without_kernel = [
+                (initrd.is_some(), "--initrd"),
+                (cmdline.is_some(), "--cmdline"),
+                (memory.is_some(), "--memory"),
+                (!disks.is_empty(), "--disk"),
+                (serial.is_some(), "--serial"),
+            ];
+            if let Some((_, option)) = without_kernel.iter().find(|(given, _)| *given) {
+                return Err(Failure::Usage(format!(
+                    "{option} is for a VM with a kernel, and a plugin without one makes memory \
+                     and devices itself; leave it out, or say --kernel FILE"
+                )));
+            }
+        }
+        let cmdline = cmdline.unwrap_or_default();
         if cmdline.contains('\0') {
             return Err(Failure::Usage("the kernel's command line has a zero byte in it".into()));
         }
-        let mut disks = if self.disk.is_empty() { file.disk } else { self.disk };
         name_disks(&mut disks).map_err(|error| Failure::Usage(error.to_string()))?;
         Ok(VmConfig {
             kernel,
-            initrd: self.initrd.or(file.initrd),
+            initrd,
             cmdline,
-            cpus: self.cpus.or(file.cpus).unwrap_or(1),
-            memory: self.memory.or(file.memory).unwrap_or(config::DEFAULT_MEMORY),
+            cpus,
+            memory: memory.unwrap_or(config::DEFAULT_MEMORY),
             disks,
-            serial: self.serial.or(file.serial).unwrap_or_default(),
+            serial: serial.unwrap_or_default(),
             control: self.control.or(file.control),
+            plugin,
+            plugin_socket: self
+                .plugin_socket
+                .or(file.plugin_socket)
+                .map(PluginSocketSpec::absolute),
             sandbox: !(self.disable_sandbox || file.disable_sandbox),
             seccomp: self.seccomp.or(file.seccomp).unwrap_or_default(),
             max_deaths: (self.max_deaths)
                 .or(file.max_deaths.map(Into::into))
                 .unwrap_or(config::DEFAULT_MAX_DEATHS),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
-            snapshot: self.snapshot.resources()?,
+            snapshot,
         })
     }
 }
@@ -216,6 +263,31 @@ mod tests {
         assert_eq!((config.serial, config.sandbox), (SerialSpec::Stdout, true));
         assert_eq!(config.seccomp, SeccompMode::Kill);
         assert!(config.control.is_none() && config.disks.is_empty() && config.cmdline.is_empty());
+    }
+
+    #[test]
+    fn triggers_come_from_options_and_from_the_file() {
+        let given = |args: &[&str]| config(&[&["--kernel", "k"], args].concat()).unwrap().snapshot;
+        assert_eq!(given(&[]), SnapshotResources::default());
+        let everything = SnapshotResources {
+            after_ms: Some(5),
+            at_heartbeat: Some(2),
+            on_listener: true,
+            on_pre_exec: true,
+            quiesce_ms: 7,
+            out_path: Some("d".into()),
+        };
+        let options = "--snapshot-out d --snapshot-after-ms 5 --snapshot-at-heartbeat 2 \
+                       --snapshot-on-listener --snapshot-on-pre-exec --snapshot-quiesce-ms 7";
+        assert_eq!(given(&options.split_whitespace().collect::<Vec<_>>()), everything);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm.toml");
+        let text = "snapshot-out = 'd'\nsnapshot-after-ms = 9\nsnapshot-at-heartbeat = 2\n\
+                    snapshot-on-listener = true\nsnapshot-on-pre-exec = true\n\
+                    snapshot-quiesce-ms = 7";
+        std::fs::write(&file, text).unwrap();
+        let both = given(&["--config", file.to_str().unwrap(), "--snapshot-after-ms", "5"]);
+        assert_eq!(both, everything);
     }
 
     #[test]

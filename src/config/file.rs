@@ -1,6 +1,7 @@
 //! `--config FILE.toml`: the options of `cellblock run` under their own names.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
@@ -8,7 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::remedy::Remedy;
-use crate::spec::{DiskSpec, SerialSpec};
+use crate::spec::{DiskSpec, PluginSocketSpec, SerialSpec};
 
 /// The keys of a configuration file. Relative paths in it are relative to the
 /// directory the program is started in, as they are for options.
@@ -35,6 +36,21 @@ pub struct ConfigFile {
     pub serial: Option<SerialSpec>,
     /// `--control`.
     pub control: Option<PathBuf>,
+    /// `--snapshot-out`.
+    pub snapshot_out: Option<PathBuf>,
+    /// `--snapshot-after-ms`.
+    pub snapshot_after_ms: Option<u64>,
+    /// `--snapshot-at-heartbeat`.
+    pub snapshot_at_heartbeat: Option<u64>,
+    /// `--snapshot-on-listener`.
+    pub snapshot_on_listener: bool,
+    /// `--snapshot-on-pre-exec`.
+    pub snapshot_on_pre_exec: bool,
+    /// `--snapshot-quiesce-ms`.
+    pub snapshot_quiesce_ms: Option<u64>,
+    /// `--plugin-socket`.
+    #[serde(deserialize_with = "plugin_socket")]
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// `--disable-sandbox`.
     pub disable_sandbox: bool,
     /// `--seccomp`.
@@ -45,6 +61,41 @@ pub struct ConfigFile {
     /// `--log`.
     #[serde(deserialize_with = "log")]
     pub log: Option<LogLevel>,
+    // What concerns a plugin: see [`PluginKeys`]. (Not flattened: then unknown keys would
+    // be passed over.)
+    plugin: Option<PathBuf>,
+    params: Vec<String>,
+    plugin_root: Option<PathBuf>,
+    plugin_mount: Vec<String>,
+    plugin_mount_file: Option<PathBuf>,
+    plugin_gid_map: Vec<String>,
+    plugin_gid_map_file: Option<PathBuf>,
+    seccomp_policy_dir: Option<PathBuf>,
+    host_ip: Option<Ipv4Addr>,
+    netmask: Option<Ipv4Addr>,
+    mac: Option<String>,
+    tap_name: Vec<String>,
+    tap_fd: Vec<i32>,
+}
+
+/// The keys that concern a plugin, each named as its option; lists for what may be given
+/// more than once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // see there
+pub struct PluginKeys {
+    pub plugin: Option<PathBuf>,
+    pub params: Vec<String>,
+    pub plugin_root: Option<PathBuf>,
+    pub plugin_mount: Vec<String>,
+    pub plugin_mount_file: Option<PathBuf>,
+    pub plugin_gid_map: Vec<String>,
+    pub plugin_gid_map_file: Option<PathBuf>,
+    pub seccomp_policy_dir: Option<PathBuf>,
+    pub host_ip: Option<Ipv4Addr>,
+    pub netmask: Option<Ipv4Addr>,
+    pub mac: Option<String>,
+    pub tap_name: Vec<String>,
+    pub tap_fd: Vec<i32>,
 }
 
 /// A configuration file that cannot be used.
@@ -83,6 +134,41 @@ impl Remedy for ConfigFileError {
 }
 
 impl ConfigFile {
+    /// What it says about a plugin, taken out.
+    pub fn plugin(&mut self) -> PluginKeys {
+        let file = std::mem::take(self);
+        let keys = PluginKeys {
+            plugin: file.plugin,
+            params: file.params,
+            plugin_root: file.plugin_root,
+            plugin_mount: file.plugin_mount,
+            plugin_mount_file: file.plugin_mount_file,
+            plugin_gid_map: file.plugin_gid_map,
+            plugin_gid_map_file: file.plugin_gid_map_file,
+            seccomp_policy_dir: file.seccomp_policy_dir,
+            host_ip: file.host_ip,
+            netmask: file.netmask,
+            mac: file.mac,
+            tap_name: file.tap_name,
+            tap_fd: file.tap_fd,
+        };
+        *self = ConfigFile {
+            kernel: file.kernel,
+            initrd: file.initrd,
+            cmdline: file.cmdline,
+            cpus: file.cpus,
+            memory: file.memory,
+            disk: file.disk,
+            serial: file.serial,
+            control: file.control,
+            disable_sandbox: file.disable_sandbox,
+            seccomp: file.seccomp,
+            log: file.log,
+            ..ConfigFile::default()
+        };
+        keys
+    }
+
     /// Reads the file at `path`.
     pub fn read(path: &Path) -> Result<ConfigFile, ConfigFileError> {
         let text = std::fs::read_to_string(path)
@@ -125,6 +211,10 @@ fn disks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DiskSpec>, D::Error> 
 }
 
 fn serial<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SerialSpec>, D::Error> {
+    String::deserialize(from)?.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn plugin_socket<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PluginSocketSpec>, D::Error> {
     String::deserialize(from)?.parse().map(Some).map_err(D::Error::custom)
 }
 
@@ -171,6 +261,28 @@ mod tests {
         assert!(file.disk.len() == 2 && file.disk[0].read_only);
         assert_eq!(file.serial, Some(SerialSpec::Pty));
         assert!(file.disable_sandbox);
+        let mut file = read(
+            r#"
+            plugin = "p"
+            params = ["p", "-x"]
+            plugin-root = "/r"
+            plugin-mount = ["/a:/b:true"]
+            plugin-mount-file = "m"
+            plugin-gid-map = ["5"]
+            plugin-gid-map-file = "g"
+            seccomp-policy-dir = "d"
+            host-ip = "10.0.0.1"
+            netmask = "255.0.0.0"
+            mac = "02:00:00:00:00:01"
+            tap-name = ["t"]
+            tap-fd = [7]
+            cpus = 3
+            "#,
+        )
+        .unwrap();
+        let keys = file.plugin();
+        assert_eq!((keys.params.len(), keys.tap_fd.as_slice(), file.cpus), (2, &[7][..], Some(3)));
+        assert_eq!(file.plugin(), PluginKeys::default());
         assert_eq!(read("memory = 64").unwrap().memory, Some(64 << 20));
         assert_eq!(read("").unwrap(), ConfigFile::default());
     }

@@ -133,7 +133,10 @@ impl Client {
     pub fn await_trigger(&mut self) -> Result<Option<String>, ClientError> {
         let asked = self.stream.get_ref().set_read_timeout(None);
         asked.map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
-        match self.ask(Request::AwaitTrigger) {
+        let answer = self.ask(Request::AwaitTrigger);
+        let asked = self.stream.get_ref().set_read_timeout(Some(ANSWER));
+        asked.map_err(|source| ClientError::Talk { doing: "waiting for", source })?;
+        match answer {
             Ok((Reply::Trigger { trigger }, _)) => Ok(Some(trigger).filter(|t| !t.is_empty())),
             Ok(_) => Err(ClientError::Garbage(None)),
             Err(ClientError::Gone | ClientError::Talk { .. }) => Ok(None),

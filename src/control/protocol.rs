@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
@@ -255,6 +256,9 @@ pub struct Stats {
     pub disks: Vec<DiskStats>,
     /// The serial lines.
     pub serials: Vec<SerialStats>,
+    /// Where programs attach; absent where they cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plugin_socket: Option<PathBuf>,
 }
 
 /// One vCPU.

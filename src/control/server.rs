@@ -111,6 +111,8 @@ pub struct ControlServer {
     spare: Option<OwnedFd>,
     uid: u32,
     clients: HashMap<u64, Peer>,
+    /// The one that was handed over.
+    adopted: Option<u64>,
     next_client: u64,
     next_event: u64,
     /// Lines of the last events.
@@ -165,6 +167,7 @@ impl ControlServer {
             spare: None,
             uid: geteuid().as_raw(),
             clients: HashMap::new(),
+            adopted: None,
             next_client: LISTENER + 1,
             next_event: 1,
             history: VecDeque::with_capacity(HISTORY),
@@ -172,7 +175,9 @@ impl ControlServer {
     }
 
     /// Serves a connection that somebody else has made.
+    /// Its client learns the end of the VM before all is over: this process waits for it.
     pub fn adopt(&mut self, stream: UnixStream) {
+        self.adopted = Some(self.next_client);
         self.admit(stream);
     }
 
@@ -260,6 +265,9 @@ impl ControlServer {
                     self.clients.remove(&event.data());
                 }
             }
+        }
+        if let Some(id) = self.adopted {
+            self.clients.remove(&id);
         }
         Farewell { _connections: self.clients.into_values().map(|c| c.stream).collect() }
     }

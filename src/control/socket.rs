@@ -131,7 +131,7 @@ impl ListeningSocket {
     }
 
     /// As the standard library's listener.
-    pub(super) fn into_listener(self) -> (UnixListener, Node) {
+    pub(crate) fn into_listener(self) -> (UnixListener, Node) {
         (UnixListener::from(self.fd), self.node)
     }
 }

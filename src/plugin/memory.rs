@@ -7,7 +7,6 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc::c_void;
@@ -15,6 +14,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::stat::fstat;
 
 use super::orders::errno;
+use crate::vm::kvm::{KvmError, Machine};
 
 const PAGE: u64 = 4096;
 /// The first memory slot that is not the VMM's own.
@@ -64,7 +64,7 @@ unsafe impl Send for Slab {}
 impl Slab {
     /// Makes memory of a memfd, after the checks that the interface has, in its order.
     pub(super) fn create(
-        vm: &VmFd,
+        machine: &Machine,
         slots: &mut SlotNumbers,
         fd: BorrowedFd<'_>,
         wanted: &Wanted,
@@ -112,32 +112,44 @@ impl Slab {
         };
         // SAFETY: the range is the mapping just made, which is unmapped after the slot is removed.
         // KVM refuses what overlaps another slot.
-        match unsafe { vm.set_user_memory_region(region) } {
-            Ok(()) => Ok(slab),
-            Err(error) => {
-                slots.give_back(slab.slot);
-                Err(errno(error))
-            }
+        if let Err(error) = unsafe { machine.vm().set_user_memory_region(region) } {
+            slots.give_back(slab.slot);
+            return Err(errno(error));
         }
+        // KVM's log has all pages in it at first.
+        if slab.dirty_log
+            && let Err(error) = slab.dirty_log(machine)
+        {
+            slab.remove(machine, slots)?;
+            return Err(error);
+        }
+        Ok(slab)
     }
 
     /// Takes the memory away from the guest.
-    pub(super) fn remove(self, vm: &VmFd, slots: &mut SlotNumbers) -> Result<(), Errno> {
+    pub(super) fn remove(self, machine: &Machine, slots: &mut SlotNumbers) -> Result<(), Errno> {
         let none = kvm_userspace_memory_region { slot: self.slot, ..Default::default() };
         // SAFETY: a slot of size zero names no memory.
-        unsafe { vm.set_user_memory_region(none) }.map_err(errno)?;
+        unsafe { machine.vm().set_user_memory_region(none) }.map_err(errno)?;
         slots.give_back(self.slot);
         Ok(())
     }
 
     /// A bit for each page written since the last time.
-    pub(super) fn dirty_log(&self, vm: &VmFd) -> Result<Vec<u8>, Errno> {
+    pub(super) fn dirty_log(&self, machine: &Machine) -> Result<Vec<u8>, Errno> {
         if !self.dirty_log {
             return Err(Errno::ENOENT);
         }
-        let words = vm.get_dirty_log(self.slot, self.length).map_err(errno)?;
+        let words = machine.take_dirty_slot(self.slot, self.length as u64).map_err(kvm_errno)?;
         let bytes = (self.length as u64 / PAGE).div_ceil(8) as usize;
         Ok(words.iter().flat_map(|word| word.to_le_bytes()).take(bytes).collect())
+    }
+}
+
+fn kvm_errno(error: KvmError) -> Errno {
+    match error {
+        KvmError::Step { source, .. } => super::requests::io_errno(source),
+        _ => Errno::EIO,
     }
 }
 

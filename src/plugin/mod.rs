@@ -32,4 +32,4 @@ mod tap;
 pub use hub::Hub;
 pub use listen::{AttachError, AttachSocket};
 pub use server::{Machinery, Network, Plugins, StartError};
-pub use session::Session;
+pub use session::{Session, SessionError};

@@ -20,8 +20,8 @@ use super::session::Session;
 
 ioctl_iowr_nr!(KVM_GET_SUPPORTED_HV_CPUID, KVMIO, 0xc1, kvm_cpuid2);
 
-/// The most MSRs of one ioctl.
-const MSRS: usize = 256;
+/// The most MSRs of one ioctl: fewer than 256.
+const MSRS: usize = 255;
 
 /// Carries out one order; what it answers.
 pub(super) fn carry_out(

@@ -196,14 +196,14 @@ impl Server {
                 let fd = fds.first().ok_or(Errno::EBADF)?.as_fd();
                 let mut made = session.made();
                 room(made.len())?;
-                let slab = Slab::create(vm, &mut self.slots, fd, &wanted)?;
+                let slab = Slab::create(&self.machine, &mut self.slots, fd, &wanted)?;
                 let handle = made.handle();
                 made.memory.insert(handle, slab);
                 Ok(Answer::Handle(handle).into())
             }
             Request::DirtyLog(handle) => {
                 let made = session.made();
-                bytes(made.memory.get(&handle).ok_or(Errno::ENOENT)?.dirty_log(vm)?)
+                bytes(made.memory.get(&handle).ok_or(Errno::ENOENT)?.dirty_log(&self.machine)?)
             }
             Request::CreateIrqEvent { irq } => self.create_irq_event(session, irq),
             Request::Destroy(object, handle) => {
@@ -297,7 +297,7 @@ impl Server {
             }
             Object::Memory => {
                 let slab = made.memory.remove(&handle).ok_or(Errno::ENOENT)?;
-                slab.remove(vm, &mut self.slots)
+                slab.remove(&self.machine, &mut self.slots)
             }
         }
     }
@@ -325,7 +325,7 @@ impl Server {
             report(vm.unregister_irqfd(&event, irq).map_err(errno));
         }
         for slab in std::mem::take(&mut made.memory).into_values() {
-            report(slab.remove(vm, &mut self.slots));
+            report(slab.remove(&self.machine, &mut self.slots));
         }
     }
 

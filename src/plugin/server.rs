@@ -13,6 +13,7 @@ use std::thread::{Builder, JoinHandle};
 
 use cellblock_plugin_api::wire::{Reply, Request};
 use cellblock_wire::{Channel, ChannelError};
+use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,7 +28,7 @@ use crate::vcpu::Supply;
 use crate::vm::kvm::Machine;
 
 /// The most connections of one plugin.
-const CONNECTIONS: usize = 64;
+const CONNECTIONS: usize = 128;
 /// The most programs that are attached at a time.
 const ATTACHED: usize = 16;
 /// Messages of one connection in a row.
@@ -39,6 +40,8 @@ pub struct Machinery {
     pub machine: Arc<Machine>,
     /// Where vCPUs go that a plugin starts: in a VM that is a plugin's.
     pub supply: Option<Supply>,
+    /// vCPUs that are ready for it; where there are none, they are made when it starts them.
+    pub vcpus: Vec<VcpuFd>,
     /// Called once the vCPUs are there.
     pub on_start: Box<dyn Fn() + Send>,
     /// The network interface for plugins.
@@ -94,12 +97,13 @@ impl Plugins {
         let system = |errno: Errno| StartError::System(errno.into());
         let stop = Arc::new(event::event().map_err(StartError::System)?);
         let node = attach.as_mut().and_then(AttachSocket::take_node);
-        let Machinery { machine, supply, on_start, network } = machinery;
+        let Machinery { machine, supply, vcpus, on_start, network } = machinery;
         let mut server = Server {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system)?,
             hub,
             machine,
             supply,
+            vcpus,
             on_start,
             network,
             attach,
@@ -153,6 +157,7 @@ pub(super) struct Server {
     pub(super) hub: Arc<Hub>,
     pub(super) machine: Arc<Machine>,
     supply: Option<Supply>,
+    vcpus: Vec<VcpuFd>,
     on_start: Box<dyn Fn() + Send>,
     pub(super) network: Option<Network>,
     pub(super) attach: Option<AttachSocket>,
@@ -281,10 +286,13 @@ impl Server {
     /// Makes the vCPUs and gives them to their threads.
     pub(super) fn start_vcpus(&mut self) -> Result<(), Errno> {
         let supply = self.supply.take().ok_or(Errno::EINVAL)?;
-        let fds = (0..self.hub.vcpus())
-            .map(|id| self.machine.vm().create_vcpu(id as u64))
-            .collect::<Result<_, _>>()
-            .map_err(super::orders::errno)?;
+        let mut fds = std::mem::take(&mut self.vcpus);
+        if fds.is_empty() {
+            fds = (0..self.hub.vcpus())
+                .map(|id| self.machine.vm().create_vcpu(id as u64))
+                .collect::<Result<_, _>>()
+                .map_err(super::orders::errno)?;
+        }
         supply.give(fds).map_err(|error| {
             tracing::error!(error = crate::remedy::chain(&error), "starting the vCPUs");
             Errno::ENOMEM

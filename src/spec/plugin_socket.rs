@@ -20,6 +20,16 @@ pub struct PluginSocketSpec {
     pub memory: MemoryAccess,
 }
 
+impl PluginSocketSpec {
+    /// With its path from the root on, for whoever is told of it in another directory.
+    pub fn absolute(mut self) -> PluginSocketSpec {
+        if let Ok(path) = std::path::absolute(&self.path) {
+            self.path = path;
+        }
+        self
+    }
+}
+
 impl FromStr for PluginSocketSpec {
     type Err = SpecError;
 

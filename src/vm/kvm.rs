@@ -64,8 +64,10 @@ pub enum KvmError {
     },
 }
 
+/// Bytes of a page.
+const PAGE: u64 = 4096;
 /// Bytes of guest memory that a word of a dirty log is for.
-const DIRTY_WORD: u64 = 64 * 4096;
+const DIRTY_WORD: u64 = 64 * PAGE;
 
 nix::ioctl_readwrite!(
     /// KVM_CLEAR_DIRTY_LOG, which no crate wraps.
@@ -208,11 +210,7 @@ impl Machine {
     pub fn take_dirty_pages(&self) -> Result<Vec<u64>, KvmError> {
         let mut all = Vec::new();
         for (slot, region) in (0..).zip(self.ram.regions()) {
-            let mut pages = self
-                .vm
-                .get_dirty_log(slot, region.len as usize)
-                .map_err(step("reading what the guest wrote"))?;
-            self.clear_dirty_log(slot, region.len, &mut pages)?;
+            let mut pages = self.take_dirty_slot(slot, region.len)?;
             // A region is a whole number of MiB, and so of words.
             pages.truncate((region.len / DIRTY_WORD) as usize);
             all.extend(pages);
@@ -220,10 +218,21 @@ impl Machine {
         Ok(all)
     }
 
+    /// The pages of one memory slot of `len` bytes that the guest wrote since this was last called;
+    /// all of them the first time.
+    pub fn take_dirty_slot(&self, slot: u32, len: u64) -> Result<Vec<u64>, KvmError> {
+        let mut pages = self
+            .vm
+            .get_dirty_log(slot, len as usize)
+            .map_err(step("reading what the guest wrote"))?;
+        self.clear_dirty_log(slot, len, &mut pages)?;
+        Ok(pages)
+    }
+
     /// Has KVM note the pages that are set in `pages` again. Runs without any are left out:
     /// the kernel would look at each of them.
     fn clear_dirty_log(&self, slot: u32, len: u64, pages: &mut [u64]) -> Result<(), KvmError> {
-        let words = (len / DIRTY_WORD) as usize;
+        let words = (len.div_ceil(DIRTY_WORD) as usize).min(pages.len());
         let mut at = 0;
         while let Some(first) = pages[at..words].iter().position(|word| *word != 0) {
             let first = at + first;
@@ -231,7 +240,8 @@ impl Machine {
             let end = run.map_or(words, |run| first + run);
             let mut args = kvm_clear_dirty_log {
                 slot,
-                num_pages: ((end - first) * 64) as u32,
+                // Whole words, but for the slot's end.
+                num_pages: ((end - first) as u64 * 64).min(len / PAGE - first as u64 * 64) as u32,
                 first_page: (first * 64) as u64,
                 ..Default::default()
             };

@@ -6,12 +6,14 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
 use cellblock_seccomp::filter::Policy;
+use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
@@ -21,7 +23,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
 use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
+use super::hold::Hold;
 use super::notice::Notifier;
+use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
 use super::snapshot::Snapshots;
@@ -36,11 +40,12 @@ use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
+use crate::plugin_process;
 use crate::snapshot::dirty::{Tracker, WriteLogs};
 use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
-use crate::vcpu::{self, Kicks, Vcpus};
+use crate::vcpu::{self, Kicks};
 use crate::vm::boot::Entry;
 use crate::vm::cpu::CpuModel;
 use crate::vm::kvm::{self, Machine};
@@ -68,6 +73,11 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     /// Deaths of its process by which a device fails.
     pub(super) max_deaths: u16,
+    pub(super) hold: Arc<Hold>,
+    /// Plugins that take part.
+    pub(super) guests: Guests,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
 }
 
 /// A machine that boots a kernel.
@@ -75,7 +85,9 @@ pub(super) struct Parts {
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
 pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = begin(&config.serial, &config.disks)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let (spawner, signals) = begin(&config.serial, &config.disks, plan)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
@@ -84,6 +96,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     }
     let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
     let mut triggers = None;
+    let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
     if let Some(stream) = scribe {
         let made = |source| VmmError::System { what: "watching for a snapshot's time", source };
         let server = match control.take() {
@@ -92,12 +105,13 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         };
         control.insert(server).adopt(stream);
         let resources = std::mem::take(&mut config.snapshot);
-        triggers = Some(Triggers::new(resources).map_err(|e| made(e.into()))?);
+        triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
     }
     let kvm = kvm::open()?;
     let model = CpuModel::new(&kvm, config.cpus)?;
     let host = Host::new(&kvm, &model)?;
     let ram = GuestRam::new(config.memory)?;
+    let guests = Guests::open(&config, &ram)?;
     let common = Common {
         seccomp: config.seccomp,
         sandbox: config.sandbox,
@@ -120,7 +134,11 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         host,
         ram,
         max_deaths: config.max_deaths,
+        hold,
+        guests,
+        plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
     };
+    let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let mut vm = build(parts, |machine, model, slots| {
         let ram = machine.ram();
         let rsdp = acpi::write(ram, model.cpus(), slots)?;
@@ -136,8 +154,9 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
 pub(super) fn begin(
     serial: &spec::SerialSpec,
     disks: &[spec::DiskSpec],
+    plugin: Option<Plan>,
 ) -> Result<(Spawner, Signals), VmmError> {
-    let spawner = fork_spawner(serial, disks)?;
+    let spawner = fork_spawner(serial, disks, plugin)?;
     let signals = Signals::install()
         .map_err(|source| VmmError::System { what: "taking signals over", source })?;
     Ok((spawner, signals))
@@ -163,6 +182,9 @@ pub(super) fn build(
         host,
         ram,
         max_deaths,
+        hold,
+        mut guests,
+        plugin_socket,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -198,7 +220,7 @@ pub(super) fn build(
         disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
     }
 
-    let machine = Machine::with_kvm(kvm, &ram)?;
+    let machine = Arc::new(Machine::with_kvm(kvm, &ram)?);
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
     let vcpu_fds = guest(&machine, &model, &slots)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
@@ -209,6 +231,8 @@ pub(super) fn build(
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
+    guests.launch(&mut spawner)?;
+    let starts_later = guests.has_owner();
     let kicks = Kicks::new(usize::from(cpus));
     let (ring, com1_irq) = com1.producer(kicks.len())?;
     let ring = Arc::new(ring);
@@ -237,35 +261,40 @@ pub(super) fn build(
     let facts = facts(&specs, cpus, disks, &devices)?;
     let notifier = Notifier::new()
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
-    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), notifier.clone())?;
+    let markers = MarkerPort::new(notifier.clone(), hold.clone(), kicks.clone());
+    kicks.on_kick(move |_| hold.wake());
+    let pio = ports(SerialPort::new(ring.clone(), kicks.clone()), markers)?;
     let mmio = windows(&devices, &slots)?;
     wake_on_kick(&kicks, &ring, &devices);
     let (exit, ended) = vcpu::exit_notice()
         .map_err(|source| VmmError::System { what: "creating an event", source })?;
-    let vcpus = Vcpus::start(
-        vcpu_fds,
-        vcpu::Config {
-            on_thread_start: seccomp.map(vcpu_filter),
-            ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
-        },
-    )?;
+    let vcpu_config = vcpu::Config {
+        on_thread_start: seccomp.map(vcpu_filter),
+        ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
+    };
+    let (vcpus, served) =
+        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     let vm = Vm {
         started,
         machine,
-        vmgenid,
+        vmgenid: Some(vmgenid),
         ram,
         vcpus,
         ended,
-        ring,
-        com1_irq,
+        ring: Some(ring),
+        com1_irq: Some(com1_irq),
         cells,
         devices,
         disks: facts,
         back_ends,
         spawner,
+        plugin: served.process,
+        plugins: served.plugins,
+        plugin_socket,
+        starts_later,
         supervisor,
         control,
         notifier,
@@ -302,6 +331,7 @@ pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
 fn fork_spawner(
     serial: &spec::SerialSpec,
     disks: &[spec::DiskSpec],
+    plugin: Option<Plan>,
 ) -> Result<Spawner, SpawnError> {
     let restore_terminal = match serial {
         spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
@@ -309,7 +339,7 @@ fn fork_spawner(
     };
     // In the order of the machine's back ends.
     let connect = disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
-    spawner::fork(spawner::Options { restore_terminal, plugin: None, connect })
+    spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
 fn start_console(
@@ -336,12 +366,12 @@ pub(crate) fn drop_privileges() -> Result<(), VmmError> {
     Ok(violation::install(page, "vmm")?)
 }
 
-fn ports(serial: SerialPort, notifier: Arc<Notifier>) -> Result<Bus, BusError> {
+fn ports(serial: SerialPort, markers: MarkerPort) -> Result<Bus, BusError> {
     Ok(Bus::builder()
         .add(layout::SERIAL_PORT.into(), PORTS, Arc::new(serial))?
         .add(layout::I8042_DATA_PORT.into(), 5, Arc::new(KeyboardController))?
         .add(layout::SLEEP_CONTROL_PORT.into(), 2, Arc::new(SleepControl))?
-        .add(layout::MARKER_PORT.into(), 1, Arc::new(MarkerPort(notifier)))?
+        .add(layout::MARKER_PORT.into(), 1, Arc::new(markers))?
         .build())
 }
 
@@ -438,7 +468,7 @@ fn facts(
     Ok(facts)
 }
 
-fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
+pub(super) fn vcpu_filter(mode: filter::Mode) -> vcpu::ThreadHook {
     Arc::new(move |_| filter::apply(Policy::VmmVcpu, mode).map_err(|e| crate::remedy::chain(&e)))
 }
 

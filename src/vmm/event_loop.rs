@@ -29,6 +29,8 @@ use crate::console::Keep;
 use crate::control::protocol::EventKind;
 use crate::control::protocol::{Reply, Request, Shutdown};
 use crate::control::server::{ControlServer, Handler, Response, Token};
+use crate::plugin::{Hub, Plugins};
+use crate::plugin_process::PluginProcess;
 use crate::snapshot::pager::Pager;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
@@ -41,19 +43,27 @@ use crate::vm::vmgenid::VmGenId;
 pub(super) struct Vm {
     pub(super) started: Instant,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
-    pub(super) machine: Machine,
-    pub(super) vmgenid: VmGenId,
+    pub(super) machine: Arc<Machine>,
+    /// None in a machine that is a plugin's.
+    pub(super) vmgenid: Option<VmGenId>,
     pub(super) ram: GuestRam,
     pub(super) vcpus: Vcpus,
     pub(super) ended: ExitListener,
-    pub(super) ring: Arc<Producer>,
+    /// COM1's.
+    pub(super) ring: Option<Arc<Producer>>,
     /// COM1's interrupt.
-    pub(super) com1_irq: EventFd,
+    pub(super) com1_irq: Option<EventFd>,
     pub(super) cells: Vec<Cell>,
     pub(super) devices: Vec<(String, Arc<VirtioMmio>)>,
     pub(super) disks: Vec<DiskFacts>,
     pub(super) back_ends: Vec<BackEnd>,
     pub(super) spawner: Spawner,
+    pub(super) plugin: Option<PluginProcess>,
+    pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+    /// Where programs attach.
+    pub(super) plugin_socket: Option<PathBuf>,
+    /// Whether a plugin decides when there are vCPUs.
+    pub(super) starts_later: bool,
     pub(super) supervisor: Supervisor,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
@@ -117,6 +127,8 @@ enum Source {
     Vcpus,
     Notices,
     Ring,
+    Plugin,
+    PluginFilter,
     Links,
     Triggers,
     Pager,
@@ -137,6 +149,8 @@ impl Source {
             Source::Links => 6,
             Source::Triggers => 7,
             Source::Pager => 8,
+            Source::Plugin => 9,
+            Source::PluginFilter => 10,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -155,6 +169,8 @@ impl Source {
             (0, 6) => Some(Source::Links),
             (0, 7) => Some(Source::Triggers),
             (0, 8) => Some(Source::Pager),
+            (0, 9) => Some(Source::Plugin),
+            (0, 10) => Some(Source::PluginFilter),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -179,12 +195,9 @@ impl Vm {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("creating epoll"))?;
         self.watch(&epoll).map_err(system("watching the machine's events"))?;
-        self.vcpus.run()?;
-        self.event(EventKind::Start);
-        if let Some(triggers) = &mut self.triggers {
-            triggers.begin();
+        if !self.starts_later {
+            self.run_vcpus()?;
         }
-        tracing::info!(after = ?self.started.elapsed(), "guest is running");
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
@@ -196,11 +209,21 @@ impl Vm {
             for event in &events[..count] {
                 let Some(source) = Source::of(event.data()) else { continue };
                 if let Flow::Break(end) = self.handle(&epoll, source) {
-                    return end;
+                    return self.finish_plugin(end);
                 }
             }
             self.supervise(&epoll);
         }
+    }
+
+    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+        self.vcpus.run()?;
+        self.event(EventKind::Start);
+        if let Some(triggers) = &mut self.triggers {
+            triggers.begin();
+        }
+        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        Ok(())
     }
 
     fn watch(&self, epoll: &Epoll) -> nix::Result<()> {
@@ -211,7 +234,9 @@ impl Vm {
         add(self.spawner.as_fd(), Source::Spawner)?;
         add(self.ended.as_fd(), Source::Vcpus)?;
         add(self.notifier.as_fd(), Source::Notices)?;
-        add(self.ring.fault_event(), Source::Ring)?;
+        if let Some(ring) = &self.ring {
+            add(ring.fault_event(), Source::Ring)?;
+        }
         add(self.supervisor.links.as_fd(), Source::Links)?;
         if let Some(triggers) = &self.triggers {
             add(triggers.as_fd(), Source::Triggers)?;
@@ -222,6 +247,12 @@ impl Vm {
         }
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(plugin) = &self.plugin {
+            add(plugin.as_fd(), Source::Plugin)?;
+            if let Some(listener) = plugin.listener() {
+                add(listener, Source::PluginFilter)?;
+            }
         }
         for (n, cell) in self.cells.iter().enumerate() {
             add(cell.channel().as_fd(), Source::Cell(n))?;
@@ -256,7 +287,20 @@ impl Vm {
                     return Flow::Break(Ok(VmEnd::Stopped));
                 }
             }
-            Source::Notices => self.port_markers(),
+            Source::Notices => {
+                if let Err(error) = self.notices() {
+                    return Flow::Break(Err(error));
+                }
+            }
+            Source::PluginFilter => self.plugin_violations(),
+            Source::Plugin => {
+                if let Some(plugin) = &mut self.plugin {
+                    plugin.log();
+                    if !plugin.is_open() {
+                        let _ = epoll.delete(&*plugin);
+                    }
+                }
+            }
             Source::Ring => self.ring_fault(),
             Source::Links => self.link_news(),
             Source::Triggers => self.trigger_timer(),
@@ -302,7 +346,7 @@ impl Vm {
 
     /// COM1's process does not answer, or lies. A liar is ended at once.
     fn ring_fault(&mut self) {
-        let Some(fault) = self.ring.take_fault() else { return };
+        let Some(fault) = self.ring.as_ref().and_then(|ring| ring.take_fault()) else { return };
         let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
         let (id, pid) = (cell.id().to_string(), cell.pid());
         tracing::error!(role = "serial", device = id, pid, "{fault}");
@@ -334,11 +378,17 @@ impl Vm {
         }
     }
 
-    fn port_markers(&mut self) {
-        for Notice::Marker(marker) in self.notifier.take() {
-            self.event(requests::marker_event(marker, "port"));
-            self.seen(marker);
+    fn notices(&mut self) -> Result<(), VmmError> {
+        for notice in self.notifier.take() {
+            match notice {
+                Notice::Marker(marker) => {
+                    self.event(requests::marker_event(marker, "port"));
+                    self.seen(marker);
+                }
+                Notice::Made => self.run_vcpus()?,
+            }
         }
+        Ok(())
     }
 
     fn control_requests(&mut self) {
@@ -365,6 +415,9 @@ impl Vm {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => {
+                    if let Some(end) = self.plugin_ended(pid, status) {
+                        return Flow::Break(end);
+                    }
                     self.process_ended(epoll, pid, status);
                 }
                 Ok(Some(SpawnerEvent::Started { ticket, pid, pidfd })) => {
@@ -397,8 +450,10 @@ impl Vm {
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if role == "serial" {
-            self.ring.set_dead(true);
+        if role == "serial"
+            && let Some(ring) = &self.ring
+        {
+            ring.set_dead(true);
         }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
@@ -448,7 +503,8 @@ impl Vm {
         if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
             tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
         }
-        self.port_markers(); // those of the guest's last moments
+        let _ = self.notices(); // markers of the guest's last moments
+        self.plugins = None;
         self.end_supervision();
         // All at once, so that they share one deadline.
         let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
@@ -463,7 +519,7 @@ impl Vm {
         }
         self.drain_console();
         let (reason, message) = match end {
-            Ok(VmEnd::Shutdown) => (Shutdown::PowerOff, None),
+            Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
             Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),

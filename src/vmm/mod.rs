@@ -5,17 +5,25 @@
 //! | `assemble` | from a configuration to a machine that is ready to run |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
+//! | `plugin` | the plugin's end, and its grace |
+//! | `plugins` | who takes part in a machine that boots a kernel |
+//! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
 //! | `ports` | power, reset and marker ports |
+//! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
 
 mod assemble;
 mod event_loop;
+mod hold;
 mod notice;
+mod plugin;
+mod plugin_vm;
+mod plugins;
 mod ports;
 mod reconnect;
 mod remedy;
@@ -55,6 +63,8 @@ pub enum VmEnd {
     Stopped,
     /// SIGINT, SIGTERM or SIGHUP.
     Signal,
+    /// The plugin exited with status 0.
+    Plugin,
 }
 
 /// A VM that could not be brought up, or did not end well.
@@ -87,6 +97,16 @@ pub enum VmmError {
     Cell(#[from] CellError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    Plugin(#[from] crate::plugin_process::PluginError),
+    #[error(transparent)]
+    Session(#[from] crate::plugin::SessionError),
+    #[error(transparent)]
+    Attach(#[from] crate::plugin::AttachError),
+    #[error(transparent)]
+    Plugins(#[from] crate::plugin::StartError),
+    #[error("there is no kernel to boot")]
+    NoKernel,
     #[error(transparent)]
     VcpuStart(#[from] crate::vcpu::StartError),
     #[error(transparent)]
@@ -128,7 +148,10 @@ pub fn run(config: VmConfig) -> Result<VmEnd, VmmError> {
         VmmError::System { what: "starting the process that writes snapshots", source }
     })?;
     let stream = scribe.as_mut().and_then(|scribe| scribe.stream.take());
-    let mut vm = assemble::assemble(config, stream)?;
+    let mut vm = match (&config.kernel, config.plugin.clone()) {
+        (None, Some(plugin)) => plugin_vm::assemble(config, &plugin)?,
+        _ => assemble::assemble(config, stream)?,
+    };
     let end = vm.run();
     vm.shut_down(&end);
     if let Some(scribe) = scribe {

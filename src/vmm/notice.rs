@@ -16,6 +16,8 @@ const PENDING_MAX: usize = 1024;
 pub enum Notice {
     /// The guest wrote a readiness byte.
     Marker(Marker),
+    /// A plugin has had the vCPUs made: they can run.
+    Made,
 }
 
 /// A bounded queue with an eventfd that says it is not empty.

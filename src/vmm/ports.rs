@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use cellblock_devices::protocol::Marker;
 
+use super::hold::Hold;
 use super::notice::{Notice, Notifier};
 use crate::bus::{BusDevice, Outcome, VmExit};
+use crate::vcpu::Kicks;
 use crate::vm::layout;
 
 /// The keyboard controller at 0x60 to 0x64, as far as resetting the machine goes.
@@ -53,7 +55,18 @@ impl BusDevice for SleepControl {
 
 /// Port 0xCB0: a byte tells how far the guest is.
 #[derive(Debug)]
-pub struct MarkerPort(pub Arc<Notifier>);
+pub struct MarkerPort {
+    notifier: Arc<Notifier>,
+    hold: Arc<Hold>,
+    kicks: Arc<Kicks>,
+}
+
+impl MarkerPort {
+    /// Tells `notifier`; a vCPU that is about to run the workload waits in `hold`.
+    pub fn new(notifier: Arc<Notifier>, hold: Arc<Hold>, kicks: Arc<Kicks>) -> MarkerPort {
+        MarkerPort { notifier, hold, kicks }
+    }
+}
 
 impl BusDevice for MarkerPort {
     fn read(&self, _vcpu: usize, _offset: u64, data: &mut [u8]) -> Outcome {
@@ -61,7 +74,7 @@ impl BusDevice for MarkerPort {
         Outcome::Done
     }
 
-    fn write(&self, _vcpu: usize, _offset: u64, data: &[u8]) -> Outcome {
+    fn write(&self, vcpu: usize, _offset: u64, data: &[u8]) -> Outcome {
         let marker = match data {
             [1] => Marker::Heartbeat,
             [2] => Marker::PreExec,
@@ -70,7 +83,10 @@ impl BusDevice for MarkerPort {
             [5] => Marker::Parked,
             _ => return Outcome::Done,
         };
-        self.0.send(Notice::Marker(marker));
+        self.notifier.send(Notice::Marker(marker));
+        if marker == Marker::PreExec {
+            self.hold.wait(|| self.kicks.kicked(vcpu));
+        }
         Outcome::Done
     }
 }
@@ -109,7 +125,8 @@ mod tests {
     #[test]
     fn markers_arrive_and_a_flood_is_bounded() {
         let notifier = Notifier::new().expect("notifier");
-        let port = MarkerPort(notifier.clone());
+        let hold = Arc::new(Hold::new(false));
+        let port = MarkerPort::new(notifier.clone(), hold, Kicks::new(1));
         let _ = port.write(0, 0, &[3]);
         let _ = port.write(0, 0, &[9]);
         assert_eq!(notifier.take(), vec![Notice::Marker(Marker::Listener)]);

@@ -8,6 +8,8 @@ impl Remedy for VmmError {
         match self {
             VmmError::Input(error) => error.remedy(),
             VmmError::Restore(error) => error.remedy(),
+            VmmError::Attach(error) => error.remedy(),
+            VmmError::Plugin(error) => error.remedy(),
             VmmError::SpawnerDied => Some("see the kernel log for who killed it".into()),
             _ => None,
         }

@@ -184,6 +184,7 @@ impl Vm {
             vcpus: vcpus.collect(),
             disks: disks.collect(),
             serials: serials.collect(),
+            plugin_socket: self.plugin_socket.clone(),
         }
     }
 

@@ -14,6 +14,8 @@ use cellblock_seccomp::filter::Policy;
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
+use super::hold::Hold;
+use super::plugins::Guests;
 use super::snapshot::{LoadError, Origin};
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
@@ -157,7 +159,7 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 
 fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let started = Instant::now();
-    let (spawner, signals) = assemble::begin(&config.serial, &[])?;
+    let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
     let path = &config.snapshot;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
@@ -194,6 +196,9 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         host,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        hold: Arc::new(Hold::new(false)),
+        guests: Guests::none(),
+        plugin_socket: None,
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;

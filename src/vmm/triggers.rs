@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::Marker;
@@ -14,6 +15,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::event_loop::Vm;
+use super::hold::Hold;
 use crate::control::protocol::Reply;
 use crate::control::server::Token;
 use crate::snapshot::trigger::{self, Signs, SnapshotResources, Trigger};
@@ -56,13 +58,15 @@ pub(super) struct Triggers {
     timer: TimerFd,
     /// What is due, and when the cut is.
     due: Option<(Trigger, Instant)>,
+    /// Where the guest waits that is about to run its workload.
+    hold: Arc<Hold>,
     /// Who asked, and has to be told.
     waiting: Option<Token>,
     told: bool,
 }
 
 impl Triggers {
-    pub(super) fn new(resources: SnapshotResources) -> nix::Result<Triggers> {
+    pub(super) fn new(resources: SnapshotResources, hold: Arc<Hold>) -> nix::Result<Triggers> {
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
         Ok(Triggers {
@@ -71,6 +75,7 @@ impl Triggers {
             started: None,
             timer,
             due: None,
+            hold,
             waiting: None,
             told: false,
         })
@@ -98,18 +103,21 @@ impl Triggers {
             return None;
         }
         self.signs.elapsed = self.started.map_or(Duration::ZERO, |started| started.elapsed());
-        if self.due.is_none() {
-            let Some(trigger) = trigger::due(&self.resources, &self.signs) else {
-                // There is one timer, and it rang for something else.
-                if let Some(after) = self.resources.after_ms.filter(|_| self.started.is_some()) {
-                    self.wake_in(Duration::from_millis(after).saturating_sub(self.signs.elapsed));
-                }
-                return None;
-            };
-            let settle = trigger.settle(&self.resources);
-            self.due = Some((trigger, Instant::now() + settle));
-        }
-        let (trigger, at) = self.due?;
+        let Some(trigger) = trigger::due(&self.resources, &self.signs) else {
+            // A listener that things were settling after may be gone again. There is one
+            // timer, and it rang for something else.
+            self.due = None;
+            if let Some(after) = self.resources.after_ms.filter(|_| self.started.is_some()) {
+                self.wake_in(Duration::from_millis(after).saturating_sub(self.signs.elapsed));
+            }
+            return None;
+        };
+        let at = match self.due {
+            Some((settling, at)) if settling == trigger => at,
+            // A more important one comes first, with its own time to settle.
+            _ => Instant::now() + trigger.settle(&self.resources),
+        };
+        self.due = Some((trigger, at));
         let left = at.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Some(trigger);
@@ -168,6 +176,16 @@ impl Vm {
             (None, _) => triggers.wake_in(Duration::from_millis(1)),
             // The writer asks in a moment.
             (_, None) => {}
+        }
+    }
+
+    /// `client` has its cut, or none, or is gone: if it is the writer, there is nothing to
+    /// hold the guest for any more.
+    pub(super) fn release_guest(&self, client: u64) {
+        if let Some(triggers) = &self.triggers
+            && triggers.waiting.is_some_and(|token| token.client() == client)
+        {
+            triggers.hold.release();
         }
     }
 

@@ -3,6 +3,8 @@
 #![allow(dead_code)] // shared by several test programs
 #![allow(clippy::unwrap_used)] // a failure here is a failed test
 
+pub mod cost;
+
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -58,6 +60,7 @@ impl Vmm {
         let machinery = Machinery {
             machine: machine.clone(),
             supply: Some(supply),
+            vcpus: Vec::new(),
             on_start: Box::new(move || started.send(Order::Started).unwrap()),
             network,
         };
@@ -173,7 +176,8 @@ pub fn guest(vm: &Vm, code: &[&[u8]]) -> Memory {
     memory
 }
 
-/// Takes a vCPU through its first event into real mode, at its code with all registers zero.
+/// Takes a vCPU through its first event into real mode, at its code with all registers zero. Only
+/// its code segment is not at zero.
 pub fn enter(vcpu: &Vcpu) {
     assert_eq!(vcpu.wait().unwrap(), Event::Init);
     real_mode(vcpu);
@@ -184,16 +188,45 @@ pub fn enter(vcpu: &Vcpu) {
 pub fn real_mode(vcpu: &Vcpu) {
     let base = CODE + CODE * u64::from(vcpu.id());
     let mut sregs = vcpu.sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    (sregs.cs.base, sregs.cs.selector) = (base, (base >> 4) as u16);
     (sregs.ds.base, sregs.ds.selector) = (0, 0);
     (sregs.es.base, sregs.es.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     let mut regs = vcpu.regs().unwrap();
-    (regs.rip, regs.rflags, regs.rsp) = (base, 2, 0x8000);
+    (regs.rip, regs.rflags, regs.rsp) = (0, 2, 0x8000);
     (regs.rax, regs.rbx, regs.rcx, regs.rdx) = (0, 0, 0, 0);
     vcpu.set_regs(&regs).unwrap();
     let running = kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE };
     vcpu.set_mp_state(&running).unwrap();
+}
+
+/// Sets a vCPU up to run 64-bit code at `rip` as a user, without any interrupt table.
+pub fn user_mode(vcpu: &Vcpu, memory: &Memory, rip: u64) {
+    for (at, entry) in [(0x8_0000u64, 0x8_1007u64), (0x8_1000, 0x8_2007), (0x8_2000, 0x87)] {
+        memory.put(at, &entry.to_le_bytes());
+    }
+    let flat = |selector, type_, long| kvm_bindings::kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        db: 1 - long,
+        s: 1,
+        l: long,
+        g: 1,
+        ..Default::default()
+    };
+    let mut sregs = vcpu.sregs().unwrap();
+    sregs.cs = flat(0x33, 0xb, 1);
+    let data = flat(0x2b, 3, 0);
+    (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8000_0031, 0x8_0000, 0x20, 0x500);
+    (sregs.idt.base, sregs.idt.limit) = (0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.regs().unwrap();
+    (regs.rip, regs.rflags) = (rip, 2);
+    vcpu.set_regs(&regs).unwrap();
 }
 
 /// Does something for a while, and says what when it does not come.

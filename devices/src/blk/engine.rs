@@ -71,6 +71,11 @@ pub(super) trait Engine<'m> {
         ranges: &[Range],
     ) -> Result<Option<Done<'m>>, EngineError>;
 
+    /// How many of so many jobs to begin before some are reaped.
+    fn together(&self, available: u16) -> u16 {
+        available
+    }
+
     /// Whether one more job can be begun before some are reaped.
     fn has_room(&self) -> bool;
 
@@ -136,6 +141,12 @@ impl<'m> Engine<'m> for SyncEngine<'_, 'm> {
         let result = self.executor.execute(self.disk, job.operation, data, ranges, &mut filled);
         self.over.push_back(Done { job, filled, result });
         Ok(None)
+    }
+
+    #[inline]
+    fn together(&self, available: u16) -> u16 {
+        // The driver is busy with some answers while the next are made.
+        (available / 4).min(TOGETHER as u16)
     }
 
     #[inline]

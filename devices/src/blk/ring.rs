@@ -150,6 +150,14 @@ impl<'m> Ring<'m> {
         self.queue.size()
     }
 
+    /// Chains that are left, and that the driver has made available, as it says: unchecked.
+    pub fn available(&self) -> Result<u16, RingError> {
+        let idx =
+            self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
+        let new = idx.0.wrapping_sub(self.queue.next_avail());
+        Ok(new.saturating_add(u16::try_from(self.unfinished.len()).unwrap_or(u16::MAX)))
+    }
+
     /// True when the driver has made a chain available, or one is left. One load.
     pub fn has_work(&self) -> Result<bool, RingError> {
         let idx =

@@ -236,7 +236,10 @@ impl Queue {
 
     /// Takes what is available, up to a ring full, and begins it.
     fn take<'m, E: Engine<'m>>(&self, service: &mut Service<'m, E>) -> Result<(), End> {
-        for _ in 0..service.ring.size() {
+        let available = service.ring.available()?;
+        // At least one look: it is by taking chains that a broken ring is found out.
+        let most = service.engine.together(available).clamp(1, service.ring.size());
+        for _ in 0..most {
             if !service.engine.has_room() || self.stopping() {
                 return Ok(());
             }

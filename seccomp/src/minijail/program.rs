@@ -19,6 +19,7 @@ const TRAP: u32 = 0x0003_0000;
 const ERRNO: u32 = 0x0005_0000;
 const LOG: u32 = 0x7ffc_0000;
 const ALLOW: u32 = 0x7fff_0000;
+const USER_NOTIF: u32 = 0x7fc0_0000;
 /// BPF_MAXINSNS, less what the start of a process adds.
 const MAX_LEN: usize = 4096 - 64;
 
@@ -26,6 +27,7 @@ pub(super) fn compile(policy: &Policy, violation: Violation) -> Result<Code, Str
     let violated = match violation {
         Violation::Kill => KILL_PROCESS,
         Violation::Log => LOG,
+        Violation::Notify => USER_NOTIF,
     };
     let default = match policy.default {
         Action::Default => violated,
@@ -56,13 +58,16 @@ pub(super) fn compile(policy: &Policy, violation: Violation) -> Result<Code, Str
     Ok(program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect())
 }
 
+/// `default` is what violations get.
 fn answer(action: Action, default: u32) -> u32 {
     match action {
         Action::Allow => ALLOW,
         Action::Errno(number) => ERRNO | u32::from(number),
         Action::Default => default,
-        // With a mode that lets violations pass, these are violations.
-        Action::KillProcess | Action::KillThread | Action::Trap if default == LOG => LOG,
+        // These are violations, in modes that do not kill.
+        Action::KillProcess | Action::KillThread | Action::Trap if default != KILL_PROCESS => {
+            default
+        }
         Action::KillProcess => KILL_PROCESS,
         Action::KillThread => KILL_THREAD,
         Action::Trap => TRAP,

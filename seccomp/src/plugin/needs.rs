@@ -1,8 +1,9 @@
 //! The files a program needs to start: its loader and its libraries, found as the loader
 //! would find them.
 //!
-//! What RPATH or RUNPATH names is shown in the jail where it is. Everything else is shown
-//! in the loader's own folder, which it always searches: the jail has no ld.so.cache.
+//! What RPATH or RUNPATH names is shown in the jail where it is, and so is what lies in one
+//! of the loader's own folders. What only ld.so.cache knows is shown beside the C library:
+//! the jail has no ld.so.cache.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -31,6 +32,8 @@ pub(super) struct Needed {
     pub(super) file: File,
     pub(super) path: PathBuf,
     pub(super) inside: PathBuf,
+    /// In no folder that the loader would look in by itself.
+    elsewhere: bool,
 }
 
 /// A program that cannot be put into a jail.
@@ -71,7 +74,8 @@ pub(super) fn of(program: &Path) -> Result<Vec<Needed>, NeedsError> {
     let file = open(&path)?;
     let elf = read(&file, &path)?;
     let loader = elf.interpreter.clone();
-    let mut list = vec![Needed { file, path: path.clone(), inside: path.clone() }];
+    let shown = |file, path: PathBuf| Needed { file, inside: path.clone(), path, elsewhere: false };
+    let mut list = vec![shown(file, path.clone())];
     let Some(loader) = loader else { return Ok(list) };
     if !loader.starts_with('/') {
         return Err(NeedsError::Loader { path, loader });
@@ -84,7 +88,7 @@ pub(super) fn of(program: &Path) -> Result<Vec<Needed>, NeedsError> {
     let folder = real.parent().unwrap_or(Path::new("/")).to_owned();
     let mut names: Vec<String> =
         [&loader, &real].iter().filter_map(|p| Some(p.file_name()?.to_str()?.to_owned())).collect();
-    list.push(Needed { file, path: loader.clone(), inside: loader });
+    list.push(shown(file, loader));
 
     let search = Search { cache: Cache::read(), folder };
     let mut objects = vec![Object { path, elf, inherited: Vec::new() }];
@@ -106,6 +110,15 @@ pub(super) fn of(program: &Path) -> Result<Vec<Needed>, NeedsError> {
         }
         objects.extend(found);
         next += 1;
+    }
+    // The loader looks where it finds the C library; musl's is the loader itself.
+    let is_libc = |n: &&Needed| n.inside.to_string_lossy().contains("/libc.so");
+    let home = list.iter().find(is_libc).and_then(|libc| libc.inside.parent());
+    let home = home.unwrap_or(&search.folder).to_owned();
+    for needed in list.iter_mut().filter(|needed| needed.elsewhere) {
+        if let Some(name) = needed.path.file_name() {
+            needed.inside = home.join(name);
+        }
     }
     Ok(list)
 }
@@ -144,7 +157,7 @@ impl Search {
         }
         let own = if by.elf.runpath.is_empty() { by.rpath() } else { by.expand(&by.elf.runpath) };
         for folder in own {
-            if let Some(found) = library(&folder.join(name), None)? {
+            if let Some(found) = library(&folder.join(name))? {
                 return Ok(found);
             }
         }
@@ -157,8 +170,11 @@ impl Search {
             candidates.push(program.with_file_name(name));
         }
         for path in candidates {
-            if let Some(found) = library(&path, Some(self.folder.join(name)))? {
-                return Ok(found);
+            if let Some((mut needed, elf)) = library(&path)? {
+                needed.elsewhere = !path
+                    .parent()
+                    .is_some_and(|folder| FOLDERS.iter().any(|f| folder == Path::new(f)));
+                return Ok((needed, elf));
             }
         }
         Err(NeedsError::Missing { name: name.into(), by: by.path.clone() })
@@ -166,7 +182,7 @@ impl Search {
 }
 
 /// The library at `path`, if there is one for this machine.
-fn library(path: &Path, inside: Option<PathBuf>) -> Result<Option<(Needed, Elf)>, NeedsError> {
+fn library(path: &Path) -> Result<Option<(Needed, Elf)>, NeedsError> {
     let file = match open(path) {
         Ok(file) => file,
         Err(NeedsError::Open { source, .. })
@@ -185,8 +201,8 @@ fn library(path: &Path, inside: Option<PathBuf>) -> Result<Option<(Needed, Elf)>
         Err(ElfError::Machine) => return Ok(None),
         Err(error) => return Err(NeedsError::Elf { path: path.to_owned(), error }),
     };
-    let inside = inside.unwrap_or_else(|| path.to_owned());
-    Ok(Some((Needed { file, path: path.to_owned(), inside }, elf)))
+    let path = path.to_owned();
+    Ok(Some((Needed { file, inside: path.clone(), path, elsewhere: false }, elf)))
 }
 
 fn open(path: &Path) -> Result<File, NeedsError> {

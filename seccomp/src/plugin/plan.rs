@@ -107,6 +107,8 @@ pub(super) struct Text {
 pub(super) struct JailText {
     pub(super) shown: Vec<Shown>,
     pub(super) filter: Code,
+    /// Whether the filter asks, and so has a listener for the VMM.
+    pub(super) asks: bool,
 }
 
 /// Something in the root.
@@ -143,7 +145,7 @@ impl Plan {
             // The program's own files on top of what a mount may show in their place.
             let needed = needs::of(&spec.program)?;
             program = needed[0].inside.clone();
-            for needs::Needed { file, path, inside } in needed {
+            for needs::Needed { file, path, inside, .. } in needed {
                 builder.show(file, Shown::file(path, &inside))?;
             }
             let policy = match &spec.policy {
@@ -151,7 +153,8 @@ impl Plan {
                 None => Policy::for_plugins()?,
             };
             let filter = policy.and(&Policy::for_startup()?).compile(spec.violation)?;
-            Some(JailText { shown: builder.shown, filter })
+            let asks = spec.violation == Violation::Notify;
+            Some(JailText { shown: builder.shown, filter, asks })
         } else {
             // Looked at all the same, for an error that says what is wrong with it.
             needs::of(&spec.program).map(drop).or_else(runs_without_jail)?;

@@ -3,12 +3,13 @@
 //! It reads the plan, enters the jail, and becomes the plugin: the jail stands before the
 //! plugin's first instruction. Until exec a failure is told on the channel, as two lines
 //! of text: the step, and the reason with its remedy. The channel's end without a
-//! word is a plugin that runs.
+//! word is a plugin that runs. A message of one byte before that brings the listener of a
+//! filter that asks.
 #![allow(unsafe_code)] // exec, raw fds, the page with the secret address
 
 use std::ffi::{CString, c_char};
 use std::fs::File;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -69,17 +70,27 @@ fn become_plugin() -> Result<std::convert::Infallible, JailError> {
     }
     let image = Image::new(&text).map_err(JailError::new("prepare exec", BUG))?;
     if let Some(jail) = &text.jail {
-        Filter::new(&image.filter(&jail.filter)).apply().map_err(|_| {
-            let remedy =
-                "the kernel needs CONFIG_SECCOMP_FILTER, and a filter that is not too long";
-            JailError { step: "seal with seccomp", errno: Errno::last(), remedy }
-        })?;
+        seal(&image, jail)?;
     }
     image.exec();
     // From here on only what the filter lets through by the page's address.
     image.report(&text, Errno::last());
     // SAFETY: as in `main`.
     unsafe { libc::_exit(127) }
+}
+
+fn seal(image: &Image, jail: &JailText) -> Result<(), JailError> {
+    let filter = Filter::new(&image.filter(&jail.filter));
+    let failed = JailError::new(
+        "seal with seccomp",
+        "the kernel needs CONFIG_SECCOMP_FILTER (with --seccomp-policy-dir: a shorter policy)",
+    );
+    if jail.asks {
+        image.send(&filter.apply_asking().map_err(failed)?);
+    } else if filter.apply().is_err() {
+        return Err(failed(Errno::last()));
+    }
+    Ok(())
 }
 
 fn enter(jail: &JailText, mounts: Vec<OwnedFd>) -> Result<(), JailError> {
@@ -169,6 +180,7 @@ impl Image {
         code.push(op_return(0x8000_0000)); // another architecture: killed
         let calls = [
             (libc::SYS_execve, 0, self.page as usize),
+            (libc::SYS_sendmsg, 1, self.page as usize + REPORT),
             (libc::SYS_write, 1, self.page as usize + REPORT),
         ];
         for (number, arg, address) in calls {
@@ -184,6 +196,35 @@ impl Image {
         let mut code: Code = code.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect();
         code.extend(rest);
         code
+    }
+
+    /// Hands the filter's listener to the VMM, by a message at the page's address. Without
+    /// it calls outside the policy stand still for ever, which harms nobody else.
+    fn send(&self, listener: &OwnedFd) {
+        #[repr(C, align(8))]
+        struct Control {
+            header: libc::cmsghdr,
+            fd: RawFd,
+        }
+        let header = libc::cmsghdr {
+            cmsg_len: size_of::<libc::cmsghdr>() + size_of::<RawFd>(),
+            cmsg_level: libc::SOL_SOCKET,
+            cmsg_type: libc::SCM_RIGHTS,
+        };
+        let mut control = Control { header, fd: listener.as_raw_fd() };
+        let mut byte = 0u8;
+        let mut data = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        // SAFETY: the page has room for a message from there on and is aligned; all that the
+        // message points to lives; a msghdr may be all zeroes.
+        unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            (message.msg_iov, message.msg_iovlen) = (&raw mut data, 1);
+            message.msg_control = (&raw mut control).cast();
+            message.msg_controllen = size_of::<Control>();
+            let at = self.page.add(REPORT).cast::<libc::msghdr>();
+            at.write(message);
+            libc::syscall(libc::SYS_sendmsg, CHANNEL, at, 0);
+        }
     }
 
     /// Returns only on failure.

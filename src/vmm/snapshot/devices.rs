@@ -55,7 +55,7 @@ impl Vm {
         for n in 0..self.cells.len() {
             self.await_quiesced(n, epoch, end, frozen)?;
         }
-        if !self.ring.is_idle() {
+        if self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
             return self.give_up("serial com1", "it left accesses of the guest undone");
         }
         Ok(())

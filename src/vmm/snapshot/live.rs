@@ -53,7 +53,7 @@ impl Vm {
         let mut before = u64::MAX;
         while copy.rounds < MOST_ROUNDS && Instant::now() < end {
             let pages = self.snapshots.tracker.round(&self.machine)?;
-            copy.pages(self.ram.fd(), &pages).map_err(CaptureError::Copy)?;
+            copy.pages(self.ram.fd(), &pages, self.has_holes()).map_err(CaptureError::Copy)?;
             copy.rounds += 1;
             let count = dirty::count(&pages);
             if count <= ENOUGH || count >= before / 2 {
@@ -75,7 +75,7 @@ impl Vm {
         let (round, since) = self.snapshots.tracker.cut(&self.machine)?;
         let count = dirty::count(&round);
         if let Some(copy) = live {
-            let copied = copy.pages(self.ram.fd(), &round);
+            let copied = copy.pages(self.ram.fd(), &round, self.has_holes());
             copied.map_err(CaptureError::Copy)?;
             return Ok((copy.memory, count, since));
         }
@@ -86,6 +86,10 @@ impl Vm {
         let mut copy = Copy { memory: capture::copy(&self.ram)?, rounds: 0, absent };
         copy.fill_absent(self.pager.as_ref())?;
         Ok((copy.memory, 0, since))
+    }
+
+    fn has_holes(&self) -> bool {
+        self.pager.as_ref().is_some_and(|pager| !pager.is_complete())
     }
 
     /// Waits until all memory is there: who reads it directly must not find holes.
@@ -114,41 +118,42 @@ impl Copy {
         Ok(())
     }
 
-    /// Copies single pages. One that is not there was marked and not written: it is as it was
-    /// copied before.
-    fn pages(&self, ram: BorrowedFd<'_>, pages: &[u64]) -> io::Result<()> {
+    /// Copies single pages. While memory still comes (`holes`), one that is not there was
+    /// marked and not written: it is as it was copied before.
+    fn pages(&self, ram: BorrowedFd<'_>, pages: &[u64], holes: bool) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK];
         for (index, pages) in pages.iter().enumerate() {
             for (page, run) in table::runs(*pages) {
-                let start = (index * CHUNK + page * PAGE) as i64;
-                let end = start + (run * PAGE) as i64;
-                let mut at = start;
-                while let Some((from, to)) = data(ram, at, end)? {
-                    let bytes = &mut buffer[..(to - from) as usize];
-                    let n = nix::sys::uio::pread(ram, bytes, from)?;
-                    let written = nix::sys::uio::pwrite(self.memory.as_fd(), &bytes[..n], from)?;
-                    if n < bytes.len() || written < n {
-                        return Err(io::ErrorKind::UnexpectedEof.into());
+                let at = (index * CHUNK + page * PAGE) as i64;
+                if holes {
+                    for at in (0..run).map(|page| at + (page * PAGE) as i64) {
+                        if is_there(ram, at)? {
+                            self.copy(ram, at, &mut buffer[..PAGE])?;
+                        }
                     }
-                    at = to;
+                } else {
+                    self.copy(ram, at, &mut buffer[..run * PAGE])?;
                 }
             }
         }
         Ok(())
     }
+
+    fn copy(&self, ram: BorrowedFd<'_>, at: i64, bytes: &mut [u8]) -> io::Result<()> {
+        let n = nix::sys::uio::pread(ram, bytes, at)?;
+        let written = nix::sys::uio::pwrite(self.memory.as_fd(), &bytes[..n], at)?;
+        match n == bytes.len() && written == n {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
 }
 
-/// What there is of `ram` from `at` on, before `end`.
-fn data(ram: BorrowedFd<'_>, at: i64, end: i64) -> io::Result<Option<(i64, i64)>> {
-    if at >= end {
-        return Ok(None);
-    }
+/// Whether memory has a page at `at`. (Where it ends is not asked: that is a long way.)
+fn is_there(ram: BorrowedFd<'_>, at: i64) -> io::Result<bool> {
     match lseek(ram, at, Whence::SeekData) {
-        Ok(from) if from < end => {
-            let hole = lseek(ram, from, Whence::SeekHole)?;
-            Ok(Some((from, hole.min(end))))
-        }
-        Ok(_) | Err(Errno::ENXIO) => Ok(None),
+        Ok(from) => Ok(from == at),
+        Err(Errno::ENXIO) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }

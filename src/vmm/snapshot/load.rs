@@ -123,8 +123,12 @@ impl Vm {
         for (_, device) in &self.devices {
             device.nudge();
         }
-        let _ = self.com1_irq.write(1); // a full eventfd is an interrupt all the same
-        let _ = self.vmgenid.raise(); // the same holds
+        if let Some(irq) = &self.com1_irq {
+            let _ = irq.write(1); // a full eventfd is an interrupt all the same
+        }
+        if let Some(vmgenid) = &self.vmgenid {
+            let _ = vmgenid.raise(); // the same holds
+        }
     }
 }
 

@@ -98,12 +98,21 @@ impl Vm {
         trigger: Option<String>,
         token: Token,
     ) -> Response {
+        if self.plugin.is_some() {
+            return Response::Now(Reply::error(
+                "no snapshot: the VM has a plugin, whose own state cannot be part of one yet",
+                Some("take snapshots of VMs without --plugin"),
+            ));
+        }
         if self.snapshots.held.is_some() {
             return Response::Now(Reply::error("another snapshot holds the VM", Some("try again")));
         }
         let limit = timeout_us.map_or(PHASE_LIMIT, Duration::from_micros).min(PHASE_MOST);
         let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
-        match self.cut(&Wanted { hold, live: live && !hold, limit, trigger }, token.client()) {
+        let wanted = Wanted { hold, live: live && !hold, limit, trigger };
+        let cut = self.cut(&wanted, token.client());
+        self.release_guest(token.client());
+        match cut {
             Ok((report, fds)) => {
                 let (epoch, still_us) = (report.epoch, report.still_us);
                 self.event(EventKind::Snapshot { epoch, still_us });
@@ -312,6 +321,7 @@ impl Vm {
 
     /// A client is gone: what it held goes on.
     pub(super) fn client_gone(&mut self, client: u64) {
+        self.release_guest(client);
         if self.snapshots.held.as_ref().is_some_and(|(holder, _)| *holder == client)
             && !self.asked_to_stop
         {

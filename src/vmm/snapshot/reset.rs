@@ -153,7 +153,9 @@ impl Vm {
                 None => overlay.clear()?,
             }
         }
-        self.vmgenid.set(&self.ram, self.vmgenid.fresh()?)?;
+        if let Some(vmgenid) = &self.vmgenid {
+            vmgenid.set(&self.ram, vmgenid.fresh()?)?;
+        }
         for (_, device) in &self.devices {
             device.forget_frozen()?;
         }

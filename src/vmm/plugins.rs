@@ -1,0 +1,118 @@
+//! Who takes part in a machine that boots a kernel: its plugin, and those that attach.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cellblock_devices::protocol::SeccompMode;
+use cellblock_seccomp::filter::{self, Policy};
+use cellblock_seccomp::spawner::Spawner;
+use kvm_ioctls::VcpuFd;
+
+use super::VmmError;
+use super::assemble::confine;
+use super::notice::{Notice, Notifier};
+use super::plugin_vm::network;
+use crate::config::VmConfig;
+use crate::plugin::{AttachSocket, Hub, Machinery, Network, Plugins};
+use crate::plugin_process::{self, PluginConfig, PluginProcess};
+use crate::vcpu::{self, Vcpus};
+use crate::vm::kvm::Machine;
+use crate::vm::memory::GuestRam;
+
+/// What of them is there before the machine is.
+pub(super) struct Guests {
+    attach: Option<AttachSocket>,
+    process: Option<(PluginProcess, OwnedFd)>,
+    network: Option<Network>,
+    /// The plugin's program, and its confinement.
+    program: Option<(PathBuf, bool, SeccompMode)>,
+}
+
+/// What of them the main thread keeps.
+#[derive(Default)]
+pub(super) struct Served {
+    pub(super) process: Option<PluginProcess>,
+    pub(super) plugins: Option<(Arc<Hub>, Plugins)>,
+}
+
+impl Guests {
+    /// A machine that no plugin takes part in.
+    pub(super) fn none() -> Guests {
+        Guests { attach: None, process: None, network: None, program: None }
+    }
+
+    /// Opens what has a path, before privileges go.
+    pub(super) fn open(config: &VmConfig, ram: &GuestRam) -> Result<Guests, VmmError> {
+        let mut attach = config.plugin_socket.as_ref().map(AttachSocket::bind).transpose()?;
+        if let Some(attach) = &mut attach {
+            attach.hand_out(ram)?;
+        }
+        let network = match &config.plugin {
+            Some(plugin) => network(plugin)?,
+            None => None,
+        };
+        let program =
+            |plugin: &PluginConfig| (plugin.program.clone(), config.sandbox, config.seccomp);
+        let program = config.plugin.as_ref().map(program);
+        Ok(Guests { attach, process: None, network, program })
+    }
+
+    /// Starts the plugin's process, when all device processes serve.
+    pub(super) fn launch(&mut self, spawner: &mut Spawner) -> Result<(), VmmError> {
+        if let Some((program, sandbox, seccomp)) = &self.program {
+            let process = plugin_process::start(spawner, program, *sandbox, *seccomp)?;
+            self.process = Some(process);
+        }
+        Ok(())
+    }
+
+    /// Whether a plugin says when the guest runs for the first time.
+    pub(super) fn has_owner(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Starts the vCPUs' threads and the server. With an owner the vCPUs come to their threads when
+    /// that starts them; without anybody there is no server.
+    pub(super) fn start_vcpus(
+        self,
+        fds: Vec<VcpuFd>,
+        machine: &Arc<Machine>,
+        config: vcpu::Config,
+        notifier: &Arc<Notifier>,
+        seccomp: Option<filter::Mode>,
+    ) -> Result<(Vcpus, Served), VmmError> {
+        let owned = self.has_owner();
+        let wanted = owned || self.attach.is_some();
+        let hub = wanted.then(|| {
+            let vcpu::Config { kicks, pio, mmio, .. } = config.clone();
+            Hub::new(kicks, pio, mmio, owned)
+        });
+        let hub = hub.transpose()?;
+        let config = match &hub {
+            Some(hub) => config.with_plugins(hub),
+            None => config,
+        };
+        let (vcpus, supply) = Vcpus::start_later(config)?;
+        let (supply, made) = if owned {
+            (Some(supply), fds)
+        } else {
+            supply.give(fds)?;
+            (None, Vec::new())
+        };
+        let Some(hub) = hub else { return Ok((vcpus, Served::default())) };
+        let (process, connection) = self.process.unzip();
+        let started = notifier.clone();
+        let machinery = Machinery {
+            machine: machine.clone(),
+            supply,
+            vcpus: made,
+            on_start: Box::new(move || started.send(Notice::Made)),
+            network: self.network,
+        };
+        let confine =
+            move || confine(Policy::VmmPlugin, seccomp).map_err(|e| crate::remedy::chain(&e));
+        let plugins = Plugins::start(hub.clone(), machinery, connection, self.attach, confine)?;
+        Ok((vcpus, Served { process, plugins: Some((hub, plugins)) }))
+    }
+}

@@ -19,7 +19,7 @@ const NEED_REPLY: u32 = 1 << 3;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, virtio 1.0, and bits no guest may be offered.
 pub(super) const FEATURES: u64 = 1 << 30 | 1 << 32 | 1 << 26 | 1 << 34 | 1 << 9;
 /// MQ, REPLY_ACK, CONFIG, and more than we ask for.
-pub(super) const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12;
+pub(super) const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 13;
 
 /// A message as it came, less its fds.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ enum Busy {
     Flush,
 }
 
-/// Resets the disk and sets it up `resets=` times, then keeps `qd=` requests in flight until `n=` are done, `reads=` percent of them reads and every
+/// Resets the disk and sets it up `resets=` times (with `idle` without a request in between), then keeps `qd=` requests in flight until `n=` are done, `reads=` percent of them reads and every
 /// `flush=`th a flush, then reads every block of the first `mib=` back. A block has at most one
 /// request in flight. Every answer must be to a request in flight, which one that appears twice is
 /// not, and must be OK; with `errors` an I/O error will do, and the blocks are not read back.
@@ -26,7 +26,10 @@ pub fn run(boot: &Boot) {
         say!("storm: resets");
     }
     for _ in 0..boot.cmdline.number("resets", 0) {
-        Disk::open(boot, &mut heap, options).request(Kind::Read, 0, options.buffer);
+        let mut disk = Disk::open(boot, &mut heap, options);
+        if !boot.cmdline.flag("idle") {
+            disk.request(Kind::Read, 0, options.buffer);
+        }
     }
     let mut disk = Disk::open(boot, &mut heap, options);
     let number = |key, default| boot.cmdline.number(key, default);

@@ -66,7 +66,7 @@ fn bursts_and_rates_are_honoured_and_not_exceeded() {
         assert!(done <= most, "{done} of at most {most} at {per_second} a second");
         let throttled = device.stats().throttled_count;
         assert!(done > burst - 1.0 || throttled == 0, "{done} is not the burst of {burst}");
-        assert!(done > 100.0, "{done} of {most}");
+        assert!(done > 10.0, "{done} of {most}");
     }
 }
 

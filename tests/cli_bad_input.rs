@@ -93,7 +93,6 @@ fn wrong_options_are_usage_errors() {
         (&["--serial", "file"], &["file=FILE"]),
         (&["--seccomp", "off"], &["kill or log"]),
         (&["--log", "loud"], &["error, warn, info, debug, trace"]),
-        (&["--plugin", "x"], &["--plugin"]),
         (&["surplus"], &["surplus"]),
     ] {
         refused(&place.run(args), 2, parts);
@@ -325,7 +324,7 @@ fn two_machines_do_not_share_a_disk_that_one_writes() {
     let seen = String::from_utf8_lossy(&ready).into_owned();
 
     let guest = ["--kernel", "guest", "--disk"];
-    let remedy = "stop the other one, or use the image read-only in both with ',ro'";
+    let remedy = "stop the other one, or leave the image alone in both with ',ro' or ',cow'";
     refused(&place.run(&[&guest[..], &["disk"]].concat()), 1, &["disk disk is in use", remedy]);
     let line = ["disk disk is in use", "stop the one that writes it"];
     refused(&place.run(&[&guest[..], &["disk,ro"]].concat()), 1, &line);
@@ -401,6 +400,7 @@ fn kernels_and_initrds_that_cannot_boot() {
         (&["--kernel", "cut"], &["kernel", "truncated"]),
         (&["--kernel", "narrow"], &["kernel", "32-bit"]),
         (&["--kernel", "kernel"], &["kernel", "neither"]),
+        (&["--plugin", "x"], &["preparing the plugin: opening x", "--plugin"]),
         (&["--kernel", "guest", "--initrd", "empty"], &["initrd", "empty"]),
         (&["--kernel", "guest", "--initrd", "large", "-m", "64M"], &["initrd", "more memory"]),
     ] {
@@ -419,7 +419,7 @@ fn a_configuration_file_is_held_to_the_same_rules() {
         ("kernel = 'k'\ncpus = -1\n", &["line 2"]),
         ("kernel = 'k'\ncpus = 'two'\n", &["line 2"]),
         ("kernel = 'k'\nmemory = 1\n", &["line 2", "at least 32M"]),
-        ("kernel = 'k'\ndisk = ['d,cow']\n", &["line 2", "'cow' is not supported yet"]),
+        ("kernel = 'k'\ndisk = ['d,cow,direct']\n", &["line 2", "cow", "direct"]),
         ("kernel = 'k'\ndisk = ['a,id=x', 'b,id=x']\n", &["'x' is used by two devices"]),
         ("kernel = 'k'\n[disk]\npath = 'x'\n", &["line 2"]),
         ("kernel = 'k'\nkernel = 'l'\n", &["line 2", "duplicate key"]),

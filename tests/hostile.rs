@@ -87,7 +87,7 @@ fn a_flooding_process_keeps_nobody_from_the_vmm() {
         let status = vm.wait_exit();
         let sent: u64 = floods.into_iter().map(Flood::end).sum();
         assert_eq!(status.code(), Some(0), "{message:?}");
-        assert!(sent > 1000, "{message:?}: only {sent}");
+        assert!(sent > 300, "{message:?}: only {sent}, which is no flood");
         let said = vm.stderr.text().len();
         assert!(said < 200_000, "{message:?}: {said} bytes of log");
     }

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output as Ended};
+use std::time::{Duration, Instant};
 
 use cellblock::snapshot::format::{CHUNK, Chain, Snapshot};
 use common::{LIMIT, Vm};
@@ -51,7 +52,16 @@ fn goes_on_and_ends(mut vm: Vm) -> Vm {
 }
 
 fn restored(from: &Path, mode: &str) -> Vm {
-    Vm::restore(from).arg("--memory-mode").arg(mode).start()
+    let mut vm = Vm::restore(from).arg("--memory-mode").arg(mode).start();
+    // It can be asked for things as soon as its socket is there, and no sooner.
+    let end = Instant::now() + LIMIT;
+    while !vm.path("control").exists() {
+        if Instant::now() > end {
+            vm.fail("no control socket");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    vm
 }
 
 #[test]

@@ -485,8 +485,9 @@ mod tests {
 
     #[test]
     fn every_key_of_this_version() {
-        let disk = parse("a/b.img,ro,direct,id=root-1,serial=S/N=7,poll-us=50,queues=32,engine=io_uring")
-            .unwrap();
+        let disk =
+            parse("a/b.img,ro,direct,id=root-1,serial=S/N=7,poll-us=50,queues=32,engine=io_uring")
+                .unwrap();
         assert_eq!(
             disk,
             DiskSpec {

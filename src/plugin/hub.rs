@@ -181,13 +181,15 @@ impl Hub {
 
     /// Makes a vCPU look who wants it. The reason is in place by now.
     fn want(&self, vcpu: usize) {
-        self.vcpus[vcpu].wanted.store(true, Ordering::Release);
+        self.vcpus[vcpu].wanted.swap(true, Ordering::AcqRel);
         self.kicks.interrupt(vcpu); // calls as well, by the hook
     }
 
     #[inline]
     pub(super) fn is_wanted(&self, vcpu: usize) -> bool {
-        self.vcpus[vcpu].wanted.load(Ordering::Acquire)
+        // A read-modify-write, because it must not be a value from before immediate_exit was
+        // cleared: then nobody would interrupt the vCPU for it again. The models show that.
+        self.vcpus[vcpu].wanted.fetch_or(false, Ordering::AcqRel)
     }
 
     /// The next request for a vCPU, with the plugin that made it. With none, the vCPU is not wanted
@@ -202,7 +204,7 @@ impl Hub {
             .find_map(|session| Some((session.clone(), session.seat(vcpu).take_request()?)));
         if found.is_some() {
             // There may be more.
-            self.vcpus[vcpu].wanted.store(true, Ordering::Release);
+            self.vcpus[vcpu].wanted.swap(true, Ordering::AcqRel);
         }
         found
     }

@@ -5,7 +5,7 @@
 //! | [`coordinator`] | the order of a snapshot, all or nothing |
 //! | [`dirty`] | which pages were written, by the guest or by anybody else |
 //! | [`eager`] | guest memory filled from a snapshot, all of it, before the guest runs |
-//! | [`format`] | the directory a snapshot is on disk: writing, reading, checking |
+//! | [`mod@format`] | the directory a snapshot is on disk: writing, reading, checking |
 //! | [`pager`] | guest memory that is brought when it is touched |
 //! | [`state`] | everything of a VM but its memory and disks, as one value |
 //! | [`trigger`] | when a VM is to be written down by itself |

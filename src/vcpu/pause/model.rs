@@ -67,7 +67,7 @@ impl Shared {
 
     /// What an attendant does that wants the vCPU.
     fn want(&self) {
-        self.wanted.store(true, Ordering::Release);
+        self.wanted.swap(true, Ordering::AcqRel);
         interrupt(self);
     }
 
@@ -133,7 +133,7 @@ impl Seat for Model {
         self.shared.immediate_exit.store(0, Ordering::Relaxed);
     }
     fn wanted(&self) -> bool {
-        self.shared.wanted.load(Ordering::Acquire)
+        self.shared.wanted.fetch_or(false, Ordering::AcqRel)
     }
     fn attend(&mut self) -> Step<()> {
         // Taken first, so that whoever wants it from here on has it attended once more.

@@ -124,7 +124,7 @@ impl Storm {
     fn end(&mut self, disk: &mut Disk, answer: &Done) {
         let was = core::mem::replace(&mut self.slots[answer.slot], Busy::No);
         let good = answer.status == blk::OK;
-        if !good && !(self.errors && answer.status == blk::IO_ERROR) {
+        if !(good || self.errors && answer.status == blk::IO_ERROR) {
             crate::exit::fail(format_args!("slot {}: status {}", answer.slot, answer.status));
         }
         self.failed += u64::from(!good);

@@ -220,6 +220,9 @@ impl Vm {
     fn run_vcpus(&mut self) -> Result<(), VmmError> {
         self.vcpus.run()?;
         self.phases.end("run");
+        if let Some(pager) = &self.pager {
+            pager.guest_runs();
+        }
         self.event(EventKind::Start);
         if let Some(triggers) = &mut self.triggers {
             triggers.begin();

@@ -131,6 +131,8 @@ struct Shared {
     prefetch: AtomicBool,
     /// Somebody waits for all of it.
     hurry: AtomicBool,
+    /// The guest has begun to run.
+    runs: AtomicBool,
     /// Counts every step of the thread, for the watch.
     steps: AtomicU64,
     /// The chunk that is on its way, counted from 1; 0 while none is.
@@ -226,6 +228,7 @@ impl Source {
             stop: AtomicBool::new(false),
             prefetch: AtomicBool::new(false),
             hurry: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
             steps: AtomicU64::new(0),
             coming: AtomicU64::new(0),
             faults: AtomicU64::new(0),
@@ -339,6 +342,11 @@ impl Pager {
     /// Why it ended, if it failed; once.
     pub fn take_failure(&self) -> Option<PagerError> {
         lock(&self.shared.failure).take()
+    }
+
+    /// The guest runs from now on: it is left alone for its first steps.
+    pub fn guest_runs(&self) {
+        self.shared.runs.store(true, Ordering::Relaxed);
     }
 
     /// Brings everything at once, also what nobody asked for yet.

@@ -24,6 +24,8 @@ const ROUND: usize = 16;
 /// How long what nobody asked for is left alone, unless a record names it: the guest's first
 /// steps need the processors, and what they touch is what is worth recording.
 const PREFETCH_DELAY: Duration = Duration::from_millis(150);
+/// The longest wait for the guest to run at all.
+const START_LIMIT: Duration = Duration::from_secs(2);
 /// How long nobody may have waited for anything before it goes on.
 const QUIET: Duration = Duration::from_millis(1);
 /// How far ahead a guest is served that touches one chunk after the other.
@@ -56,6 +58,8 @@ pub(super) struct Worker {
     record: Record,
     next: usize,
     started: Instant,
+    /// When the guest was first seen to run.
+    runs: Option<Instant>,
     /// When somebody waited last.
     busy: Instant,
     /// The chunk that is likely to be wanted next, and how many from it on.
@@ -127,6 +131,7 @@ impl Worker {
             record,
             next: 0,
             started: Instant::now(),
+            runs: None,
             busy: Instant::now(),
             likely: (0, 0),
         }
@@ -305,7 +310,11 @@ impl Worker {
             self.likely = (index + 1, more - 1);
         }
         let now = Instant::now();
-        let due = (self.started + PREFETCH_DELAY).max(self.busy + QUIET);
+        if self.shared.runs.load(Ordering::Relaxed) {
+            self.runs.get_or_insert(now);
+        }
+        let due = self.runs.map_or(self.started + START_LIMIT, |runs| runs + PREFETCH_DELAY);
+        let due = due.max(self.busy + QUIET);
         if now < due && !self.shared.hurry.load(Ordering::Relaxed) {
             return Ahead::In(due - now);
         }

@@ -180,6 +180,7 @@ impl Queue {
                 let _ = self.reap(&mut service);
                 service.engine.wait()?;
             }
+            let _ = service.ring.publish();
         }
         end
     }
@@ -198,6 +199,7 @@ impl Queue {
             }
             service.engine.submit()?;
             self.reap(service)?;
+            service.ring.publish()?;
             if std::mem::take(&mut service.answered) {
                 service.unsaid += 1;
                 if service.unsaid >= ROUNDS || !service.ring.has_work()? {

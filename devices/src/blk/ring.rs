@@ -4,13 +4,18 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::Chain;
 use super::config::QUEUE_SIZE;
 use super::inflight::{InflightError, Record, Tracker};
+use super::prefetch::prefetch;
 use super::view::View;
+
+/// Most chains that are looked ahead to.
+const AHEAD: usize = 8;
 
 /// Where the parts of a ring are, and where to go on in it.
 #[derive(Clone, Debug)]
@@ -169,6 +174,37 @@ impl<'m> Ring<'m> {
         let idx =
             self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
         Ok(idx.0 != self.queue.next_avail() || !self.unfinished.is_empty())
+    }
+
+    /// Begins to fetch what the next chains start with, up to [`AHEAD`] of them, all at
+    /// once. Nothing that is read here is used for anything else.
+    #[inline]
+    pub fn look_ahead(&self, chains: u16) {
+        let (size, next) = (self.queue.size(), self.queue.next_avail());
+        let (heads, table) = (self.queue.avail_ring() + 4, self.queue.desc_table());
+        let chains = usize::from(chains).min(AHEAD);
+        let mut found = [const { None }; AHEAD];
+        for (n, found) in found.iter_mut().enumerate().take(chains) {
+            let entry = u64::from(next.wrapping_add(n as u16) % size);
+            let head = self.memory.load::<u16>(GuestAddress(heads + 2 * entry), Ordering::Relaxed);
+            let Ok(head) = head.map(u16::from_le) else { return };
+            if head < size {
+                let at = GuestAddress(table + 16 * u64::from(head));
+                *found = self.memory.read_obj::<Descriptor>(at).ok();
+            }
+        }
+        // The table of an indirect one, else the header of the request.
+        let first = |descriptor: &Descriptor| self.memory.slices(descriptor.addr(), 16).next();
+        found.iter().flatten().filter_map(first).flatten().for_each(|slice| prefetch(&slice));
+        for table in found.iter().flatten().filter(|d| d.refers_to_indirect_table()) {
+            let header = self.memory.read_obj::<Descriptor>(table.addr()).ok();
+            header
+                .as_ref()
+                .and_then(first)
+                .into_iter()
+                .flatten()
+                .for_each(|slice| prefetch(&slice));
+        }
     }
 
     /// Takes the next chain: one that was left unfinished, or else the next available.

@@ -241,6 +241,9 @@ impl Queue {
         let available = service.ring.available()?;
         // At least one look: it is by taking chains that a broken ring is found out.
         let most = service.engine.together(available).clamp(1, service.ring.size());
+        if most > 1 {
+            service.ring.look_ahead(most);
+        }
         for _ in 0..most {
             if !service.engine.has_room() || self.stopping() {
                 return Ok(());
@@ -371,20 +374,18 @@ impl Queue {
         service: &mut Service<'m, E>,
         window: &mut PollWindow,
     ) -> Result<(), End> {
-        let since = (!self.poll.is_zero()).then(Instant::now);
-        if let Some(since) = since
-            && self.poll(service, since + window.length())?
-        {
-            return Ok(());
+        if !self.poll.is_zero() {
+            let came = self.poll(service, Instant::now() + window.length())?;
+            window.observe(came);
+            if came {
+                return Ok(());
+            }
         }
         if !service.ring.request_kicks()? && !service.engine.arm() {
             self.sleep();
         }
         service.engine.disarm();
         service.ring.suppress_kicks()?;
-        if let Some(since) = since {
-            window.observe(since.elapsed());
-        }
         Ok(())
     }
 

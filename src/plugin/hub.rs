@@ -26,6 +26,8 @@ pub struct Hub {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     next_id: AtomicUsize,
+    /// Pieces of memory that plugins have made.
+    pieces: AtomicUsize,
 }
 
 /// What concerns one vCPU, out of any plugin's reach.
@@ -64,6 +66,7 @@ impl Hub {
             pio,
             mmio,
             next_id: AtomicUsize::new(1),
+            pieces: AtomicUsize::new(0),
             kicks: kicks.clone(),
         });
         let woken = hub.clone();
@@ -116,6 +119,19 @@ impl Hub {
         for session in self.sessions().iter() {
             session.signal_shutdown();
         }
+    }
+
+    /// Whether the guest has memory that a plugin made.
+    pub fn has_memory(&self) -> bool {
+        self.pieces.load(Ordering::Acquire) != 0
+    }
+
+    pub(super) fn memory_made(&self) {
+        self.pieces.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn memory_gone(&self) {
+        self.pieces.fetch_sub(1, Ordering::AcqRel);
     }
 
     pub(super) fn reserve(

@@ -137,9 +137,14 @@ impl Vm {
         let pages = if known {
             self.rings_were_written();
             let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
-            put_back_pages(&origin.chain, &self.ram, &since)?
+            let count = put_back_pages(&origin.chain, &self.ram, &since)?;
+            self.snapshots.tracker.put_back(&since);
+            count
         } else {
-            put_back(&origin.chain, &self.ram)?
+            let mut pages = vec![0; self.snapshots.tracker.chunks()];
+            let count = put_back(&origin.chain, &self.ram, &mut pages)?;
+            self.snapshots.tracker.put_back(&pages);
+            count
         };
         // From now on it is known what is written: the next time is short.
         self.track_since(id)?;
@@ -185,11 +190,11 @@ fn put_back_pages(chain: &Chain, ram: &GuestRam, since: &[u64]) -> Result<u64, R
     Ok(pages)
 }
 
-/// Makes memory what the snapshot has, writing only what differs.
-fn put_back(chain: &Chain, ram: &GuestRam) -> Result<u64, ResetError> {
+/// Makes memory what the snapshot has, writing only what differs: that is added to `written`.
+fn put_back(chain: &Chain, ram: &GuestRam, written: &mut [u64]) -> Result<u64, ResetError> {
     let mut pages = 0;
     let (mut was, mut is) = (vec![0; CHUNK], vec![0; CHUNK]);
-    for index in 0..chain.chunks() {
+    for (index, written) in written.iter_mut().enumerate().take(chain.chunks()) {
         let offset = (index * CHUNK) as u64;
         let here = lseek(ram.fd(), offset as i64, Whence::SeekData);
         let populated = match here {
@@ -205,6 +210,7 @@ fn put_back(chain: &Chain, ram: &GuestRam) -> Result<u64, ResetError> {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             fallocate(ram.fd(), flags, offset as i64, CHUNK as i64).map_err(ResetError::Look)?;
             pages += (CHUNK / PAGE) as u64;
+            *written = u64::MAX;
             continue;
         }
         chain.read_chunk(index, &mut was).map_err(FillError::from)?;
@@ -214,6 +220,7 @@ fn put_back(chain: &Chain, ram: &GuestRam) -> Result<u64, ResetError> {
             if was != is {
                 let at = GuestAddress(at.0 + (page * PAGE) as u64);
                 ram.memory().write_slice(was, at).map_err(FillError::from)?;
+                *written |= 1 << page;
                 pages += 1;
             }
         }

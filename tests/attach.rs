@@ -113,6 +113,10 @@ fn ranges_and_interrupts_are_there_for_who_attaches_and_devices_keep_theirs() {
     let errno = |result: Result<(), cellblock_plugin_api::Error>| result.unwrap_err().errno();
     assert_eq!(errno(attached.reserve_range(Space::Port, 0x3f8, 8)), libc::EPERM);
     assert_eq!(errno(attached.reserve_range(Space::Port, 0x3ff, 2)), libc::EPERM);
+    for length in [0, 1] {
+        let taken = attached.create_io_event(Space::Port, 0x3f8, length, None).map(drop);
+        assert_eq!(errno(taken), libc::EPERM);
+    }
     attached.reserve_range(Space::Port, 0x400, 2).unwrap();
     attached.set_irq(20, true).unwrap();
     attached.set_irq(20, false).unwrap();

@@ -145,15 +145,23 @@ impl Hub {
         if length == 0 {
             return self.with_ranges(|ranges| ranges.release(session, space, start));
         }
+        self.leave_devices_alone(space, start, length)?;
+        self.with_ranges(|ranges| ranges.reserve(session, space, start, length, is_async))
+    }
+
+    /// EPERM where one of the VMM's own devices has part of a range.
+    pub(super) fn leave_devices_alone(
+        &self,
+        space: Space,
+        start: u64,
+        length: u64,
+    ) -> Result<(), Errno> {
         let last = ranges::last(start, length)?;
         let devices = match space {
             Space::Port => &self.pio,
             Space::Mmio => &self.mmio,
         };
-        if devices.holds(start, last) {
-            return Err(Errno::EPERM);
-        }
-        self.with_ranges(|ranges| ranges.reserve(session, space, start, length, is_async))
+        if devices.holds(start, last) { Err(Errno::EPERM) } else { Ok(()) }
     }
 
     pub(super) fn watch(

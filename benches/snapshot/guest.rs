@@ -107,9 +107,12 @@ impl Guest {
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
                 let mut bytes = [0; 4096];
-                while !done.load(std::sync::atomic::Ordering::Relaxed)
-                    && output.read(&mut bytes).is_ok_and(|n| n > 0)
-                {}
+                loop {
+                    let read = output.read(&mut bytes).unwrap_or(0);
+                    if read == 0 || done.load(std::sync::atomic::Ordering::Relaxed) {
+                        return;
+                    }
+                }
             });
             let result = act();
             // It prints without end, so that the reader sees this.

@@ -438,7 +438,7 @@ fn a_guest_that_is_held_for_long_is_told_so() {
     let memory = attached.guest_memory().unwrap();
     let vcpu = attached.vcpu(0).unwrap();
     // Holds the vCPU for so long; for how long it was at most, and whether the guest was told.
-    let mut hold = |limit: Duration| {
+    let hold = |limit: Duration| {
         let begun = Instant::now();
         attached.pause_vcpus(1, 1).unwrap();
         assert_eq!(vcpu.wait().unwrap(), Event::Paused { user: 1 });

@@ -239,18 +239,7 @@ impl Server {
                 bytes(pages.iter().flat_map(|word| word.to_le_bytes()).collect())
             }
             Request::Memory { tells } => {
-                let attach = self.attach.as_ref().ok_or(Errno::EPERM)?;
-                let fd = attach.ram().ok_or(Errno::EPERM)?;
-                if !attach.has_arrived() {
-                    return Err(Errno::EAGAIN);
-                }
-                let mut access = session.memory();
-                let mut fd = fd.try_clone_to_owned().map_err(io_errno)?;
-                // Who may only look gets no memory to write to.
-                if access == MemoryAccess::ReadWrite && session.rights() != Rights::Control {
-                    fd = attach.read_only_ram().ok_or(Errno::EPERM)?;
-                    access = MemoryAccess::ReadOnly;
-                }
+                let (fd, access) = self.hand_out(session)?;
                 if access == MemoryAccess::ReadWrite && !tells {
                     self.logs.lose_track();
                 }
@@ -261,6 +250,30 @@ impl Server {
                 Ok(Out { answer: Answer::Memory { access, regions }, fds: vec![fd] })
             }
         }
+    }
+
+    /// Guest memory for a plugin: for those that attach as the socket says, for the one that the VM
+    /// was started with, which answers for devices, to read and to write.
+    fn hand_out(&self, session: &Session) -> Result<(OwnedFd, MemoryAccess), Errno> {
+        let ram = self.machine.ram();
+        if session.is_owner() {
+            if ram.is_empty() {
+                return Err(Errno::EPERM);
+            }
+            let fd = ram.fd().try_clone_to_owned().map_err(io_errno)?;
+            return Ok((fd, MemoryAccess::ReadWrite));
+        }
+        let attach = self.attach.as_ref().ok_or(Errno::EPERM)?;
+        let fd = attach.ram().ok_or(Errno::EPERM)?;
+        if !attach.has_arrived() {
+            return Err(Errno::EAGAIN);
+        }
+        // Who may only look gets no memory to write to.
+        if session.memory() == MemoryAccess::ReadWrite && session.rights() != Rights::Control {
+            let fd = attach.read_only_ram().ok_or(Errno::EPERM)?;
+            return Ok((fd, MemoryAccess::ReadOnly));
+        }
+        Ok((fd.try_clone_to_owned().map_err(io_errno)?, session.memory()))
     }
 
     fn create_io_event(

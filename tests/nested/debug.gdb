@@ -34,6 +34,12 @@ while $steps < 5 || ($steps < 100 && $moved == 0)
     set $steps = $steps + 1
 end
 printf "moved in %d of %d steps\n", $moved, $steps
+
+# It runs, and is stopped as by a key.
+shell (sleep 3; kill -INT $PPID) &
+continue
+thread 1
+look "again"
 set var *(int *) $panic_timeout = 77
 printf "timeout %d\n", *(int *) $panic_timeout
 detach

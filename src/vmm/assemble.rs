@@ -233,7 +233,7 @@ pub(super) fn build(
     wait_ready(&mut waiting, &mut spawner)?;
     phases.end("jails");
     guests.launch(&mut spawner)?;
-    let starts_later = guests.has_owner();
+    let starts_later = guests.start_later();
     if !specs.is_empty() {
         guests.beside_devices();
     }
@@ -314,6 +314,7 @@ pub(super) fn build(
         pager: None,
         triggers: None,
         origin: None,
+        to_load: None,
     };
     vm.watch_links();
     Ok(vm)

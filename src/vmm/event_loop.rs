@@ -33,6 +33,7 @@ use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::plugin::{Hub, Plugins};
 use crate::plugin_process::PluginProcess;
 use crate::snapshot::pager::Pager;
+use crate::snapshot::state::MicrovmState;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -83,6 +84,8 @@ pub(super) struct Vm {
     pub(super) pager: Option<Pager>,
     /// Of a restored machine: what it can be put back to.
     pub(super) origin: Option<Origin>,
+    /// Of a restored machine that waits for its plugins: its state.
+    pub(super) to_load: Option<Arc<MicrovmState>>,
 }
 
 /// A back end that is another program.
@@ -390,7 +393,12 @@ impl Vm {
                     self.event(requests::marker_event(marker, "port"));
                     self.seen(marker);
                 }
-                Notice::Made => self.run_vcpus()?,
+                Notice::Made => {
+                    if let Some(state) = self.to_load.take() {
+                        self.go_on_from(&state)?;
+                    }
+                    self.run_vcpus()?;
+                }
             }
         }
         Ok(())

@@ -24,7 +24,8 @@ use crate::cell::overlay::{OverlayError, Place};
 use crate::config::OpenError;
 use crate::console;
 use crate::control::server::ControlServer;
-use crate::plugin::Arrived;
+use crate::plugin::{self, Arrived};
+use crate::plugin_process::{self, PluginConfig};
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
@@ -49,6 +50,8 @@ pub struct RestoreConfig {
     pub control: Option<PathBuf>,
     /// Where programs may attach.
     pub plugin_socket: Option<PluginSocketSpec>,
+    /// The program of the VM's plugin, where it has one.
+    pub plugin: Option<PluginConfig>,
     /// How memory comes.
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
@@ -109,6 +112,10 @@ pub enum RestoreError {
     NoWrites(String),
     #[error("disk '{0}'")]
     Writes(String, #[source] OverlayError),
+    #[error("the snapshot has the state of plugin '{0}', which is not there to go on from it")]
+    NeedsPlugin(String),
+    #[error("the snapshot is of a VM without a plugin of its own")]
+    NoPlugin,
     #[error("plugin '{0}' gave no state that it could go on from: the snapshot is for inspection")]
     Plugin(String),
     #[error(transparent)]
@@ -132,6 +139,13 @@ impl Remedy for RestoreError {
             RestoreError::Userfaultfd(_) | RestoreError::NotLazy(_) => {
                 Some("use '--memory-mode eager'; lazy memory needs to open that device".into())
             }
+            RestoreError::NeedsPlugin(name) if name == plugin::OWNER => {
+                Some("give its program with '--plugin PATH', and its arguments with '-p'".into())
+            }
+            RestoreError::NeedsPlugin(_) => {
+                Some("let it attach with '--plugin-socket PATH': the VM runs when all have".into())
+            }
+            RestoreError::NoPlugin => Some("leave '--plugin' away".into()),
             RestoreError::Host(..) => Some("restore it on a host like the one it is from".into()),
             RestoreError::DiskSize { id, .. } | RestoreError::DiskChanged { id, .. } => {
                 Some(format!(
@@ -164,11 +178,14 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 
 fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let mut phases = Phases::begin();
-    let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let (spawner, signals) = assemble::begin(&config.serial, &[], plan)?;
     let path = &config.snapshot;
     let (ram, hardware) = begin_hardware(path)?;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
+    check_plugins(&config, &state)?;
     if (ram.len(), hardware.cpus) != (state.vm_info.memory, state.vm_info.cpus) {
         return Err(RestoreError::Other(path.clone()).into());
     }
@@ -178,7 +195,9 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     let console = console::open(&config.serial).map_err(OpenError::Console)?;
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
     let arrived = lazy.as_ref().map(|source| -> Arrived { Box::new(source.completion()) });
-    let guests = Guests::restored(config.plugin_socket.as_ref(), &ram, arrived)?;
+    let states = state.plugin_states.iter();
+    let states = states.filter_map(|p| Some((p.name.clone(), p.state.clone()?))).collect();
+    let guests = Guests::restored(&config, &ram, arrived, states)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
     let common = Common {
         seccomp: config.seccomp,
@@ -233,11 +252,40 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     if config.track {
         vm.track_since(chain.manifest().id)?;
     }
-    vm.load(&state).map_err(RestoreError::from)?;
-    vm.nudge();
-    vm.phases.end("state");
+    // With a plugin of its own the vCPUs come to be when that starts them.
+    match vm.starts_later {
+        true => vm.to_load = Some(state.clone()),
+        false => vm.go_on_from(&state)?,
+    }
     vm.origin = Some(Origin { chain, state, written, kept: Kept::default() });
     Ok(vm)
+}
+
+/// Whether everybody will be there whose state is in the snapshot.
+fn check_plugins(config: &RestoreConfig, state: &MicrovmState) -> Result<(), RestoreError> {
+    let states = &state.plugin_states;
+    let owned = states.iter().any(|plugin| plugin.name == plugin::OWNER);
+    if config.plugin.is_some() && !owned {
+        return Err(RestoreError::NoPlugin);
+    }
+    let missing = states.iter().find(|plugin| match plugin.name == plugin::OWNER {
+        true => config.plugin.is_none(),
+        false => config.plugin_socket.is_none(),
+    });
+    match missing {
+        Some(plugin) => Err(RestoreError::NeedsPlugin(crate::remedy::printable(&plugin.name))),
+        None => Ok(()),
+    }
+}
+
+impl Vm {
+    /// Sets the state of a machine that has not run.
+    pub(super) fn go_on_from(&mut self, state: &Arc<MicrovmState>) -> Result<(), VmmError> {
+        self.load(state).map_err(RestoreError::from)?;
+        self.nudge();
+        self.phases.end("state");
+        Ok(())
+    }
 }
 
 /// Begins to make the machine of the snapshot at `path`, by what its manifest says of it.

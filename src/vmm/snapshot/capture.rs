@@ -74,7 +74,7 @@ impl Vm {
             vcpu_states,
             device_states: self.device_states(frozen)?,
             irqchip_state,
-            plugin_states: Vec::new(),
+            plugin_states: frozen.plugin_states.clone(),
             metadata,
         };
         Ok(state.encode()?)

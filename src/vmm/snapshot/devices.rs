@@ -11,7 +11,10 @@ use cellblock_devices::protocol::state::CellState;
 use cellblock_devices::protocol::{FromCell, ToCell};
 
 use super::super::event_loop::Vm;
+use super::plugins::plugin_name;
+use crate::plugin::Holder;
 use crate::snapshot::coordinator::{CutError, Input, Phase};
+use crate::snapshot::state::PluginState;
 use crate::transport::mmio::FreezeError;
 
 /// What has to be let go on, and what was answered.
@@ -23,12 +26,25 @@ pub(in super::super) struct Frozen {
     told: bool,
     /// What each process said, by its place.
     pub(super) states: Vec<Option<CellState>>,
+    /// Plugins that have part of the machine; those that were told to come to rest; what they
+    /// gave.
+    pub(super) plugins: Vec<Holder>,
+    pub(super) plugins_told: usize,
+    pub(super) plugin_states: Vec<PluginState>,
+}
+
+impl Frozen {
+    /// Nobody yet; these will be asked too.
+    pub(super) fn of_plugins(plugins: Vec<Holder>) -> Frozen {
+        Frozen { plugins, ..Frozen::default() }
+    }
 }
 
 impl Vm {
-    /// Every process that takes part, by name and in the order of the cells.
-    pub(super) fn participants(&self) -> Vec<String> {
-        self.cells.iter().map(|cell| format!("{} {}", cell.role(), cell.id())).collect()
+    /// Every process that takes part, by name: in the order of the cells, then plugins.
+    pub(super) fn participants(&self, frozen: &Frozen) -> Vec<String> {
+        let cells = self.cells.iter().map(|cell| format!("{} {}", cell.role(), cell.id()));
+        cells.chain(frozen.plugins.iter().map(|plugin| plugin_name(&plugin.name))).collect()
     }
 
     /// A disk of another program's has state that we cannot have.
@@ -48,6 +64,7 @@ impl Vm {
         let end = Instant::now() + limit;
         let epoch = self.snapshots.cut.epoch();
         frozen.states = vec![None; self.cells.len()];
+        self.tell_plugins(epoch, frozen)?;
         // The console's process works while the disks' rings come to rest.
         self.tell(epoch, "serial", frozen)?;
         self.stop_rings(limit, frozen)?;
@@ -55,6 +72,7 @@ impl Vm {
         for n in 0..self.cells.len() {
             self.await_quiesced(n, epoch, end, frozen)?;
         }
+        self.await_plugins(epoch, end, frozen)?;
         if self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
             return self.give_up("serial com1", "it left accesses of the guest undone");
         }
@@ -132,7 +150,7 @@ impl Vm {
         }
     }
 
-    fn give_up(&mut self, who: &str, why: &str) -> Result<(), CutError> {
+    pub(super) fn give_up(&mut self, who: &str, why: &str) -> Result<(), CutError> {
         self.step(Input::Failed { who: who.into(), why: why.into() })
     }
 
@@ -147,6 +165,7 @@ impl Vm {
         if frozen.told {
             self.release_processes();
         }
+        self.release_plugins(&frozen);
         for (n, stopped, answer) in begun {
             let (id, device) = &self.devices[n];
             if stopped && let Err(error) = device.finish_thaw(&answer) {

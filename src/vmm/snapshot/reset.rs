@@ -78,7 +78,13 @@ impl Vm {
             return Reply::error("a snapshot holds the VM", Some("try again"));
         }
         let begun = Instant::now();
-        self.snapshots.cut.participate(self.participants());
+        if self.plugin.is_some() {
+            return Reply::error(
+                "no reset: what the VM's plugin knows cannot be put back while it runs",
+                Some("restore the snapshot anew"),
+            );
+        }
+        self.snapshots.cut.participate(self.participants(&Frozen::default()));
         self.snapshots.was_paused = self.is_paused();
         let mut frozen = Frozen::default();
         if let Err(CutError { phase, who, why }) = self.come_to_rest(&mut frozen) {

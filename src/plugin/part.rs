@@ -14,6 +14,8 @@ use super::session::Session;
 
 /// Name of the plugin that the VMM starts.
 pub const OWNER: &str = "plugin0";
+/// How the names begin of those that attached and do not take part.
+const ATTACHED: &str = "attached-";
 /// Longest name of one that attached.
 const NAME: usize = 64;
 
@@ -99,7 +101,7 @@ impl Hub {
             let name = match (&part, session.is_owner()) {
                 (_, true) => OWNER.to_string(),
                 (Some((name, _)), false) => name.clone(),
-                (None, false) => format!("attached-{}", session.id()),
+                (None, false) => format!("{ATTACHED}{}", session.id()),
             };
             (part.is_some() || holds).then(|| Holder { name, part: part.map(|(_, part)| part) })
         };
@@ -123,7 +125,9 @@ impl Hub {
         if session.part().is_some() {
             return Err(Errno::EALREADY);
         }
-        if (!session.is_owner() && name == OWNER) || self.sessions().iter().any(taken) {
+        // Those are ours to give.
+        let reserved = !session.is_owner() && (name == OWNER || name.starts_with(ATTACHED));
+        if reserved || self.sessions().iter().any(taken) {
             return Err(Errno::EEXIST);
         }
         let (ours, theirs) = Channel::pair().map_err(|_| Errno::EMFILE)?;

@@ -21,9 +21,9 @@ extern "C" {
 struct cellblock_part {
   /* Come to rest, and write all that is needed to go on from here to `buffer`, which has room
    * for CELLBLOCK_STATE_MAX bytes. Returns how many those are, or an error number, negated: the
-   * snapshot fails then. No vCPU runs, and none will before `thaw`; guest memory and the plugin's
-   * state must not change until then. The whole VM waits for this.
-   * Called on a thread of the library's, never while `thaw` is. */
+   * snapshot fails then. No vCPU runs, and none will before the snapshot is taken: guest memory
+   * and the plugin's state must not change until `thaw` or the next event, whichever is first.
+   * The whole VM waits for this. Called on a thread of the library's, never while `thaw` is. */
   int64_t (*save)(void *user, uint8_t *buffer);
   /* Go on. It follows every call of `save`, on the same thread. May be null. */
   void (*thaw)(void *user);

@@ -196,7 +196,11 @@ pub(super) fn build(
             Backing::BackEnd(socket) => {
                 let copy = |source| VmmError::System { what: "copying a connection", source };
                 let own = socket.try_clone().map_err(copy)?;
-                back_ends.push(BackEnd { id: spec.id().to_string(), socket: own, gone: false });
+                let path = spec.vhost_user.clone().unwrap_or_default();
+                let path = std::path::absolute(path)
+                    .map_err(|source| VmmError::System { what: "naming a socket", source })?;
+                let id = spec.id().to_string();
+                back_ends.push(BackEnd { id, path, socket: own, gone: false });
                 blk::back_end(spec, socket.try_clone().map_err(copy)?)
             }
         });

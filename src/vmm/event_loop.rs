@@ -92,6 +92,8 @@ pub(super) struct Vm {
 pub(super) struct BackEnd {
     /// Id of its disk.
     pub(super) id: String,
+    /// Where it listens, absolute.
+    pub(super) path: PathBuf,
     /// The connection, to see its end.
     pub(super) socket: UnixStream,
     pub(super) gone: bool,

@@ -31,7 +31,7 @@ use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
 use crate::snapshot::pager::{self, Pager, PagerError, Source};
 use crate::snapshot::state::compat::Incompatible;
-use crate::snapshot::state::device::{DiskState, Fingerprint};
+use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
@@ -373,6 +373,12 @@ fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> 
     Ok(state)
 }
 
+/// A disk of the snapshot.
+enum Saved {
+    Image(Box<DiskState>),
+    BackEnd(BackEndState),
+}
+
 /// Opens the image of every disk: the one the user names, the one in the snapshot, or the
 /// one that was used, if it is as it was.
 fn open_disks(
@@ -380,11 +386,14 @@ fn open_disks(
     chain: &Chain,
     named: &[DiskOverride],
 ) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
-    let mut saved: Vec<(String, DiskState)> = Vec::new();
+    let malformed = |e| RestoreError::State(chain.snapshot().path().into(), e);
+    let mut saved = Vec::new();
     for device in &state.device_states {
-        let disk =
-            device.as_disk().map_err(|e| RestoreError::State(chain.snapshot().path().into(), e))?;
-        saved.extend(disk.map(|disk| (device.id.clone(), disk)));
+        if let Some(disk) = device.as_disk().map_err(malformed)? {
+            saved.push((device.id.clone(), Saved::Image(Box::new(disk))));
+        } else if let Some(disk) = device.as_back_end().map_err(malformed)? {
+            saved.push((device.id.clone(), Saved::BackEnd(disk)));
+        }
     }
     if let Some(other) = named.iter().find(|disk| !saved.iter().any(|(id, _)| *id == disk.id)) {
         let ids: Vec<&str> = saved.iter().map(|(id, _)| id.as_str()).collect();
@@ -392,6 +401,17 @@ fn open_disks(
     }
     let (mut specs, mut disks) = (Vec::new(), Vec::new());
     for (id, disk) in saved {
+        let disk = match disk {
+            Saved::Image(disk) => *disk,
+            Saved::BackEnd(disk) => {
+                let other = named.iter().find(|other| other.id == id);
+                let socket = other.and_then(|other| other.path.clone()).unwrap_or(disk.socket);
+                let spec = DiskSpec::far(&id, socket);
+                disks.push(spec.open_backing().map_err(OpenError::Disk)?);
+                specs.push(spec);
+                continue;
+            }
+        };
         let other = named.iter().find(|other| other.id == id);
         let by_user = other.and_then(|other| other.path.as_ref());
         let copied = chain.manifest().disks.iter().find(|copy| copy.id == id);

@@ -34,7 +34,7 @@ use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use crate::vm::kvm::KvmError;
 use crate::vm::layout;
-use devices::Frozen;
+use devices::{Frozen, Strangers};
 pub use load::LoadError;
 pub use put_back::Kept;
 pub use reset::Origin;
@@ -152,6 +152,11 @@ impl Vm {
             let (who, why) = ("guest memory".into(), "it has not come in time".into());
             return Err(CutError { phase: Phase::Running, who, why });
         }
+        if wanted.live {
+            let why = "what its back end writes to guest memory is in no log of ours: take the \
+                       snapshot without --live";
+            self.refuse_strangers(Strangers::Refused(why))?;
+        }
         let live = wanted.live.then(|| self.copy_live(ROUNDS_LIMIT)).transpose();
         let live = live.map_err(|error| CutError {
             phase: Phase::Running,
@@ -192,7 +197,7 @@ impl Vm {
         frozen: &mut Frozen,
     ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
         let mut clock = Stopwatch::new();
-        self.refuse_strangers()?;
+        self.refuse_strangers(Strangers::Saved)?;
         self.step(Input::Begin)?;
         self.park(wanted.limit)?;
         self.step(Input::Parked)?;

@@ -14,7 +14,7 @@ use cellblock_devices::protocol::overlay::Extent;
 use nix::errno::Errno;
 
 use super::super::event_loop::Vm;
-use super::devices::Frozen;
+use super::devices::{Frozen, Strangers};
 use super::put_back::{self, Kept};
 use super::{LoadError, micros};
 use crate::control::protocol::{EventKind, Reply};
@@ -117,7 +117,7 @@ impl Vm {
     }
 
     fn come_to_rest(&mut self, frozen: &mut Frozen) -> Result<(), CutError> {
-        self.refuse_strangers()?;
+        self.refuse_strangers(Strangers::Refused("what its back end wrote is in no log of ours"))?;
         self.step(Input::Begin)?;
         self.park(LIMIT)?;
         self.step(Input::Parked)?;

@@ -205,6 +205,10 @@ pub(super) fn build(
             }
         });
     }
+    if !back_ends.is_empty() {
+        // What another program writes to guest memory is in no log.
+        logs.lose_track();
+    }
     let OpenedConsole { terminal, note, keep, .. } = console;
     if let Some(note) = note {
         logging::tell(&note);

@@ -6,6 +6,7 @@
 //! stopped; descriptors and memory may be replaced at any time, for which the
 //! ring is stopped and goes on where it was.
 
+mod device_state;
 mod messages;
 
 use std::fs::File;
@@ -75,6 +76,8 @@ pub(super) struct Backend {
     refused: bool,
     /// Every request is answered with an I/O error.
     failed: bool,
+    /// The last transfer of its state went well.
+    transferred: bool,
 }
 
 impl Backend {
@@ -103,6 +106,7 @@ impl Backend {
             records: None,
             refused: false,
             failed: false,
+            transferred: false,
             disk,
         }
     }

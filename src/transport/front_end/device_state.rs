@@ -82,7 +82,12 @@ impl FrontEnd {
 }
 
 /// Waits until `file` has or takes something.
-fn wait(file: &File, wanted: PollFlags, limit: Duration, end: Instant) -> Result<(), TransferError> {
+fn wait(
+    file: &File,
+    wanted: PollFlags,
+    limit: Duration,
+    end: Instant,
+) -> Result<(), TransferError> {
     let left = end.saturating_duration_since(Instant::now());
     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
     match poll(&mut [PollFd::new(file.as_fd(), wanted)], timeout) {

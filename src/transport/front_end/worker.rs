@@ -191,7 +191,8 @@ impl Worker {
             Job::Open(answer) => answer.complete(Err(gone())),
             Job::Freeze(answer) => answer.complete(Err(gone())),
             Job::Transfer(_, _, answer) => answer.complete(Err(gone())),
-            Job::CheckState(answer) | Job::Activate(_, answer)
+            Job::CheckState(answer)
+            | Job::Activate(_, answer)
             | Job::Thaw(answer)
             | Job::SetConfig(_, _, answer)
             | Job::Reset(answer)

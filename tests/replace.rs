@@ -271,19 +271,25 @@ fn console_output_is_neither_lost_nor_doubled() {
     let mut dice = Dice::new();
     let kills: u32 = if std::env::var_os("CELLBLOCK_STORM").is_some() { 100 } else { 12 };
     let lines = 3000 * kills;
-    let mut vm =
-        Vm::with(&format!("mode=print lines={lines}")).arg("--max-deaths").arg("1000").start();
-    vm.wait_for("00000010 ");
+    let mut vm = Vm::with(&format!("mode=print lines={lines}"))
+        .arg("--max-deaths")
+        .arg("1000")
+        .arg("--serial")
+        .arg("file=console")
+        .start();
+    let text = |vm: &Vm| fs::read_to_string(vm.path("console")).unwrap_or_default();
+    assert!(poll(LIMIT, || text(&vm).contains("00000010 ").then_some(())).is_some());
     let events = vm.events();
     for kill in 0..kills {
         std::thread::sleep(Duration::from_micros(dice.below(20_000)));
-        if vm.console.text().contains("print: ok") {
+        if text(&vm).contains("print: ok") {
             panic!("over after {kill} kills: the stream is too short");
         }
         kill_and_wait(&mut vm, &events, "serial", "com1");
     }
-    vm.wait_for_within("print: ok", full_limit(u64::from(lines)));
-    let text = vm.console.text();
+    let over = poll(full_limit(lines.into()), || text(&vm).contains("print: ok").then_some(()));
+    assert!(over.is_some(), "{}", vm.stderr.text());
+    let text = text(&vm);
     let stream = text.split_once("cellblock guest").unwrap().1;
     let wanted: String = (0..lines).map(|n| format!("{n:08} {:.<54}\r\n", "")).collect();
     let at = stream.bytes().zip(wanted.bytes().collect::<Vec<_>>()).position(|(a, b)| a != b);

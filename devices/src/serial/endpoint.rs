@@ -64,12 +64,12 @@ impl Endpoint {
             SerialEndpoint::Stdio => {
                 let reader = Reader::start(next()?).map_err(SerialError::Thread)?;
                 let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
+                output.attach_file(next()?).map_err(SerialError::Output)?;
                 (Endpoint::Stdio(reader), Some(output))
             }
             SerialEndpoint::File => {
                 let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
+                output.attach_file(next()?).map_err(SerialError::Output)?;
                 (Endpoint::File, Some(output))
             }
             SerialEndpoint::Pty => {

@@ -78,6 +78,9 @@ pub enum SerialError {
     /// A thread of the process, or its event, could not be made.
     #[error("starting a console thread")]
     Thread(#[source] io::Error),
+    /// The file for the output could not be looked at.
+    #[error("examining the console's output")]
+    Output(#[source] Errno),
     /// The endpoint could not be made non-blocking.
     #[error("making the console endpoint non-blocking")]
     NonBlocking(#[source] Errno),

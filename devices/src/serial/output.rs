@@ -9,8 +9,10 @@
 //! the process: from there the kernel moves it to the reader (splice), so that no byte is
 //! both written and still there, or neither, whenever the process dies. A move from the
 //! buffer into the pipe is announced before: the pipe was empty then, so that what it has
-//! in it afterwards is what was moved. A reader that cannot be spliced to (a file opened for
-//! appending) is written to; a death within such a write can double up to [`CHUNK`] bytes.
+//! in it afterwards is what was moved. A reader that is a pipe itself is written to instead,
+//! for what is spliced into a pipe takes a place for each line, of which a pipe has few; and
+//! so is a file opened for appending, which cannot be spliced to. A death within such a
+//! write loses nothing and can double up to [`CHUNK`] bytes.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -21,6 +23,7 @@ use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::stat::{SFlag, fstat};
 
 use super::journal::{Journal, OUTPUT};
 
@@ -55,7 +58,7 @@ struct Shared {
     on_error: OnError,
     journal: Journal,
     pipe: (OwnedFd, OwnedFd),
-    /// Bytes in the pipe.
+    /// Bytes in the pipe; without it, those in the hands of the thread.
     in_pipe: AtomicUsize,
 }
 
@@ -67,6 +70,8 @@ struct State {
     /// Bytes are being dropped; said once until everything is written.
     complained: bool,
     sink: Option<Arc<OwnedFd>>,
+    /// It is written to.
+    direct: bool,
     /// A reader that went away, for the main loop to notice.
     lost: Option<Arc<OwnedFd>>,
     /// The main loop wants to know when all is written.
@@ -88,6 +93,7 @@ impl Output {
                 limit: limit as u64,
                 complained: false,
                 sink: None,
+                direct: false,
                 lost: None,
                 watched: false,
                 idle: false,
@@ -123,6 +129,16 @@ impl Output {
         let mut state = self.0.lock();
         state.sink = Some(reader);
         self.0.wake(&mut state);
+    }
+
+    /// As [`Output::attach`], before the process is sealed, with any file.
+    pub(super) fn attach_file(&self, reader: OwnedFd) -> Result<(), Errno> {
+        let kind = SFlag::from_bits_truncate(fstat(&reader)?.st_mode) & SFlag::S_IFMT;
+        // What another process left in ours goes first.
+        let direct = kind == SFlag::S_IFIFO && self.0.in_pipe.load(Ordering::Relaxed) == 0;
+        self.0.lock().direct = direct;
+        self.attach(Arc::new(reader));
+        Ok(())
     }
 
     /// Takes the reader away; what it has not been given is kept.
@@ -231,19 +247,31 @@ impl Shared {
 
     fn run(&self) {
         let mut chunk = Vec::with_capacity(CHUNK);
-        while let Some(sink) = self.next(&mut chunk) {
-            let error = self.empty_pipe(&sink, &mut chunk);
+        while let Some((sink, direct)) = self.next(&mut chunk) {
+            let error = match direct {
+                Some(start) => self.write_out(&sink, &chunk, start),
+                None => self.empty_pipe(&sink, &mut chunk),
+            };
             let mut state = self.lock();
             if let Some(error) = error {
                 match self.on_error {
                     OnError::Drop => {
-                        let rest = self.in_pipe.swap(0, Ordering::Relaxed);
-                        chunk.resize(rest, 0);
-                        // There is as much, and nobody else takes it.
-                        let _ = nix::unistd::read(&self.pipe.0, &mut chunk);
+                        let rest = self.in_pipe.load(Ordering::Relaxed);
+                        self.discard(direct.is_none(), rest, &mut chunk);
+                        self.settle(state.start);
                         self.drop_bytes(&mut state, rest as u64, error.desc());
                     }
                     OnError::Keep => {
+                        // The next one is to find no more than a reader can be behind.
+                        let left = self.in_pipe.load(Ordering::Relaxed);
+                        let over = (left as u64 + state.end - state.start)
+                            .saturating_sub(state.limit)
+                            .min(left as u64);
+                        if over > 0 {
+                            self.discard(true, over as usize, &mut chunk);
+                            let why = "its reader left without reading it";
+                            self.drop_bytes(&mut state, over, why);
+                        }
                         if state.sink.as_ref().is_some_and(|now| Arc::ptr_eq(now, &sink)) {
                             state.sink = None;
                         }
@@ -261,20 +289,37 @@ impl Shared {
         }
     }
 
-    /// Waits for something to write and for somebody to write it to; something is in the
-    /// pipe then.
-    fn next(&self, chunk: &mut Vec<u8>) -> Option<Arc<OwnedFd>> {
+    /// Gives the oldest bytes that left the buffer up.
+    fn discard(&self, from_pipe: bool, count: usize, chunk: &mut Vec<u8>) {
+        if from_pipe {
+            chunk.resize(count, 0);
+            // There is as much, and nobody else takes it.
+            let _ = nix::unistd::read(&self.pipe.0, chunk);
+        }
+        self.in_pipe.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Waits for something to write and for somebody to write it to; it is in the pipe
+    /// then, or in `chunk`, and comes from where in the buffer.
+    fn next(&self, chunk: &mut Vec<u8>) -> Option<(Arc<OwnedFd>, Option<u64>)> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return None;
             }
             if let Some(sink) = state.sink.clone() {
+                if state.direct && state.start != state.end {
+                    let start = state.start;
+                    self.take_chunk(&mut state, chunk);
+                    state.start += chunk.len() as u64;
+                    self.in_pipe.store(chunk.len(), Ordering::Relaxed);
+                    return Some((sink, Some(start)));
+                }
                 if self.in_pipe.load(Ordering::Relaxed) == 0 && state.start != state.end {
                     self.fill_pipe(&mut state, chunk);
                 }
                 if self.in_pipe.load(Ordering::Relaxed) > 0 {
-                    return Some(sink);
+                    return Some((sink, None));
                 }
             }
             state.idle = true;
@@ -283,12 +328,16 @@ impl Shared {
         }
     }
 
-    /// Moves the oldest bytes into the empty pipe.
-    fn fill_pipe(&self, state: &mut State, chunk: &mut Vec<u8>) {
+    fn take_chunk(&self, state: &mut State, chunk: &mut Vec<u8>) {
         let count = (state.end - state.start).min(CHUNK as u64);
         chunk.clear();
         chunk.extend((state.start..state.start + count).map(|at| self.journal.output(at)));
-        self.journal.moving().store(state.start + count, Ordering::Release);
+    }
+
+    /// Moves the oldest bytes into the empty pipe.
+    fn fill_pipe(&self, state: &mut State, chunk: &mut Vec<u8>) {
+        self.take_chunk(state, chunk);
+        self.journal.moving().store(state.start + chunk.len() as u64, Ordering::Release);
         // It does not wait; where the pipe is smaller than usual it takes a part.
         let moved = nix::unistd::write(&self.pipe.1, chunk).unwrap_or(0);
         state.start += moved as u64;
@@ -318,13 +367,23 @@ impl Shared {
                     chunk.resize(left, 0);
                     let count = nix::unistd::read(&self.pipe.0, chunk).unwrap_or(0);
                     self.in_pipe.store(0, Ordering::Relaxed);
-                    if let Err(error) = write_all(sink, &chunk[..count]) {
+                    if let Some(error) = write_all(sink, &chunk[..count], |_| {}) {
                         return Some(error);
                     }
                 }
                 Err(error) => return Some(error),
             }
         }
+    }
+}
+
+impl Shared {
+    /// Writes the bytes that are `start` of the buffer.
+    fn write_out(&self, sink: &OwnedFd, bytes: &[u8], start: u64) -> Option<Errno> {
+        write_all(sink, bytes, |written| {
+            self.settle(start + written as u64);
+            self.in_pipe.store(bytes.len() - written, Ordering::Relaxed);
+        })
     }
 }
 
@@ -336,15 +395,23 @@ fn wait_for(fd: &OwnedFd) -> Result<(), Errno> {
     }
 }
 
-fn write_all(fd: &OwnedFd, bytes: &[u8]) -> Result<(), Errno> {
+/// Writes everything, or as much as goes before an error; tells how much that is.
+fn write_all(fd: &OwnedFd, bytes: &[u8], mut progress: impl FnMut(usize)) -> Option<Errno> {
     let mut written = 0;
     while written < bytes.len() {
         match nix::unistd::write(fd, &bytes[written..]) {
-            Ok(count) => written += count,
+            Ok(count) => {
+                written += count;
+                progress(written);
+            }
             Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => wait_for(fd)?,
-            Err(error) => return Err(error),
+            Err(Errno::EAGAIN) => {
+                if let Err(error) = wait_for(fd) {
+                    return Some(error);
+                }
+            }
+            Err(error) => return Some(error),
         }
     }
-    Ok(())
+    None
 }

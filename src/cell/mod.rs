@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`launch`] | asking the spawner for a jailed process and waiting until it serves |
+//! | [`com1`] | what its process is made of, and made again |
 //! | [`serial`] | COM1: the VMM's end of a serial cell |
 //! | [`blk`] | a virtio disk: the VMM's end of a block cell |
 //! | [`counters`] | the page a block cell counts in |
@@ -13,6 +14,7 @@
 //! event, never a hang.
 
 pub mod blk;
+pub mod com1;
 pub mod counters;
 pub mod launch;
 pub mod overlay;
@@ -59,8 +61,8 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
-    /// The image's descriptor could not be kept.
-    #[error("keeping the image of {id}")]
+    /// A descriptor could not be kept for another process.
+    #[error("keeping what the process of {id} is given")]
     Image {
         /// Device id.
         id: String,

@@ -342,9 +342,6 @@ impl Vm {
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if role == "serial" {
-            self.ring.set_dead(true);
-        }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
                 process: format!("{role} {id}"),

@@ -61,8 +61,10 @@ pub enum Start {
     /// [`counters`]; with [`BlkStart::cow`], and an image opened read-only, the overlay,
     /// and its map, as [`overlay`] describes them.
     Blk(BlkStart),
-    /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
-    /// [`SerialStart`] says so, the input, the output, the listening socket.
+    /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, a sealed memfd of
+    /// [`JOURNAL_BYTES`], both ends of a non-blocking pipe (what is in them outlives the
+    /// process), then, where [`SerialStart`] says so, the input, the output, the listening
+    /// socket.
     Serial(SerialStart),
 }
 
@@ -106,6 +108,11 @@ pub struct Rate {
     pub burst: u64,
 }
 
+/// Bytes of the memory in which a serial process keeps what its successor needs.
+pub const JOURNAL_BYTES: usize = 4096 + (192 << 10) + OUTPUT_MAX as usize;
+/// Most guest output that is kept for a slow reader.
+pub const OUTPUT_MAX: u32 = 1 << 20;
+
 /// Configuration of a serial device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SerialStart {
@@ -113,7 +120,8 @@ pub struct SerialStart {
     pub endpoint: SerialEndpoint,
     /// Watch the input for the escape sequence (ctrl-a x) that quits the VM.
     pub escape: bool,
-    /// Bytes of guest output kept for a slow reader before more is dropped and counted.
+    /// Bytes of guest output kept for a slow reader before more is dropped and counted; at
+    /// most [`OUTPUT_MAX`].
     pub buffer: u32,
 }
 

@@ -11,7 +11,7 @@ use nix::sys::socket::{SockFlag, accept4};
 
 use super::SerialError;
 use super::input::Reader;
-use super::output::{OnError, Output};
+use super::output::{Kept, OnError, Output};
 use crate::protocol::SerialEndpoint;
 
 /// How often a pseudo-terminal that nobody has open is looked at again.
@@ -49,13 +49,14 @@ struct Client {
 }
 
 impl Endpoint {
-    /// Takes the fds that follow the first three, and starts the threads.
+    /// Takes the fds that follow the first six, and starts the threads.
     pub(super) fn new(
         kind: SerialEndpoint,
         buffer: usize,
+        kept: Kept,
         fds: Vec<OwnedFd>,
     ) -> Result<(Endpoint, Option<Output>), SerialError> {
-        let output = |on_error| Output::start(buffer, on_error).map_err(SerialError::Thread);
+        let output = |on_error| Output::start(buffer, on_error, kept).map_err(SerialError::Thread);
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or(SerialError::MissingFd(kind));
         Ok(match kind {
@@ -63,12 +64,12 @@ impl Endpoint {
             SerialEndpoint::Stdio => {
                 let reader = Reader::start(next()?).map_err(SerialError::Thread)?;
                 let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
+                output.attach_file(next()?).map_err(SerialError::Output)?;
                 (Endpoint::Stdio(reader), Some(output))
             }
             SerialEndpoint::File => {
                 let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
+                output.attach_file(next()?).map_err(SerialError::Output)?;
                 (Endpoint::File, Some(output))
             }
             SerialEndpoint::Pty => {

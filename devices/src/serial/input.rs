@@ -1,7 +1,6 @@
 //! From the user to the guest: the queue in front of the UART, the escape
 //! sequence, and the thread that reads where a read may block.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,36 +9,43 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::journal::{INPUT, Journal};
+use super::uart::FIFO;
+
 const CTRL_A: u8 = 1;
 /// What a terminal may type ahead of a guest that does not read.
-const TYPED_AHEAD: usize = 64 * 1024;
+const TYPED_AHEAD: u64 = 64 * 1024;
+const _: () = assert!(TYPED_AHEAD <= INPUT as u64);
 
-/// Input that the guest has not taken yet.
+/// Input that the guest has not taken yet: the bytes from `taken` to `typed` of the
+/// journal.
 ///
 /// Without the escape sequence nothing is read from the endpoint while something
 /// waits here, so nothing is ever lost. With it, a terminal is read all the time
 /// (a hung guest is exactly when one wants to quit), and what goes beyond
 /// [`TYPED_AHEAD`] bytes is dropped.
 pub(super) struct Input {
-    pending: VecDeque<u8>,
+    journal: Journal,
+    pub typed: u64,
+    pub taken: u64,
     escape: bool,
-    after_ctrl_a: bool,
+    pub after_ctrl_a: bool,
 }
 
 impl Input {
-    pub(super) fn new(escape: bool) -> Input {
-        Input { pending: VecDeque::new(), escape, after_ctrl_a: false }
+    pub(super) fn new(escape: bool, journal: Journal) -> Input {
+        Input { journal, typed: 0, taken: 0, escape, after_ctrl_a: false }
     }
 
     /// Whether the endpoint may be read.
     pub(super) fn wants(&self) -> bool {
-        self.escape || self.pending.is_empty()
+        self.escape || self.typed == self.taken
     }
 
     /// Takes what was read. True: the user wants to quit.
     pub(super) fn push(&mut self, bytes: &[u8]) -> bool {
         if !self.escape {
-            self.pending.extend(bytes);
+            self.keep(bytes);
             return false;
         }
         for &byte in bytes {
@@ -54,19 +60,26 @@ impl Input {
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        if self.pending.len() + bytes.len() <= TYPED_AHEAD {
-            self.pending.extend(bytes);
+        if self.typed - self.taken + bytes.len() as u64 <= TYPED_AHEAD {
+            for &byte in bytes {
+                self.journal.put_input(self.typed, byte);
+                self.typed += 1;
+            }
         }
     }
 
     /// What waits, first part.
-    pub(super) fn front(&self) -> &[u8] {
-        self.pending.as_slices().0
+    pub(super) fn front(&self, bytes: &mut [u8; FIFO]) -> usize {
+        let count = (self.typed - self.taken).min(FIFO as u64);
+        for (at, byte) in (self.taken..self.taken + count).zip(bytes) {
+            *byte = self.journal.input(at);
+        }
+        count as usize
     }
 
     /// The guest took `count` bytes.
-    pub(super) fn taken(&mut self, count: usize) {
-        self.pending.drain(..count);
+    pub(super) fn take(&mut self, count: usize) {
+        self.taken += count as u64;
     }
 }
 
@@ -180,11 +193,19 @@ fn read(fd: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::JOURNAL_BYTES;
+
+    fn input(escape: bool) -> Input {
+        let memfd = cellblock_wire::sealed_memfd("journal", JOURNAL_BYTES as u64).expect("memfd");
+        Input::new(escape, Journal::map(memfd).expect("map"))
+    }
 
     fn typed(escape: bool, parts: &[&[u8]]) -> (Vec<u8>, bool) {
-        let mut input = Input::new(escape);
+        let mut input = input(escape);
         let quit = parts.iter().any(|part| input.push(part));
-        (input.pending.into(), quit)
+        let mut bytes = [0; FIFO];
+        let count = input.front(&mut bytes);
+        (bytes[..count].to_vec(), quit)
     }
 
     #[test]
@@ -206,13 +227,13 @@ mod tests {
 
     #[test]
     fn a_terminal_is_read_on_behind_a_full_queue() {
-        let mut input = Input::new(true);
-        input.push(&[b'a'; TYPED_AHEAD + 10]);
-        assert_eq!(input.pending.len(), TYPED_AHEAD);
+        let mut input = input(true);
+        [b'a'; TYPED_AHEAD as usize + 10].chunks(1).for_each(|key| assert!(!input.push(key)));
+        assert_eq!(input.typed, TYPED_AHEAD);
         assert!(input.wants());
         assert!(input.push(b"\x01x"));
-        let mut input = Input::new(false);
-        input.push(b"a");
-        assert!(!input.wants());
+        let mut other = self::input(false);
+        other.push(b"a");
+        assert!(!other.wants());
     }
 }

@@ -13,6 +13,9 @@
 //! the oldest bytes are dropped and counted. What the user types waits until the
 //! guest takes it.
 //!
+//! All of that is kept in a [`journal`] that outlives the process: its successor goes on
+//! with the first access that was not carried out.
+//!
 //! | endpoint | output while nobody reads | input |
 //! |---|---|---|
 //! | `Null` | discarded | none |
@@ -23,6 +26,7 @@
 
 mod endpoint;
 mod input;
+mod journal;
 mod marker;
 mod outbox;
 mod output;
@@ -40,11 +44,12 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
 use crate::protocol::ring::{Consumer, Corrupt, RING_BYTES, RingError};
-use crate::protocol::{SerialEndpoint, SerialStart};
+use crate::protocol::{OUTPUT_MAX, SerialEndpoint, SerialStart};
 use endpoint::Endpoint;
 use input::Input;
+use journal::{Journal, State};
 use outbox::Outbox;
-use output::Output;
+use output::{Kept, Output};
 use serve::Drain;
 use uart::Uart;
 
@@ -64,9 +69,18 @@ pub enum SerialError {
     /// The ring cannot be used.
     #[error("setting up the register ring")]
     Ring(#[source] RingError),
+    /// The journal could not be mapped.
+    #[error("mapping the journal")]
+    Journal(#[source] ShmError),
+    /// More output to be kept than there is room for.
+    #[error("{0} bytes of output are more than the {OUTPUT_MAX} that can be kept")]
+    Buffer(u32),
     /// A thread of the process, or its event, could not be made.
     #[error("starting a console thread")]
     Thread(#[source] io::Error),
+    /// The file for the output could not be looked at.
+    #[error("examining the console's output")]
+    Output(#[source] Errno),
     /// The endpoint could not be made non-blocking.
     #[error("making the console endpoint non-blocking")]
     NonBlocking(#[source] Errno),
@@ -90,9 +104,18 @@ pub struct Serial {
     input: Input,
     outbox: Outbox,
     drains: Vec<Drain>,
+    journal: Journal,
+    /// Bytes the guest transmitted, and those that `serial-out` knows of.
+    end: u64,
+    handed: u64,
+    line_ended: bool,
     /// Bytes the guest was given.
     received: u64,
+    /// vCPU, ticket and value of the answer given last.
+    answer: Option<(u8, u32, u8)>,
     poll: Duration,
+    /// Where a process before this one was.
+    before: Option<State>,
 }
 
 /// Makes the device from the fds of [`crate::protocol::Start::Serial`] and starts
@@ -102,19 +125,33 @@ pub fn prepare(config: SerialStart, fds: Vec<OwnedFd>) -> Result<Serial, SerialE
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or(SerialError::MissingFd(kind));
     let (memory, doorbell, interrupt) = (next()?, next()?, next()?);
+    let (journal, from_pipe, to_pipe) = (next()?, next()?, next()?);
+    if config.buffer > OUTPUT_MAX {
+        return Err(SerialError::Buffer(config.buffer));
+    }
     let mapping = Mapping::new(memory, RING_BYTES, Access::ReadWrite).map_err(SerialError::Map)?;
     let ring = Consumer::new(mapping, doorbell).map_err(SerialError::Ring)?;
-    let (endpoint, output) = Endpoint::new(kind, config.buffer as usize, fds.collect())?;
+    let journal = Journal::map(journal).map_err(SerialError::Journal)?;
+    let before = journal.state();
+    let end = before.as_ref().map_or(0, |state| state.end);
+    let kept = Kept { journal: journal.clone(), pipe: (from_pipe, to_pipe), end };
+    let (endpoint, output) = Endpoint::new(kind, config.buffer as usize, kept, fds.collect())?;
     Ok(Serial {
         ring,
         uart: Uart::new(interrupt),
         endpoint,
         output,
-        input: Input::new(config.escape),
+        input: Input::new(config.escape, journal.clone()),
         outbox: Outbox::default(),
         drains: Vec::new(),
+        journal,
+        end,
+        handed: end,
+        line_ended: false,
         received: 0,
+        answer: None,
         poll: if has_one_cpu() { Duration::ZERO } else { POLL },
+        before,
     })
 }
 

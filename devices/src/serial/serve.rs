@@ -1,13 +1,17 @@
 //! The main loop of the serial process.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::journal::{BATCH, State};
+use super::uart::FIFO;
 use super::{Serial, SerialError};
+use crate::protocol::ring::Reply;
 use crate::protocol::{CellStats, FromCell, ToCell};
 
 /// Accesses taken before everything else is looked at.
@@ -42,6 +46,7 @@ struct Events {
 
 impl Serial {
     pub(super) fn run(&mut self, cell: &Channel) -> Result<(), SerialError> {
+        self.resume();
         let now = Instant::now();
         let mut last = Last { access: now, look: now };
         loop {
@@ -61,7 +66,7 @@ impl Serial {
             last.access = now;
         }
         let watching = busy || now - last.access < self.poll;
-        if !watching || self.uart.is_worth_taking() {
+        if !watching || self.line_ended || self.end - self.handed >= 1024 {
             self.hand_over();
             self.report_markers(cell)?;
         }
@@ -76,8 +81,27 @@ impl Serial {
         last.look = Instant::now();
         if asleep && events.is_quiet() && self.uart.needs_reminder() {
             self.uart.remind();
+            self.commit();
         }
         self.handle(&events, cell)
+    }
+
+    /// Goes on where a process before this one was.
+    fn resume(&mut self) {
+        let Some(state) = self.before.take() else { return };
+        self.ring.resume(state.position);
+        self.uart.restore(&state.uart, state.lines);
+        self.received = state.received;
+        self.input.typed = state.typed;
+        self.input.taken = state.taken;
+        self.input.after_ctrl_a = state.after_ctrl_a;
+        // A vCPU may wait for it still; one that does not, does not believe it.
+        self.answer = state.answer;
+        if let Some((vcpu, ticket, value)) = state.answer
+            && let Some(reply) = Reply::from_parts(vcpu.into(), ticket)
+        {
+            self.ring.reply(reply, value);
+        }
     }
 
     /// Carries out what is in the ring, up to a burst; returns how much it was.
@@ -86,34 +110,81 @@ impl Serial {
         while count < BURST
             && let Some(access) = self.ring.next()?
         {
-            self.uart.access(access, &mut self.ring);
+            let answer = self.uart.access(access);
             count += 1;
+            self.take_transmitted();
             self.feed();
+            if let Some((reply, value)) = &answer {
+                let (vcpu, ticket) = reply.parts();
+                self.answer = Some((vcpu as u8, ticket, *value));
+            }
+            self.commit();
+            if let Some((reply, value)) = answer {
+                self.ring.reply(reply, value);
+            }
         }
         Ok(count)
     }
 
-    /// Gives the guest what input it has room for.
-    fn feed(&mut self) {
+    /// From here on a successor knows of all that was done.
+    fn commit(&mut self) {
+        let (uart, lines) = self.uart.state();
+        self.journal.commit(&State {
+            position: self.ring.position(),
+            uart,
+            lines: lines.clone(),
+            end: self.end,
+            received: self.received,
+            typed: self.input.typed,
+            taken: self.input.taken,
+            after_ctrl_a: self.input.after_ctrl_a,
+            answer: self.answer,
+        });
+    }
+
+    /// Keeps what the last access transmitted.
+    fn take_transmitted(&mut self) {
+        let bytes = self.uart.transmitted();
+        if bytes.is_empty() {
+            return;
+        }
+        for &byte in bytes.iter() {
+            self.line_ended |= byte == b'\n';
+            self.journal.put_output(self.end, byte);
+            self.end += 1;
+        }
+        bytes.clear();
+        // What `serial-out` knows of is committed.
+        if self.end - self.handed >= BATCH as u64 {
+            self.commit();
+            self.hand_over();
+        }
+    }
+
+    /// Gives the guest what input it has room for; true if that was anything.
+    fn feed(&mut self) -> bool {
+        let mut any = false;
         loop {
-            let count = self.uart.receive(self.input.front());
+            let mut bytes = [0; FIFO];
+            let waiting = self.input.front(&mut bytes);
+            let count = self.uart.receive(&bytes[..waiting]);
             if count == 0 {
-                return;
+                return any;
             }
-            self.input.taken(count);
+            self.input.take(count);
             self.received += count as u64;
+            any = true;
         }
     }
 
     /// Gives `serial-out` what the guest has transmitted.
     fn hand_over(&mut self) {
-        let bytes = self.uart.transmitted();
-        if let Some(output) = &self.output
-            && !bytes.is_empty()
-        {
-            output.push(bytes);
+        if self.end != self.handed {
+            if let Some(output) = &self.output {
+                output.advance(self.end);
+            }
+            (self.handed, self.line_ended) = (self.end, false);
         }
-        bytes.clear();
     }
 
     fn report_markers(&mut self, cell: &Channel) -> Result<(), SerialError> {
@@ -166,10 +237,13 @@ impl Serial {
     /// Acts on everything but the ring. `Closed` when the VMM is gone.
     fn handle(&mut self, events: &Events, cell: &Channel) -> Result<(), SerialError> {
         let input = self.endpoint.ready(events.endpoint, self.output.as_ref());
-        if self.input.push(&input) {
+        let quit = self.input.push(&input);
+        if self.feed() || !input.is_empty() {
+            self.commit();
+        }
+        if quit {
             self.send(FromCell::Quit, cell)?;
         }
-        self.feed();
         if let Some(output) = &self.output
             && !events.output.is_empty()
         {
@@ -200,7 +274,7 @@ impl Serial {
             ToCell::Throttle(_) => Ok(()), // not for a serial line
             ToCell::Stats => {
                 let stats = CellStats::Serial {
-                    output: self.uart.total(),
+                    output: self.end,
                     input: self.received,
                     dropped: self.dropped(),
                 };
@@ -254,7 +328,7 @@ impl Serial {
     }
 
     fn dropped(&self) -> u64 {
-        self.output.as_ref().map_or(0, |output| output.dropped())
+        self.journal.dropped().load(Ordering::Relaxed)
     }
 
     fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), SerialError> {

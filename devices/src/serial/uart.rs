@@ -7,13 +7,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 
 use super::marker::Lines;
 use crate::protocol::Marker;
-use crate::protocol::ring::{Access, Consumer};
+use crate::protocol::ring::{Access, Reply};
 
-const FIFO: usize = 64;
+/// Bytes that the receiver holds.
+pub(super) const FIFO: usize = 64;
 /// IER and IIR bits of "received data available" (16550 data sheet).
 const IER_RDA: u8 = 1;
 const IIR_RDA: u8 = 4;
@@ -36,19 +37,15 @@ impl Trigger for Interrupt {
 #[derive(Default)]
 struct Transmitted {
     bytes: Vec<u8>,
-    total: u64,
     lines: Lines,
-    line_ended: bool,
     markers: Vec<Marker>,
 }
 
 impl Write for Transmitted {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for &byte in bytes {
-            self.line_ended |= byte == b'\n';
             self.markers.extend(self.lines.push(byte));
         }
-        self.total += bytes.len() as u64;
         self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }
@@ -72,17 +69,30 @@ impl Uart {
         Uart { device, interrupt }
     }
 
-    /// Carries out one access.
-    pub(super) fn access(&mut self, access: Access, ring: &mut Consumer) {
+    /// Goes on where another process was; raises the interrupt for what is pending.
+    pub(super) fn restore(&mut self, state: &SerialState, lines: Lines) {
+        let transmitted = Transmitted { lines, ..Default::default() };
+        // It fails only for a FIFO that holds too much, which was looked at.
+        if let Ok(device) = Serial::from_state(state, self.interrupt.clone(), NoEvents, transmitted)
+        {
+            self.device = device;
+        }
+    }
+
+    /// What a successor has to know.
+    pub(super) fn state(&self) -> (SerialState, &Lines) {
+        (self.device.state(), &self.device.writer().lines)
+    }
+
+    /// Carries out one access; what a read gives, and whom.
+    pub(super) fn access(&mut self, access: Access) -> Option<(Reply, u8)> {
         match access {
             Access::Write { offset, value } => {
                 // Neither the interrupt nor `Transmitted` can fail.
                 let _ = self.device.write(offset, value);
+                None
             }
-            Access::Read { offset, reply } => {
-                let value = self.device.read(offset);
-                ring.reply(reply, value);
-            }
+            Access::Read { offset, reply } => Some((reply, self.device.read(offset))),
         }
     }
 
@@ -122,27 +132,13 @@ impl Uart {
         }
     }
 
-    /// What the guest transmitted, to be taken out.
+    /// What the last access transmitted, to be taken out.
     pub(super) fn transmitted(&mut self) -> &mut Vec<u8> {
-        let transmitted = self.device.writer_mut();
-        transmitted.line_ended = false;
-        &mut transmitted.bytes
-    }
-
-    /// Whether a line has ended, or much has come together, since the last
-    /// [`Uart::transmitted`].
-    pub(super) fn is_worth_taking(&mut self) -> bool {
-        let transmitted = self.device.writer_mut();
-        transmitted.line_ended || transmitted.bytes.len() >= 1024
+        &mut self.device.writer_mut().bytes
     }
 
     /// Marker lines since the last call.
     pub(super) fn markers(&mut self) -> std::vec::Drain<'_, Marker> {
         self.device.writer_mut().markers.drain(..)
-    }
-
-    /// Bytes the guest transmitted so far.
-    pub(super) fn total(&mut self) -> u64 {
-        self.device.writer_mut().total
     }
 }

@@ -271,7 +271,7 @@ fn console_output_is_neither_lost_nor_doubled() {
     let mut dice = Dice::new();
     let full = std::env::var_os("CELLBLOCK_STORM").is_some();
     let (most, lines) = if full { (100, 100_000) } else { (12, 3000) };
-    let mut vm = Vm::with(&format!("mode=print lines={lines}"))
+    let mut vm = Vm::with(&format!("mode=print lines={lines} exit=none"))
         .arg("--max-deaths")
         .arg("1000")
         .arg("--serial")
@@ -300,6 +300,7 @@ fn console_output_is_neither_lost_nor_doubled() {
     let normal = stream.replace('\r', "");
     let wanted = wanted.replace('\r', "");
     assert!(normal.trim_start().starts_with(&wanted), "differs near byte {at:?}");
+    vm.ask(Request::Stop);
     vm.ends_well();
 }
 

@@ -44,6 +44,11 @@ pub enum SpecError {
     /// Writes that are refused and kept at once.
     #[error("give one of 'ro' and 'cow': a disk that refuses writes has none to keep")]
     ReadOnlyCow,
+    /// An overlay is read and written through the page cache.
+    #[error(
+        "a disk with 'cow' has neither 'direct' nor 'engine=io_uring': its blocks come from two files, through the page cache"
+    )]
+    CachedCow,
     /// The same key twice.
     #[error("key '{0}' is given twice")]
     Twice(String),

@@ -291,5 +291,6 @@ impl Server<'_> {
         if !self.spawner.shutdown(END_LIMIT) {
             tracing::warn!("the spawner is slow to end");
         }
+        self.image.held.wait_released(END_LIMIT);
     }
 }

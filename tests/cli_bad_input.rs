@@ -80,7 +80,7 @@ fn wrong_options_are_usage_errors() {
         (&["--cpus", "33"], &["'33'", "1 to 32"]),
         (&["--cpus", "257"], &["'257'", "1 to 32"]),
         (&["--disk", "disk,colour=red"], &["unknown key 'colour'", "known keys are ro,"]),
-        (&["--disk", "disk,engine=io_uring"], &["'engine' is not supported yet"]),
+        (&["--disk", "disk,engine=aio"], &["'engine' cannot be 'aio'", "sync or io_uring"]),
         (&["--disk", "disk,bw=fast"], &["'bw' cannot be 'fast'"]),
         (&["--disk", "disk,ro=maybe"], &["'ro'", "maybe"]),
         (&["--disk", "disk,poll-us=often"], &["'poll-us'", "often", "microseconds"]),

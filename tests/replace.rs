@@ -143,6 +143,22 @@ fn storm_of_writes_loses_nothing_and_answers_once() {
     vm.ends_well();
 }
 
+/// The kernel has requests of a killed process in flight: its successor waits for them.
+#[test]
+fn storm_by_io_uring_and_past_the_page_cache() {
+    let (requests, kills) = size();
+    for options in [",engine=io_uring", ",direct,engine=io_uring"] {
+        let (requests, kills) = (requests / 10, kills / 3);
+        let mut vm = storm("", requests, options).start();
+        weather(&mut vm, kills, requests);
+        let (blocks, sum, failed) = tally(&mut vm, full_limit(requests));
+        assert_eq!((sum, failed), (requests, 0), "{options}");
+        let image = fs::read(vm.path("disk0")).unwrap();
+        assert_eq!(generations(&image, blocks), requests, "{options}");
+        vm.ends_well();
+    }
+}
+
 #[test]
 fn storm_of_reads_writes_and_flushes_with_interrupts() {
     let (requests, kills) = size();

@@ -5,6 +5,7 @@
 //! compared with one another, figures of different runs or machines may not:
 //! read the ratios.
 
+mod family;
 mod machines;
 mod memory;
 mod stats;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use blk_driver::*;
 use cellblock_devices::blk::{BlkError, prepare};
 use cellblock_devices::protocol::counters::{VirtioBlkCountersSnapshot, new_counters};
-use cellblock_devices::protocol::{BlkStart, FromCell, ToCell};
+use cellblock_devices::protocol::{BlkStart, EngineKind, FromCell, ToCell};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -301,12 +301,14 @@ fn stopping_under_load_loses_and_repeats_nothing() {
         let base = device.front.get_vring_base(0).expect("base") as u16;
         assert_eq!(base, queue.used_index(&memory), "what was taken is answered");
         assert_eq!(queue.call.read().is_ok(), base != from, "and the driver is told");
-        partial += u32::from(base != from && base != queue.avail);
+        // By io_uring a batch is taken before its first request is done.
+        let in_the_middle = base != queue.avail || engine_under_test() == EngineKind::IoUring;
+        partial += u32::from(base != from && in_the_middle);
         queue.connect(&mut device, base);
-        for n in 0..2 * WRITES {
-            let want = if n % 2 == 0 { 1 } else { (1 << 20) + 1 };
-            assert_eq!(queue.next_used(&memory).expect("an answer").1, want);
-        }
+        // Answers come in any order.
+        let answer = |_| queue.next_used(&memory).expect("an answer").1;
+        let reads = (0..2 * WRITES).map(answer).filter(|len| *len == (1 << 20) + 1).count();
+        assert_eq!(reads, WRITES as usize);
         // The interrupt for the rest comes behind its used entries.
         device.front.get_vring_base(0).expect("base");
         let _ = queue.call.read();
@@ -568,6 +570,7 @@ fn prepare_names_what_is_wrong() {
         queues: 1,
         poll_us: 0,
         throttle: Default::default(),
+        engine: Default::default(),
         failed: false,
         cow: false,
     };

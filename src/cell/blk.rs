@@ -1,13 +1,16 @@
 //! A virtio disk: the VMM's end of a block cell.
 
+use std::io::{PipeReader, pipe};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::{BlkStart, Start, ThrottleLimits};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
@@ -81,6 +84,32 @@ pub struct Recipe {
     image: OwnedFd,
     /// Of a `cow` disk.
     overlay: Vec<OwnedFd>,
+    held: Arc<Held>,
+}
+
+/// For each process of a disk the reading end of a pipe, of which it and its rings in the
+/// kernel hold the other for as long as they have requests in flight.
+#[derive(Debug, Default)]
+pub struct Held(Mutex<Vec<PipeReader>>);
+
+impl Held {
+    fn pipes(&self) -> MutexGuard<'_, Vec<PipeReader>> {
+        let mut pipes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pipes.retain(|pipe| is_held(pipe, PollTimeout::ZERO));
+        pipes
+    }
+
+    /// Waits until nothing is held any more, for so long at most: the image is free then.
+    pub fn wait_released(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        for pipe in &*self.pipes() {
+            let left = end.saturating_duration_since(Instant::now());
+            if is_held(pipe, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+                tracing::warn!("requests of a process that has ended are still under way");
+                return;
+            }
+        }
+    }
 }
 
 impl Recipe {
@@ -101,8 +130,9 @@ impl Recipe {
             throttle: spec.throttle,
             failed: false,
             cow: disk.overlay.is_some(),
+            engine: spec.engine,
         };
-        Ok(Recipe { id, start, image, overlay })
+        Ok(Recipe { id, start, image, overlay, held: disk.held.clone() })
     }
 
     /// Asks for a process that serves the front end at the other end of `socket` under
@@ -119,7 +149,20 @@ impl Recipe {
         let start = Start::Blk(BlkStart { throttle, failed, ..self.start.clone() });
         let mut fds = vec![self.image.as_fd(), counters.fd()];
         fds.extend(self.overlay.iter().map(OwnedFd::as_fd));
-        launch(spawner, common, &self.id, start, &fds, Some(socket))
+        // The process holds one, and waits for those of its predecessors to close. One that
+        // never touches the image has nothing to wait for.
+        let (far, near) =
+            pipe().map_err(|source| CellError::Image { id: self.id.clone(), source })?;
+        let mut held = self.held.pipes();
+        fds.push(near.as_fd());
+        fds.extend(held.iter().filter(|_| !failed).map(AsFd::as_fd));
+        let cell = launch(spawner, common, &self.id, start, &fds, Some(socket));
+        drop(fds);
+        held.push(far);
+        drop(held);
+        let mut cell = cell?;
+        cell.held = Some(self.held.clone());
+        Ok(cell)
     }
 
     /// The first process, with a page to count in.
@@ -151,6 +194,11 @@ pub fn process(
     socket: UnixStream,
 ) -> Result<Cell, CellError> {
     Recipe::new(spec, disk, queues)?.begin(spawner, common, socket)
+}
+
+/// Whether somebody has the other end of a pipe, until then.
+fn is_held(pipe: &PipeReader, until: PollTimeout) -> bool {
+    poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::empty())], until) == Ok(0)
 }
 
 /// A disk of ours that some other program's back end serves.

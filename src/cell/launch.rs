@@ -102,6 +102,7 @@ pub fn launch(
         owes_stats: false,
         lines: Throttle::default(),
         counters: None,
+        held: None,
     })
 }
 

@@ -21,9 +21,11 @@ pub mod overlay;
 pub mod serial;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use std::time::Instant;
 
+use blk::Held;
 use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
@@ -61,7 +63,7 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
-    /// A descriptor could not be kept for another process.
+    /// A descriptor could not be kept for another process, or a pipe not be made.
     #[error("keeping what the process of {id} is given")]
     Image {
         /// Device id.
@@ -119,6 +121,8 @@ pub struct Cell {
     owes_stats: bool,
     lines: Throttle,
     counters: Option<BlkCounters>,
+    /// Tells when the kernel has nothing of the process in flight any more.
+    held: Option<Arc<Held>>,
 }
 
 impl Cell {
@@ -154,6 +158,11 @@ impl Cell {
     /// Unique in the VM.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// What tells when the kernel has nothing of the process in flight any more.
+    pub fn take_held(&mut self) -> Option<Arc<Held>> {
+        self.held.take()
     }
 
     /// Its pid outside, once the spawner told us.

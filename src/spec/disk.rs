@@ -7,14 +7,16 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
-use cellblock_devices::protocol::ThrottleLimits;
 use cellblock_devices::protocol::counters::MAX_QUEUES;
+use cellblock_devices::protocol::{EngineKind, ThrottleLimits};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::throttle::Throttle;
 use super::{SpecError, back_end, fields};
+use crate::cell::blk::Held;
 use crate::cell::overlay::{Overlay, OverlayError, Place};
 use crate::remedy::Remedy;
 
@@ -35,7 +37,7 @@ const KEYS: &[&str] = &[
     "vhost-user",
 ];
 /// Those of them that are refused until what they ask for is built.
-const LATER: &[&str] = &["direct", "engine"];
+const LATER: &[&str] = &[];
 /// Bytes of a virtio-blk device id string (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
 /// Busy wait of a disk whose SPEC does not say: what waking a sleeping worker costs, so
@@ -70,6 +72,10 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
+    /// Read and write past the page cache.
+    pub direct: bool,
+    /// What carries requests out; what suits the image where not given.
+    pub engine: Option<EngineKind>,
     /// The socket of another program's vhost-user-blk back end, which has the image.
     pub vhost_user: Option<PathBuf>,
 }
@@ -104,12 +110,15 @@ impl FromStr for DiskSpec {
             poll_us: POLL_US,
             queues: None,
             throttle: ThrottleLimits::default(),
+            direct: false,
+            engine: None,
             vhost_user: None,
         };
         let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
                 "ro" => disk.read_only = field.switch()?,
+                "direct" => disk.direct = field.switch()?,
                 "cow" => {
                     disk.cow = match field.text() {
                         None | Some("true") => Some(Place::Memory),
@@ -142,6 +151,13 @@ impl FromStr for DiskSpec {
                             field.bad(format!("it is a number of microseconds up to {POLL_US_MAX}"))
                         })?;
                 }
+                "engine" => {
+                    disk.engine = Some(match field.value("ENGINE")? {
+                        "sync" => EngineKind::Sync,
+                        "io_uring" => EngineKind::IoUring,
+                        _ => return Err(field.bad("it is sync or io_uring")),
+                    });
+                }
                 "queues" => {
                     let queues = field.value("N")?.parse();
                     let queues = queues.ok().filter(|n| (1..=MAX_QUEUES).contains(n));
@@ -164,6 +180,10 @@ impl FromStr for DiskSpec {
         }
         if disk.read_only && disk.cow.is_some() {
             return Err(SpecError::ReadOnlyCow);
+        }
+        let by_ring = disk.engine == Some(EngineKind::IoUring);
+        if disk.cow.is_some() && (disk.direct || by_ring) {
+            return Err(SpecError::CachedCow);
         }
         disk.throttle =
             throttle.applied_to(&ThrottleLimits::default()).map_err(SpecError::Throttle)?;
@@ -221,6 +241,8 @@ pub struct OpenedDisk {
     pub overlay: Option<Overlay>,
     /// What the guest reads as its serial number, at most 20 bytes.
     pub serial: String,
+    /// What the processes that had the image hold while they have requests in flight.
+    pub(crate) held: Arc<Held>,
 }
 
 /// A disk that cannot be used.
@@ -233,6 +255,15 @@ pub enum DiskError {
         path: PathBuf,
         /// As asked for.
         read_only: bool,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Its file system has no I/O past the page cache.
+    #[error("opening disk {} for direct I/O", path.display())]
+    NotDirect {
+        /// The image.
+        path: PathBuf,
         /// The kernel's reason.
         #[source]
         source: io::Error,
@@ -303,6 +334,9 @@ impl Remedy for DiskError {
                 Kind::PermissionDenied => "make it readable for this user".into(),
                 _ => return None,
             },
+            DiskError::NotDirect { .. } => {
+                "leave ',direct' away, or put the image on a file system that has it, as ext4, xfs and btrfs do".into()
+            }
             DiskError::Kind { .. } => "give a raw image file or a block device".into(),
             DiskError::Empty(_) => "give it a size with 'truncate -s 1G FILE'".into(),
             DiskError::Ragged { size, .. } => match size.checked_next_multiple_of(SECTOR) {
@@ -360,14 +394,17 @@ impl DiskSpec {
     pub fn open(&self) -> Result<OpenedDisk, DiskError> {
         let path = || self.path.clone();
         let read_only = self.read_only || self.cow.is_some();
+        // A FIFO without a peer must not hang the start.
+        let mut flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        flags.set(OFlag::O_DIRECT, self.direct);
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
-            // A FIFO without a peer must not hang the start.
-            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
+            .custom_flags(flags.bits())
             .open(&self.path)
             .map_err(|source| match source.raw_os_error() {
                 Some(libc::EISDIR) => DiskError::Kind { path: path(), kind: "a directory" },
+                Some(libc::EINVAL) if self.direct => DiskError::NotDirect { path: path(), source },
                 Some(libc::ENXIO) => DiskError::Kind { path: path(), kind: "a socket or device" },
                 _ => DiskError::Open { path: path(), read_only, source },
             })?;
@@ -379,7 +416,14 @@ impl DiskSpec {
         let mut serial = self.serial.clone().unwrap_or_else(|| self.id().to_owned());
         serial.truncate(SERIAL_BYTES);
         let overlay = self.cow.as_ref().map(|place| Overlay::new(size, place)).transpose()?;
-        Ok(OpenedDisk { fd: file.into(), size, read_only: self.read_only, overlay, serial })
+        Ok(OpenedDisk {
+            fd: file.into(),
+            size,
+            read_only: self.read_only,
+            overlay,
+            serial,
+            held: Default::default(),
+        })
     }
 }
 
@@ -441,7 +485,8 @@ mod tests {
 
     #[test]
     fn every_key_of_this_version() {
-        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50,queues=32").unwrap();
+        let disk = parse("a/b.img,ro,id=root-1,serial=S/N=7,poll-us=50,queues=32,engine=io_uring")
+            .unwrap();
         assert_eq!(
             disk,
             DiskSpec {
@@ -453,6 +498,8 @@ mod tests {
                 poll_us: 50,
                 queues: Some(32),
                 throttle: ThrottleLimits::default(),
+                direct: true,
+                engine: Some(EngineKind::IoUring),
                 vhost_user: None,
             }
         );
@@ -506,6 +553,7 @@ mod tests {
             ("d,serial=a b", "1 to 20"),
             ("d,poll-us=-1", "microseconds"),
             ("d,poll-us=100001", "up to 100000"),
+            ("d,engine=aio", "'engine' cannot be 'aio': it is sync or io_uring"),
             ("d,queues=0", "'queues' cannot be '0': it is 1 to 32"),
             ("d,queues=33", "it is 1 to 32"),
             ("d,bw=fast", "'bw' cannot be 'fast': 'fast' is not a size"),
@@ -513,9 +561,10 @@ mod tests {
             ("d,bw-burst=5", "bw-burst needs a rate"),
             ("d,iops=5,iops-burst=4", "has to be at least iops"),
             ("d,ro,cow", "give one of 'ro' and 'cow'"),
+            ("d,cow,direct", "a disk with 'cow' has neither 'direct' nor 'engine=io_uring'"),
+            ("d,cow,engine=io_uring", "has neither 'direct' nor"),
             ("d,cow=", "'cow' needs a value: cow=DIR"),
             ("vhost-user=/s,cow", "key 'cow' is the back end's affair"),
-            ("d,direct", "'direct' is not supported yet by this version"),
             ("d,vhost-user=/s", "the back end has the image: write vhost-user=SOCKET[,id=NAME]"),
             ("vhost-user=", "'vhost-user' needs a value: vhost-user=SOCKET"),
             ("vhost-user=/s,ro", "key 'ro' is the back end's affair"),

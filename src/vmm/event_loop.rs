@@ -411,9 +411,13 @@ impl Vm {
             Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
         };
         self.event(EventKind::Shutdown { reason, message });
+        let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
         self.cells.clear(); // end of file on its channel ends a cell
         if !self.spawner.shutdown(SPAWNER_LIMIT) {
             tracing::warn!("the spawner is slow to end");
+        }
+        for held in held {
+            held.wait_released(SPAWNER_LIMIT);
         }
         if let Some(control) = self.control.take() {
             control.finish(CLIENTS_LIMIT).at_exit();

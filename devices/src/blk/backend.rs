@@ -398,6 +398,7 @@ mod tests {
             block_size: 512,
             read_only: true,
             id: Default::default(),
+            direct: None,
             overlay: None,
         };
         let plain = limits(0, &disk);

@@ -10,6 +10,7 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, c_in
 use virtio_bindings::virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 use super::config::SECTOR;
+use super::direct::{Bounce, Direct};
 use super::execute::ExecuteError;
 use super::request::Refusal;
 
@@ -90,19 +91,20 @@ impl Range {
     }
 }
 
-/// Clears `ranges`; durably where `write_through` says so.
+/// Clears `ranges`; durably where `write_through` says so. The caller has the turn to
+/// change parts of blocks.
 pub(super) fn execute(
     file: &File,
     clear: Clear,
     ranges: &[Range],
     write_through: bool,
+    mut bounce: Option<(&mut Bounce, &Direct)>,
 ) -> Result<(), ExecuteError> {
     for range in ranges.iter().filter(|range| range.len > 0) {
         match clear {
-            Clear::Discard => discard(file, range),
-            Clear::Zero => zero(file, range),
+            Clear::Discard => discard(file, range).map_err(ExecuteError::Io)?,
+            Clear::Zero => zero(file, range, bounce.as_mut().map(|(b, d)| (&mut **b, *d)))?,
         }
-        .map_err(ExecuteError::Io)?;
     }
     if write_through { file.sync_data().map_err(ExecuteError::Io) } else { Ok(()) }
 }
@@ -115,17 +117,29 @@ fn discard(file: &File, range: &Range) -> io::Result<()> {
     }
 }
 
-/// Makes `range` read as zeros.
-pub(super) fn zero(file: &File, range: &Range) -> io::Result<()> {
-    if range.unmap {
-        match fallocate(file, FALLOC_FL_PUNCH_HOLE, range) {
+/// Makes `range` read as zeros; over the buffer where one is given, because the file has
+/// to be written so.
+pub(super) fn zero(
+    file: &File,
+    range: &Range,
+    bounce: Option<(&mut Bounce, &Direct)>,
+) -> Result<(), ExecuteError> {
+    let modes = [FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE];
+    for mode in &modes[usize::from(!range.unmap)..] {
+        match fallocate(file, *mode, range) {
             Err(error) if cannot(&error) => {}
-            result => return result,
+            result => return result.map_err(ExecuteError::Io),
         }
     }
-    match fallocate(file, FALLOC_FL_ZERO_RANGE, range) {
-        Err(error) if cannot(&error) => write_zeros(file, range),
-        result => result,
+    match bounce {
+        None => write_zeros(file, range).map_err(ExecuteError::Io),
+        Some((bounce, direct)) => {
+            let zeros = |into: &mut [u8]| {
+                into.fill(0);
+                Ok(())
+            };
+            bounce.write((file, direct), range.offset, range.len, false, zeros)
+        }
     }
 }
 
@@ -197,6 +211,7 @@ mod tests {
             block_size: 4096,
             read_only: false,
             id: Default::default(),
+            direct: None,
             overlay: None,
         }
     }
@@ -236,7 +251,7 @@ mod tests {
                     Range { offset: disk.size - 8192, len: 8192, unmap },
                     Range { offset: 0, len: 0, unmap },
                 ];
-                execute(&disk.file, clear, &ranges, true).expect("clear");
+                execute(&disk.file, clear, &ranges, true, None).expect("clear");
                 let mut content = vec![0; disk.size as usize];
                 disk.file.read_exact_at(&mut content, 0).expect("read");
                 for (at, byte) in content.iter().enumerate() {

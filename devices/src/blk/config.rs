@@ -121,6 +121,7 @@ mod tests {
             block_size: 4096,
             read_only: false,
             id: Default::default(),
+            direct: None,
             overlay: None,
         };
         let space = super::space(&disk, 4);

@@ -11,14 +11,16 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use vm_memory::Bytes;
 
 use super::clear::{self, Range};
+use super::direct::{Bounce, Cursor, Direct};
 use super::memory::Slice;
 use super::overlay::Overlay;
 use super::request::Operation;
+use super::turns::Turns;
 
 /// Bytes of a serial number.
 pub(super) const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Most buffers of one system call (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// The image and what the device says about it.
 #[derive(Debug)]
@@ -33,8 +35,17 @@ pub(super) struct Disk {
     pub read_only: bool,
     /// Padded with zeros.
     pub id: [u8; ID_BYTES],
+    /// How it wants to be read and written, where that is not through the page cache.
+    pub direct: Option<Direct>,
     /// Where writes go instead of to `file`, which is open read-only then.
     pub overlay: Option<Overlay>,
+}
+
+impl Disk {
+    /// The turns that writes have to take.
+    pub fn turns(&self) -> Option<&Turns> {
+        self.direct.as_ref()?.turns.as_ref()
+    }
 }
 
 /// The file could not do what a well-formed request asked for.
@@ -53,20 +64,40 @@ pub(super) enum ExecuteError {
 
 /// Executes requests one at a time on the calling thread.
 #[derive(Debug)]
-pub(super) struct Engine {
+pub(super) struct Executor {
     iovecs: Vec<iovec>,
+    bounce: Bounce,
     /// Every write is durable before it is answered.
     write_through: bool,
 }
 
-impl Engine {
-    pub fn new(write_through: bool) -> Engine {
-        Engine { iovecs: Vec::with_capacity(MAX_IOVECS), write_through }
+impl Executor {
+    pub fn new(write_through: bool) -> Executor {
+        Executor {
+            iovecs: Vec::with_capacity(MAX_IOVECS),
+            bounce: Bounce::default(),
+            write_through,
+        }
     }
 
     /// Does `operation`; `filled` is how many bytes from the start of `data` were
     /// written to, in case of an error too.
     pub fn execute(
+        &mut self,
+        disk: &Disk,
+        operation: Operation,
+        data: &[Slice<'_>],
+        ranges: &[Range],
+        filled: &mut u64,
+    ) -> Result<(), ExecuteError> {
+        if let Some(direct) = &disk.direct {
+            return self.execute_direct(disk, direct, operation, data, ranges, filled);
+        }
+        self.execute_plain(disk, operation, data, ranges, filled)
+    }
+
+    #[inline]
+    fn execute_plain(
         &mut self,
         disk: &Disk,
         operation: Operation,
@@ -81,7 +112,8 @@ impl Engine {
             (Operation::Write(offset), None) => self.write(file, data, offset),
             (Operation::Write(offset), Some(cow)) => cow.write(self, file, data, offset),
             (Operation::Clear(what), None) => {
-                clear::execute(file, what, ranges, self.write_through)
+                let bounce = disk.direct.as_ref().map(|direct| (&mut self.bounce, direct));
+                clear::execute(file, what, ranges, self.write_through, bounce)
             }
             (Operation::Clear(what), Some(cow)) => cow.clear(file, what, ranges),
             (Operation::Flush, _) if !disk.is_durable() => Ok(()),
@@ -96,6 +128,73 @@ impl Engine {
                 Ok(())
             }
         }
+    }
+
+    /// The same on an image that is not cached: in turn where others write, and over a
+    /// buffer of ours where the guest's do not fit.
+    #[cold]
+    fn execute_direct(
+        &mut self,
+        disk: &Disk,
+        direct: &Direct,
+        operation: Operation,
+        data: &[Slice<'_>],
+        ranges: &[Range],
+        filled: &mut u64,
+    ) -> Result<(), ExecuteError> {
+        let bytes = data.iter().map(|slice| slice.len() as u64).sum();
+        let is_partial = match operation {
+            Operation::Read(offset) if !direct.fits(offset, data) => {
+                return self.bounce.read((&disk.file, direct), offset, data, bytes, filled);
+            }
+            Operation::Read(_) | Operation::Flush | Operation::GetId => {
+                return self.execute_plain(disk, operation, data, ranges, filled);
+            }
+            Operation::Write(offset) => direct.is_partial(offset, bytes),
+            // Zeros may have to be written, into parts of blocks too.
+            Operation::Clear(_) => true,
+        };
+        let turns = direct.turns.as_ref();
+        let _turn = turns.map(|turns| turns.take(is_partial));
+        match operation {
+            Operation::Write(offset) if !direct.fits(offset, data) => {
+                let mut from = Cursor::new(data);
+                let to = (&disk.file, direct);
+                self.bounce.write(to, offset, bytes, self.write_through, |into| from.drain(into))
+            }
+            _ => self.execute_plain(disk, operation, data, ranges, filled),
+        }
+    }
+
+    /// Does what is left of a read or write of `iovecs`, of which `done` bytes are moved;
+    /// returns how many are then, in case of an error too.
+    ///
+    /// # Safety
+    /// The iovecs, at most [`MAX_IOVECS`], must name mapped guest memory.
+    pub unsafe fn go_on(
+        &self,
+        file: &File,
+        operation: Operation,
+        iovecs: &mut [iovec],
+        mut done: u64,
+    ) -> (u64, Result<(), ExecuteError>) {
+        let left = advance(iovecs, usize::try_from(done).unwrap_or(usize::MAX));
+        let flags = self.flags();
+        let result = match operation {
+            Operation::Read(at) => {
+                drive(left, |left, done| preadv2(file, left, at + done, flags), at, &mut done)
+            }
+            Operation::Write(at) => {
+                drive(left, |left, done| pwritev2(file, left, at + done, flags), at, &mut done)
+            }
+            Operation::Flush => file.sync_data().map_err(ExecuteError::Io),
+            Operation::GetId | Operation::Clear(_) => Ok(()),
+        };
+        (done, result)
+    }
+
+    fn flags(&self) -> c_int {
+        if self.write_through { libc::RWF_DSYNC } else { 0 }
     }
 
     /// Fills `data` from `file`; `done` is how many bytes were.
@@ -127,29 +226,46 @@ impl Engine {
         done: &mut u64,
         call: impl Fn(&File, &[iovec], u64, c_int) -> io::Result<usize>,
     ) -> Result<(), ExecuteError> {
-        let flags = if self.write_through { libc::RWF_DSYNC } else { 0 };
+        let flags = self.flags();
         for chunk in data.chunks(MAX_IOVECS) {
-            self.iovecs.clear();
-            self.iovecs.extend(chunk.iter().map(|slice| iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            }));
-            let mut left = self.iovecs.as_mut_slice();
-            while !left.is_empty() {
-                let at = offset + *done;
-                match call(file, left, at, flags) {
-                    Ok(0) => return Err(ExecuteError::EndOfFile(at)),
-                    Ok(n) => {
-                        *done += n as u64;
-                        left = advance(left, n);
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(ExecuteError::Io(e)),
-                }
-            }
+            fill_iovecs(&mut self.iovecs, chunk);
+            let call = |left: &[iovec], done| call(file, left, offset + done, flags);
+            drive(&mut self.iovecs, call, offset, done)?;
         }
         Ok(())
     }
+}
+
+/// Makes `iovecs` name `data`, which is at most [`MAX_IOVECS`] slices.
+#[inline]
+pub(super) fn fill_iovecs(iovecs: &mut Vec<iovec>, data: &[Slice<'_>]) {
+    iovecs.clear();
+    iovecs.extend(data.iter().map(|slice| iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }));
+}
+
+/// Makes system calls until all of `left` is moved, to or from `offset` on. `done` counts
+/// all bytes of the request.
+fn drive(
+    mut left: &mut [iovec],
+    call: impl Fn(&[iovec], u64) -> io::Result<usize>,
+    offset: u64,
+    done: &mut u64,
+) -> Result<(), ExecuteError> {
+    while !left.is_empty() {
+        match call(left, *done) {
+            Ok(0) => return Err(ExecuteError::EndOfFile(offset + *done)),
+            Ok(n) => {
+                *done += n as u64;
+                left = advance(left, n);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(ExecuteError::Io(e)),
+        }
+    }
+    Ok(())
 }
 
 /// What is left of `iovecs` after `n` bytes.
@@ -170,21 +286,35 @@ fn advance(iovecs: &mut [iovec], mut n: usize) -> &mut [iovec] {
     left
 }
 
+/// Reads into guest memory. The callers' iovecs name parts of slices of it, which they
+/// borrow until after the call.
 fn preadv2(file: &File, to: &[iovec], offset: u64, _flags: c_int) -> io::Result<usize> {
-    // SAFETY: every iovec names a part of a slice of mapped guest memory, and
-    // `transfer` borrows the slices until after the call. Guest memory is shared
-    // with the guest, so it is never behind a Rust reference that these stores
-    // could invalidate. The count is at most MAX_IOVECS.
+    let fd = file.as_raw_fd();
+    // SAFETY: see above. Guest memory is shared with the guest, so it is never behind a
+    // Rust reference that these stores could invalidate. The count is at most MAX_IOVECS.
     let n = unsafe {
-        libc::preadv2(file.as_raw_fd(), to.as_ptr(), to.len() as c_int, offset as i64, 0)
+        match to {
+            // Spares the kernel a look at the iovec, and libc what makes its function a
+            // place where a thread can be cancelled.
+            [one] => {
+                libc::syscall(libc::SYS_pread64, fd, one.iov_base, one.iov_len, offset) as isize
+            }
+            _ => libc::preadv2(fd, to.as_ptr(), to.len() as c_int, offset as i64, 0),
+        }
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
 fn pwritev2(file: &File, from: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
+    let fd = file.as_raw_fd();
     // SAFETY: as for `preadv2`; the kernel only reads through these.
     let n = unsafe {
-        libc::pwritev2(file.as_raw_fd(), from.as_ptr(), from.len() as c_int, offset as i64, flags)
+        match from {
+            [one] if flags == 0 => {
+                libc::syscall(libc::SYS_pwrite64, fd, one.iov_base, one.iov_len, offset) as isize
+            }
+            _ => libc::pwritev2(fd, from.as_ptr(), from.len() as c_int, offset as i64, flags),
+        }
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
@@ -204,7 +334,15 @@ mod tests {
         file.write_all(&content).expect("fill");
         let mut id = [0; ID_BYTES];
         id[..5].copy_from_slice(b"disk0");
-        Disk { file, size: bytes, block_size: 4096, read_only: false, id, overlay: None }
+        Disk {
+            file,
+            size: bytes,
+            block_size: 4096,
+            read_only: false,
+            id,
+            direct: None,
+            overlay: None,
+        }
     }
 
     fn memory() -> Memory {
@@ -223,16 +361,16 @@ mod tests {
     #[test]
     fn data_is_scattered_and_gathered() {
         let (disk, memory) = (disk(8192), memory());
-        let mut engine = Engine::new(false);
+        let mut executor = Executor::new(false);
         // Parts that end inside sectors, more of them than one call takes.
         let parts: Vec<(u64, usize)> = (0..1100u64).map(|i| (i * 16, 3)).collect();
         let (to, mut filled) = (slices(&memory, &parts), 0);
-        engine.execute(&disk, Operation::Read(512), &to, &[], &mut filled).expect("read");
+        executor.execute(&disk, Operation::Read(512), &to, &[], &mut filled).expect("read");
         assert_eq!(filled, 3300);
         let last: u8 = memory.read_obj(GuestAddress(1099 * 16 + 2)).expect("byte");
         assert_eq!(last, ((512 + 3299) / 512) as u8);
 
-        engine.execute(&disk, Operation::Write(4096), &to, &[], &mut 0).expect("write");
+        executor.execute(&disk, Operation::Write(4096), &to, &[], &mut 0).expect("write");
         let (mut a, mut b) = (vec![0; 3300], vec![0; 3300]);
         disk.file.read_exact_at(&mut a, 512).expect("read");
         disk.file.read_exact_at(&mut b, 4096).expect("read");
@@ -254,7 +392,7 @@ mod tests {
             preadv2(file, &[first], at, flags)
         };
         let mut done = 0;
-        Engine::new(false).transfer(&disk.file, &to, 300, &mut done, stingy).expect("read");
+        Executor::new(false).transfer(&disk.file, &to, 300, &mut done, stingy).expect("read");
         assert_eq!(done, 600);
         assert!(calls.get() > 10);
         let mut want = vec![0; 600];
@@ -277,7 +415,9 @@ mod tests {
                 assert_eq!(flags, want);
                 pwritev2(file, from, at, flags)
             };
-            Engine::new(write_through).transfer(&disk.file, &from, 0, &mut 0, seen).expect("write");
+            Executor::new(write_through)
+                .transfer(&disk.file, &from, 0, &mut 0, seen)
+                .expect("write");
         }
     }
 
@@ -286,9 +426,10 @@ mod tests {
         let (disk, memory) = (disk(8192), memory());
         disk.file.set_len(5000).expect("truncate");
         let (to, mut filled) = (slices(&memory, &[(0, 4096)]), 0);
-        let mut engine = Engine::new(false);
-        let error =
-            engine.execute(&disk, Operation::Read(4096), &to, &[], &mut filled).expect_err("short");
+        let mut executor = Executor::new(false);
+        let error = executor
+            .execute(&disk, Operation::Read(4096), &to, &[], &mut filled)
+            .expect_err("short");
         assert!(matches!(error, ExecuteError::EndOfFile(5000)), "{error}");
         assert_eq!(filled, 904);
     }
@@ -297,10 +438,17 @@ mod tests {
     fn a_failing_system_call_is_reported() {
         let memory = memory();
         let file = File::open("/dev/null").expect("open");
-        let id = [0; ID_BYTES];
-        let disk = Disk { file, size: 512, block_size: 4096, read_only: false, id, overlay: None };
+        let disk = Disk {
+            file,
+            size: 512,
+            block_size: 4096,
+            read_only: false,
+            id: [0; ID_BYTES],
+            direct: None,
+            overlay: None,
+        };
         let from = slices(&memory, &[(0, 512)]);
-        let error = Engine::new(false)
+        let error = Executor::new(false)
             .execute(&disk, Operation::Write(0), &from, &[], &mut 0)
             .expect_err("read-only fd");
         assert!(matches!(error, ExecuteError::Io(_)), "{error}");
@@ -314,7 +462,7 @@ mod tests {
         {
             memory.write_slice(&[0xee; 64], GuestAddress(0)).expect("clear");
             let mut filled = 0;
-            Engine::new(false)
+            Executor::new(false)
                 .execute(&disk, Operation::GetId, &slices(&memory, parts), &[], &mut filled)
                 .expect("id");
             assert_eq!(filled, want);

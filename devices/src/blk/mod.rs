@@ -20,7 +20,10 @@
 //! | `inflight` | the record of requests in flight, and recovery from it |
 //! | `ring` | one virtqueue: chains, used entries, suppression of kicks and interrupts |
 //! | `request` | a chain parsed and checked, or why it is refused |
-//! | `execute` | a request done on the image |
+//! | `engine` | what carries requests out: one by one, or many at once by io_uring |
+//! | `execute` | a request done on the image by system calls |
+//! | `direct`, `turns` | images without the page cache: bounce buffers, and who writes when |
+//! | `drained` | nothing of a process before this one is in flight |
 //! | `overlay` | what the guest writes kept apart from the image, where the disk is `cow` |
 //! | `throttle` | how much the disk may do |
 //! | `clear` | ranges discarded or zeroed |
@@ -34,6 +37,9 @@ mod backend;
 mod chain;
 mod clear;
 mod config;
+mod direct;
+mod drained;
+mod engine;
 mod execute;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -45,6 +51,7 @@ mod request;
 mod ring;
 mod server;
 mod throttle;
+mod turns;
 mod view;
 mod worker;
 
@@ -71,12 +78,14 @@ use crate::protocol::overlay::{Bitmap, overlay_bytes};
 use crate::protocol::{BlkStart, CellStats, FromCell, ToCell};
 use backend::Backend;
 use config::SECTOR;
+use direct::Direct;
+pub use engine::UringError;
 use execute::{Disk, ID_BYTES};
 use inflight::Offer;
 use overlay::Overlay;
 use throttle::Throttle;
-use worker::Worker;
 pub use worker::WorkerError;
+use worker::{Equipment, Worker};
 
 /// A block device that cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +93,9 @@ pub enum BlkError {
     /// The configuration came with the wrong number of file descriptors.
     #[error("a block device takes two file descriptors, or four with an overlay, not {0}")]
     Fds(usize),
+    /// A process before this one still has requests in flight, or it cannot be told.
+    #[error("waiting for the requests of the process before this one")]
+    Predecessor(#[source] std::io::Error),
     /// The page to count in cannot be used.
     #[error("mapping the page of the counters")]
     Counters(#[source] ShmError),
@@ -121,6 +133,19 @@ pub enum BlkError {
         /// Bytes of the disk.
         wanted: u64,
     },
+    /// The image was opened without the page cache, and cannot be used so.
+    #[error("finding the alignment that direct I/O needs on the disk image")]
+    Direct(#[source] std::io::Error),
+    /// Direct I/O cannot write the image's last block without making it longer.
+    #[error(
+        "disk image of {size} bytes ends inside a block of {block}, which direct I/O cannot write; pad it with 'truncate -s {} FILE', or leave direct away", size.next_multiple_of(*block)
+    )]
+    CutShort {
+        /// Bytes of the disk.
+        size: u64,
+        /// Bytes of a block.
+        block: u64,
+    },
     /// A queue's thread could not be made, or ended.
     #[error("preparing queue {0}")]
     Worker(u16, #[source] WorkerError),
@@ -152,12 +177,18 @@ pub fn prepare(
 ) -> Result<Blk, BlkError> {
     let count = fds.len();
     let mut fds = fds.into_iter();
-    let (image, page, layer) = match (config.cow, count) {
-        (false, 2) => (fds.next(), fds.next(), None),
-        (true, 4) => (fds.next(), fds.next(), fds.next().zip(fds.next())),
-        _ => return Err(BlkError::Fds(count)),
+    let (image, page) = fds.next().zip(fds.next()).ok_or(BlkError::Fds(count))?;
+    let layer = match config.cow {
+        true => Some(fds.next().zip(fds.next()).ok_or(BlkError::Fds(count))?),
+        false => None,
     };
-    let (image, page) = image.zip(page).ok_or(BlkError::Fds(count))?;
+    let pipes: Vec<OwnedFd> = fds.collect();
+    if !pipes.iter().all(drained::is_pipe) {
+        return Err(BlkError::Fds(count));
+    }
+    let mut pipes = pipes.into_iter();
+    let hold = pipes.next().map(Arc::new);
+    drained::wait(pipes.collect()).map_err(BlkError::Predecessor)?;
     let disk = Arc::new(open(&config, image, layer)?);
     let counters = CountersPage::map(page, Access::ReadWrite).map_err(BlkError::Counters)?;
     if config.queues == 0 || config.queues > MAX_QUEUES {
@@ -168,8 +199,17 @@ pub fn prepare(
     let poll = Duration::from_micros(config.poll_us.into());
     let mut workers = Vec::new();
     for index in 0..config.queues {
-        let (counters, throttle) = (counters.queue(index), throttle.clone());
-        let worker = Worker::spawn(index, disk.clone(), counters, throttle, poll);
+        let worker = Worker::spawn(
+            index,
+            Equipment {
+                disk: disk.clone(),
+                counters: counters.queue(index),
+                throttle: throttle.clone(),
+                poll,
+                engine: config.engine,
+                hold: hold.clone(),
+            },
+        );
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let offer = Offer::new(config.queues).map_err(BlkError::Record)?;
@@ -212,13 +252,20 @@ fn open(
         Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
         _ => SECTOR as u32,
     };
+    let direct = Direct::of(&file).map_err(BlkError::Direct)?;
+    if let Some(block) = direct.as_ref().map(|direct| direct.block)
+        && !config.size.is_multiple_of(block)
+    {
+        return Err(BlkError::CutShort { size: config.size, block });
+    }
     let (size, read_only) = (config.size, config.read_only);
     if config.failed {
         // Looked at for what the guest was told of it, and not to be touched.
         let none = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?;
-        return Ok(Disk { file: none.into(), block_size, size, read_only, id, overlay: None });
+        let file = none.into();
+        return Ok(Disk { file, block_size, size, read_only, id, direct: None, overlay: None });
     }
-    Ok(Disk { file, block_size, size, read_only, id, overlay })
+    Ok(Disk { file, block_size, size, read_only, id, direct, overlay })
 }
 
 /// A file for `size` bytes of a disk, opened as it is to be used.

@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::clear::{self, Clear, Range};
-use super::execute::{Disk, Engine, ExecuteError};
+use super::execute::{Disk, ExecuteError, Executor};
 use super::memory::Slice;
 use crate::protocol::overlay::{BLOCK, Bitmap, CHUNK};
 
@@ -137,10 +137,10 @@ impl Overlay {
         }
     }
 
-    /// Fills `data` from `offset`; `filled` is as for [`Engine::execute`].
+    /// Fills `data` from `offset`; `filled` is as for [`Executor::execute`].
     pub fn read(
         &self,
-        engine: &mut Engine,
+        executor: &mut Executor,
         image: &File,
         data: &[Slice<'_>],
         offset: u64,
@@ -148,14 +148,14 @@ impl Overlay {
     ) -> Result<(), ExecuteError> {
         let len = total(data);
         if let Some((file, _)) = self.holder(image, offset, len) {
-            return engine.read(file, data, offset, filled);
+            return executor.read(file, data, offset, filled);
         }
         while *filled < len {
             let at = offset + *filled;
             let (end, set) = self.run(at, offset + len);
             let file = if set { &self.file } else { image };
             let mut done = 0;
-            let result = engine.read(file, &part(data, *filled, end - at)?, at, &mut done);
+            let result = executor.read(file, &part(data, *filled, end - at)?, at, &mut done);
             *filled += done;
             result?;
         }
@@ -165,18 +165,18 @@ impl Overlay {
     /// Writes `data` at `offset`.
     pub fn write(
         &self,
-        engine: &mut Engine,
+        executor: &mut Executor,
         image: &File,
         data: &[Slice<'_>],
         offset: u64,
     ) -> Result<(), ExecuteError> {
         let len = total(data);
         if let Some((file, true)) = self.holder(image, offset, len) {
-            return engine.write(file, data, offset);
+            return executor.write(file, data, offset);
         }
         for piece in Piece::all(offset, len) {
             let data = &part(data, piece.start - offset, piece.len())?;
-            self.change(image, piece, |_| engine.write(&self.file, data, piece.start))?;
+            self.change(image, piece, |_| executor.write(&self.file, data, piece.start))?;
         }
         Ok(())
     }
@@ -194,7 +194,7 @@ impl Overlay {
             self.change(image, piece, |piece| {
                 if whole.len() > 0 {
                     let range = Range { offset: whole.start, len: whole.len(), unmap: true };
-                    clear::zero(&self.file, &range).map_err(ExecuteError::Io)?;
+                    clear::zero(&self.file, &range, None)?;
                 }
                 let zeros = [0; BLOCK as usize];
                 for edge in piece.edges(whole) {

@@ -43,6 +43,7 @@ impl Rig {
             block_size: 4096,
             read_only: false,
             id: [0; ID_BYTES],
+            direct: None,
             overlay: Some(overlay(&layer, &map)),
         };
         let map = Bitmap::map(&map, SIZE, Access::ReadOnly).expect("map");
@@ -52,7 +53,7 @@ impl Rig {
 
     fn run(&self, operation: Operation, data: &[Slice<'_>], ranges: &[Range]) {
         let mut filled = 0;
-        Engine::new(true)
+        Executor::new(true)
             .execute(&self.disk, operation, data, ranges, &mut filled)
             .unwrap_or_else(|error| panic!("{operation:?}: {error}"));
         if let Operation::Read(_) = operation {
@@ -206,7 +207,7 @@ fn a_shrunken_image_fails_requests_that_need_it_and_no_others() {
     let file = File::open(short.path()).expect("open");
     let rig = Rig { disk: Disk { file, ..rig.disk }, ..rig };
     let data = rig.slices(512, 1);
-    let mut engine = Engine::new(false);
+    let mut engine = Executor::new(false);
     let mut run = |at| engine.execute(&rig.disk, Operation::Write(at), &data, &[], &mut 0);
     run(0).expect("there");
     let error = run(BLOCK).expect_err("no block to copy");
@@ -226,7 +227,7 @@ fn queues_that_share_blocks_lose_nothing() {
             for queue in 0..4u64 {
                 let rig = &rig;
                 scope.spawn(move || {
-                    let mut engine = Engine::new(false);
+                    let mut engine = Executor::new(false);
                     let at = GuestAddress((1 << 20) + queue * 64 * KIB);
                     let data = GuestMemoryBackend::get_slice(&rig.memory, at, 1024).expect("slice");
                     data.copy_from(&[0x40 + queue as u8; 1024]);
@@ -264,7 +265,7 @@ fn a_killed_process_leaves_old_or_new_blocks() {
         // SAFETY: the child makes system calls on what is there already, and is killed.
         match unsafe { fork() }.expect("fork") {
             ForkResult::Child => {
-                let mut iovecs = Engine::new(false);
+                let mut iovecs = Executor::new(false);
                 // Whole blocks and parts of others.
                 for sector in (1..SIZE / 512 - 1).step_by(19) {
                     let count = 19.min(SIZE / 512 - 1 - sector);

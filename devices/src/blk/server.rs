@@ -1,4 +1,4 @@
-//! The service of one ring: take every available chain, answer it, interrupt
+//! The service of one ring: take every available chain, answer what is done, interrupt
 //! once, poll for a while, sleep.
 
 use std::convert::Infallible;
@@ -13,19 +13,28 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use vm_memory::Bytes;
 
 use super::chain::Chain;
-use super::execute::{Disk, Engine};
+use super::engine::{Done, Engine, EngineError, Job, SyncEngine, Uring, UringEngine};
+use super::execute::Disk;
 use super::memory::Slice;
 use super::poll::PollWindow;
-use super::request::{Operation, Parser, Request};
+use super::request::{Operation, Parser, Refusal};
 use super::ring::{Ring, RingError};
 use super::throttle::{Stall, Throttle, now};
 use super::view::View;
-use super::worker::{Control, Start, signal};
+use super::worker::{Control, Equipment, Start, signal};
 use crate::protocol::counters::VirtioBlkCounters;
 
 /// What a queue's thread has for as long as it lives.
 #[derive(Debug)]
 pub(super) struct Server {
+    queue: Queue,
+    /// Where requests go; without it, they are done by system calls.
+    uring: Option<Uring>,
+}
+
+/// What the service of a ring needs apart from its engine.
+#[derive(Debug)]
+struct Queue {
     control: Arc<Control>,
     disk: Arc<Disk>,
     counters: VirtioBlkCounters,
@@ -35,17 +44,29 @@ pub(super) struct Server {
     reported: AtomicBool,
 }
 
-/// What became of the chains that were available.
-struct Batch {
-    served: bool,
-    /// The first of the rest has to wait.
+/// A ring being served.
+struct Service<'m, E> {
+    ring: Ring<'m>,
+    parser: Parser<'m>,
+    engine: E,
+    /// Something was answered in this round.
+    answered: bool,
+    /// Rounds with answers since the driver was last thought of.
+    unsaid: u32,
+    /// The next chain has to wait.
     stall: Option<Stall>,
 }
+
+/// Rounds after which the driver is interrupted although there is more to do.
+const ROUNDS: u32 = 8;
+/// Looks at the ring between two looks at the clock.
+const LOOKS: u32 = 32;
 
 /// Why the service of a ring ended.
 enum End {
     Stopped,
     Broken(RingError),
+    Engine(EngineError),
 }
 
 impl From<RingError> for End {
@@ -54,36 +75,66 @@ impl From<RingError> for End {
     }
 }
 
+impl From<EngineError> for End {
+    fn from(error: EngineError) -> End {
+        End::Engine(error)
+    }
+}
+
 impl Server {
-    pub fn new(
-        control: Arc<Control>,
-        disk: Arc<Disk>,
-        counters: VirtioBlkCounters,
-        throttle: Arc<Throttle>,
-        poll: Duration,
-    ) -> Server {
-        Server { control, disk, counters, throttle, poll, reported: AtomicBool::new(false) }
+    pub fn new(control: Arc<Control>, equipment: Equipment, uring: Option<Uring>) -> Server {
+        let Equipment { disk, counters, throttle, poll, .. } = equipment;
+        let reported = AtomicBool::new(false);
+        Server { queue: Queue { control, disk, counters, throttle, poll, reported }, uring }
     }
 
     pub fn control(&self) -> &Control {
-        &self.control
+        &self.queue.control
     }
 
     /// Serves a ring until told to stop; returns the first available entry not taken.
-    pub fn serve(&self, start: &Start) -> u16 {
+    pub fn serve(&mut self, start: &Start) -> u16 {
         let mut next_avail = start.layout.next_avail;
         match self.serve_ring(start, &mut next_avail) {
             Ok(never) => match never {},
             Err(End::Stopped) => {}
-            Err(End::Broken(error)) => self.give_up(start, &error),
+            Err(End::Broken(error)) => self.queue.give_up(start, &error),
+            // What is in flight can neither be waited for nor taken back: only the end of
+            // the process does that.
+            Err(End::Engine(error)) => panic!("{}", super::chain(&error)),
         }
-        self.counters.flows();
+        self.queue.counters.flows();
         next_avail
     }
 
-    fn serve_ring(&self, start: &Start, next_avail: &mut u16) -> Result<Infallible, End> {
+    fn serve_ring(&mut self, start: &Start, next_avail: &mut u16) -> Result<Infallible, End> {
         let view = View::new(&start.memory).map_err(RingError::Access)?;
-        let mut ring = Ring::new(&view, &start.layout)?;
+        let ring = Ring::new(&view, &start.layout)?;
+        let parser = Parser::new(&view, start.limits);
+        self.queue.begin(start);
+        let disk = &*self.queue.disk;
+        let write_through = start.write_through && disk.is_durable();
+        match &mut self.uring {
+            Some(uring) => {
+                let engine = UringEngine::new(uring, disk, write_through);
+                self.queue.run(start, Service::new(ring, parser, engine), next_avail)
+            }
+            None => {
+                let engine = SyncEngine::new(disk, write_through);
+                self.queue.run(start, Service::new(ring, parser, engine), next_avail)
+            }
+        }
+    }
+}
+
+impl<'m, E> Service<'m, E> {
+    fn new(ring: Ring<'m>, parser: Parser<'m>, engine: E) -> Service<'m, E> {
+        Service { ring, parser, engine, answered: false, unsaid: 0, stall: None }
+    }
+}
+
+impl Queue {
+    fn begin(&self, start: &Start) {
         // What was written while there was a cache is not to stay in it: a driver that
         // was told that there is none sends no flush. Done here and not in the answer
         // to the front end, which waits for that.
@@ -96,10 +147,6 @@ impl Server {
         if start.interrupt {
             signal(start.call.as_ref());
         }
-        let parser = Parser::new(&view, start.limits);
-        let end = self.run(start, &mut ring, parser);
-        *next_avail = ring.next_avail();
-        end
     }
 
     /// Leaves a broken ring alone until the front end takes it back.
@@ -114,126 +161,191 @@ impl Server {
         signal(start.call.as_ref());
         signal(start.err.as_ref());
         while !self.stopping() {
-            self.wait();
+            self.sleep();
         }
     }
 
-    fn run<'m>(
+    fn run<'m, E: Engine<'m>>(
         &self,
         start: &Start,
-        ring: &mut Ring<'m>,
-        mut parser: Parser<'m>,
+        mut service: Service<'m, E>,
+        next_avail: &mut u16,
     ) -> Result<Infallible, End> {
-        let mut engine = Engine::new(start.write_through && self.disk.is_durable());
-        let mut window = PollWindow::new(self.poll);
-        ring.suppress_kicks()?;
-        loop {
-            loop {
-                let batch = self.batch(ring, &mut parser, &mut engine)?;
-                if batch.served && ring.wants_interrupt()? {
-                    signal(start.call.as_ref());
-                }
-                match batch.stall {
-                    Some(stall) => self.wait_for_tokens(&stall)?,
-                    None if batch.served => {}
-                    None => break,
-                }
-            }
-            let idle = (!self.poll.is_zero()).then(Instant::now);
-            let until = idle.map(|since| since + window.length());
-            if !self.poll(ring, until)? {
-                if !ring.request_kicks()? {
-                    self.sleep(ring)?;
-                }
-                ring.suppress_kicks()?;
-            }
-            if let Some(since) = idle {
-                window.observe(since.elapsed());
+        let end = self.rounds(start, &mut service);
+        *next_avail = service.ring.next_avail();
+        if let Err(End::Broken(_)) = end {
+            // What was taken before is answered as far as a broken ring allows it.
+            while service.engine.in_flight() > 0 {
+                service.engine.submit()?;
+                let _ = self.reap(&mut service);
+                service.engine.wait()?;
             }
         }
+        end
     }
 
-    /// Serves what is available, up to a ring full.
-    fn batch<'m>(
+    fn rounds<'m, E: Engine<'m>>(
         &self,
-        ring: &mut Ring<'m>,
-        parser: &mut Parser<'m>,
-        engine: &mut Engine,
-    ) -> Result<Batch, End> {
-        for served in 0..ring.size() {
-            let so_far = |stall| Batch { served: served > 0, stall };
-            if self.stopping() {
-                // What was served still has its interrupt to come.
-                return if served > 0 { Ok(so_far(None)) } else { Err(End::Stopped) };
+        start: &Start,
+        service: &mut Service<'m, E>,
+    ) -> Result<Infallible, End> {
+        let mut window = PollWindow::new(self.poll);
+        service.ring.suppress_kicks()?;
+        loop {
+            let stopping = self.stopping();
+            if !stopping && service.stall.is_none() {
+                self.take(service)?;
             }
-            let Some(chain) = ring.pop()? else { return Ok(so_far(None)) };
-            let head = chain.head_index();
-            match self.answer(chain, parser, engine) {
-                Ok(len) => ring.push_used(head, len)?,
-                Err(stall) => {
-                    ring.put_back();
-                    self.counters.stalled();
-                    return Ok(so_far(Some(stall)));
+            service.engine.submit()?;
+            self.reap(service)?;
+            if std::mem::take(&mut service.answered) {
+                service.unsaid += 1;
+                if service.unsaid >= ROUNDS || !service.ring.has_work()? {
+                    self.interrupt(start, service)?;
                 }
+            } else if service.unsaid > 0 {
+                self.interrupt(start, service)?;
+            } else if stopping {
+                if service.engine.in_flight() == 0 {
+                    return Err(End::Stopped);
+                }
+                service.engine.wait()?;
+            } else if let Some(stall) = service.stall {
+                if self.throttle.is_over(&stall, now()) {
+                    service.stall = None;
+                } else {
+                    if !service.engine.arm() {
+                        self.sleep();
+                    }
+                    service.engine.disarm();
+                }
+            } else {
+                self.idle(service, &mut window)?;
             }
         }
-        Ok(Batch { served: true, stall: None })
     }
 
-    /// Sleeps until the request that was put back has a reason to be tried again.
-    fn wait_for_tokens(&self, stall: &Stall) -> Result<(), End> {
-        let wait = Expiration::OneShot(TimeSpec::from_duration(stall.wait));
-        let timer = &self.control.timer;
-        timer.set(wait, TimerSetTimeFlags::empty()).map_err(RingError::Timer)?;
-        loop {
-            self.wait();
-            if self.stopping() {
-                return Err(End::Stopped);
+    /// Interrupts once for all that was answered, if the driver wants to know.
+    fn interrupt<E>(&self, start: &Start, service: &mut Service<'_, E>) -> Result<(), RingError> {
+        service.unsaid = 0;
+        if service.ring.wants_interrupt()? {
+            signal(start.call.as_ref());
+        }
+        Ok(())
+    }
+
+    /// Takes what is available, up to a ring full, and begins it.
+    fn take<'m, E: Engine<'m>>(&self, service: &mut Service<'m, E>) -> Result<(), End> {
+        for _ in 0..service.ring.size() {
+            if !service.engine.has_room() || self.stopping() {
+                return Ok(());
             }
-            if self.throttle.is_over(stall, now()) {
+            let Some(chain) = service.ring.pop()? else { return Ok(()) };
+            if let Err(stall) = self.begin_chain(service, chain)? {
+                service.ring.put_back();
+                self.counters.stalled();
+                self.set_timer(&stall)?;
+                service.stall = Some(stall);
                 return Ok(());
             }
         }
+        Ok(())
     }
 
-    /// Executes one chain and writes its status; returns the length for its used entry.
+    /// Begins the request of a chain, or answers it at once if it is not to be done.
     /// Nothing was done for one that has to wait.
-    fn answer<'m>(
+    #[inline]
+    fn begin_chain<'m, E: Engine<'m>>(
         &self,
+        service: &mut Service<'m, E>,
         chain: Chain<'m>,
-        parser: &mut Parser<'m>,
-        engine: &mut Engine,
-    ) -> Result<u32, Stall> {
-        let request = match parser.parse(chain) {
+    ) -> Result<Result<(), Stall>, End> {
+        let head = chain.head_index();
+        let request = match service.parser.parse(chain) {
             Ok(request) => request,
             Err(broken) => {
                 tracing::debug!(%broken, "unanswerable request");
                 self.counters.failed();
-                return Ok(0);
+                service.answered = true;
+                service.ring.push_used(head, 0)?;
+                return Ok(Ok(()));
             }
         };
-        if let Ok((operation, data)) = request.body {
-            self.take_tokens(operation, data)?;
+        let (operation, data) = match request.body {
+            Ok(body) => body,
+            Err(refusal) => {
+                let status = self.refuse(refusal);
+                let len = answer(request.status, status, 0, request.writable);
+                service.answered = true;
+                service.ring.push_used(head, len)?;
+                return Ok(Ok(()));
+            }
+        };
+        let bytes = data.iter().map(|slice| slice.len() as u64).sum();
+        if let Err(stall) = self.take_tokens(operation, bytes) {
+            return Ok(Err(stall));
         }
-        let mut filled = 0;
-        let status = self.execute(&request, engine, &mut filled);
-        if request.status.write_obj(status, 0).is_err() {
-            return Ok(0);
+        let (status, writable) = (request.status, request.writable);
+        let job = Job { head, status, writable, operation, bytes };
+        if let Some(done) = service.engine.begin(job, data, request.ranges)? {
+            self.finish(&mut service.ring, done)?;
+            service.answered = true;
         }
-        // The length covers a prefix of the writable bytes that was really written.
-        if filled == request.writable {
-            filled += 1;
+        Ok(Ok(()))
+    }
+
+    /// Answers what is over.
+    fn reap<'m, E: Engine<'m>>(&self, service: &mut Service<'m, E>) -> Result<(), RingError> {
+        let mut result = Ok(());
+        while let Some(done) = service.engine.reap() {
+            service.answered = true;
+            // What came behind it is not lost with it.
+            result = result.and(self.finish(&mut service.ring, done));
         }
-        Ok(u32::try_from(filled).unwrap_or(u32::MAX))
+        result
+    }
+
+    /// Answers one request that was carried out, or could not be.
+    #[inline]
+    fn finish(&self, ring: &mut Ring<'_>, done: Done<'_>) -> Result<(), RingError> {
+        let Done { job, filled, result } = done;
+        let status = match result {
+            Ok(()) => {
+                match job.operation {
+                    Operation::Read(_) => self.counters.read(filled),
+                    Operation::Write(_) => self.counters.wrote(job.bytes),
+                    Operation::Flush => self.counters.flushed(),
+                    Operation::GetId | Operation::Clear(_) => {}
+                }
+                VIRTIO_BLK_S_OK as u8
+            }
+            Err(error) => {
+                self.counters.failed();
+                if !self.reported.swap(true, Ordering::Relaxed) {
+                    let operation = job.operation;
+                    tracing::warn!(error = %super::chain(&error), ?operation, "disk request failed");
+                }
+                VIRTIO_BLK_S_IOERR as u8
+            }
+        };
+        ring.push_used(job.head, answer(job.status, status, filled, job.writable))
+    }
+
+    #[cold]
+    fn refuse(&self, refusal: Refusal) -> u8 {
+        tracing::debug!(%refusal, "refused request");
+        if refusal.status() != VIRTIO_BLK_S_UNSUPP as u8 {
+            self.counters.failed();
+        }
+        refusal.status()
     }
 
     /// Takes what a request that passed every check costs.
-    fn take_tokens(&self, operation: Operation, data: &[Slice<'_>]) -> Result<(), Stall> {
+    #[inline]
+    fn take_tokens(&self, operation: Operation, bytes: u64) -> Result<(), Stall> {
         if self.throttle.is_limited() {
             let bytes = match operation {
-                Operation::Read(_) | Operation::Write(_) => {
-                    data.iter().map(|slice| slice.len() as u64).sum()
-                }
+                Operation::Read(_) | Operation::Write(_) => bytes,
                 _ => 0,
             };
             self.throttle.take(bytes, now())?;
@@ -242,66 +354,56 @@ impl Server {
         Ok(())
     }
 
-    fn execute(&self, request: &Request<'_, '_>, engine: &mut Engine, filled: &mut u64) -> u8 {
-        let (operation, data) = match request.body {
-            Ok(body) => body,
-            Err(refusal) => {
-                tracing::debug!(%refusal, "refused request");
-                if refusal.status() != VIRTIO_BLK_S_UNSUPP as u8 {
-                    self.counters.failed();
-                }
-                return refusal.status();
-            }
-        };
-        if let Err(error) = engine.execute(&self.disk, operation, data, request.ranges, filled) {
-            self.counters.failed();
-            if !self.reported.swap(true, Ordering::Relaxed) {
-                tracing::warn!(error = %super::chain(&error), ?operation, "disk request failed");
-            }
-            return VIRTIO_BLK_S_IOERR as u8;
+    /// Has a request that waits for tokens end the thread's sleep in time.
+    fn set_timer(&self, stall: &Stall) -> Result<(), RingError> {
+        let wait = Expiration::OneShot(TimeSpec::from_duration(stall.wait));
+        self.control.timer.set(wait, TimerSetTimeFlags::empty()).map_err(RingError::Timer)
+    }
+
+    /// Waits for a chain, or for something in flight: polls for a while, then sleeps.
+    fn idle<'m, E: Engine<'m>>(
+        &self,
+        service: &mut Service<'m, E>,
+        window: &mut PollWindow,
+    ) -> Result<(), End> {
+        let since = (!self.poll.is_zero()).then(Instant::now);
+        if let Some(since) = since
+            && self.poll(service, since + window.length())?
+        {
+            return Ok(());
         }
-        let bytes = || data.iter().map(|slice| slice.len() as u64).sum();
-        match operation {
-            Operation::Read(_) => self.counters.read(*filled),
-            Operation::Write(_) => self.counters.wrote(bytes()),
-            Operation::Flush => self.counters.flushed(),
-            Operation::GetId | Operation::Clear(_) => {}
+        if !service.ring.request_kicks()? && !service.engine.arm() {
+            self.sleep();
         }
-        VIRTIO_BLK_S_OK as u8
+        service.engine.disarm();
+        service.ring.suppress_kicks()?;
+        if let Some(since) = since {
+            window.observe(since.elapsed());
+        }
+        Ok(())
     }
 
     /// Looks at the ring until a time; true if there is work.
-    fn poll(&self, ring: &Ring<'_>, until: Option<Instant>) -> Result<bool, End> {
-        let Some(until) = until else { return Ok(false) };
+    fn poll<'m, E: Engine<'m>>(
+        &self,
+        service: &mut Service<'m, E>,
+        until: Instant,
+    ) -> Result<bool, End> {
         loop {
-            if ring.has_work()? {
-                return Ok(true);
-            }
-            if self.stopping() {
-                return Err(End::Stopped);
+            for _ in 0..LOOKS {
+                if service.ring.has_work()? || service.engine.has_done() || self.stopping() {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
             }
             if Instant::now() >= until {
                 return Ok(false);
             }
-            std::hint::spin_loop();
         }
     }
 
-    /// Sleeps until there is work. Kicks have been asked for.
-    fn sleep(&self, ring: &Ring<'_>) -> Result<(), End> {
-        loop {
-            self.wait();
-            if self.stopping() {
-                return Err(End::Stopped);
-            }
-            if ring.has_work()? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Sleeps until a kick or a request to stop.
-    fn wait(&self) {
+    /// Sleeps until a kick, the end of a request, the timer or a request to stop.
+    fn sleep(&self) {
         let mut events = [EpollEvent::empty()];
         // Interrupted or failed: the caller looks again, and a stop is always seen.
         let _ = self.control.epoll.wait(&mut events, EpollTimeout::NONE);
@@ -310,4 +412,15 @@ impl Server {
     fn stopping(&self) -> bool {
         self.control.stop.load(Ordering::Relaxed)
     }
+}
+
+/// Writes a status; returns the length for the used entry: that of a prefix of the
+/// writable bytes that was really written.
+#[inline]
+fn answer(at: Slice<'_>, status: u8, filled: u64, writable: u64) -> u32 {
+    if at.write_obj(status, 0).is_err() {
+        return 0;
+    }
+    let len = if filled == writable { filled + 1 } else { filled };
+    u32::try_from(len).unwrap_or(u32::MAX)
 }

@@ -227,4 +227,42 @@ mod tests {
         }
         assert_eq!(passes(&Throttle::new(&limits, page, START), 0, START), 10);
     }
+
+    /// 5,000 requests and 100 MB a second, each within a hundredth over 5 s after the burst,
+    /// of large requests too, with several queues whose timers are late. The clock is the
+    /// test's.
+    #[test]
+    fn the_rate_is_held_however_late_who_waits_is_woken() {
+        let bytes = limits(Some(100_000_000), None);
+        for (limits, bytes, per_second) in [
+            (limits(None, Some(5000)), 4096, 5000.0),
+            (bytes, 4096, 100e6 / 4096.0),
+            (bytes, 131_072, 100e6 / 131_072.0),
+        ] {
+            for queues in [1, 2, 7] {
+                let throttle = Throttle::new(&limits, page(), START);
+                let mut wakes = vec![START; queues];
+                let (mut served, mut late) = (0u64, 1u64);
+                let begin = START + 2 * SECOND;
+                let end = begin + 5 * SECOND;
+                while let Some(queue) = (0..queues).min_by_key(|n| wakes[*n])
+                    && wakes[queue] < end
+                {
+                    let now = wakes[queue];
+                    wakes[queue] = match throttle.take(bytes, now) {
+                        Ok(()) => {
+                            served += u64::from(now >= begin);
+                            now + 2000 // what a request takes
+                        }
+                        Err(stall) => {
+                            late = late.wrapping_mul(6364136223846793005).wrapping_add(1);
+                            stall.until + (late >> 33) % 300_000
+                        }
+                    };
+                }
+                let error = served as f64 / (5.0 * per_second) - 1.0;
+                assert!(error.abs() < 0.01, "{queues} queues of {bytes}: {error:+.4}");
+            }
+        }
+    }
 }

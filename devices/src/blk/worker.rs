@@ -18,12 +18,14 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
+use super::engine::{Uring, UringError};
 use super::execute::Disk;
 use super::memory::Memory;
 use super::request::Limits;
 use super::ring::Layout;
 use super::server::Server;
 use super::throttle::Throttle;
+use crate::protocol::EngineKind;
 use crate::protocol::counters::VirtioBlkCounters;
 
 /// A worker that could not be made, or no longer answers.
@@ -38,6 +40,9 @@ pub enum WorkerError {
     /// The file descriptor given for kicks cannot be waited for.
     #[error("waiting for the kick file descriptor")]
     Kick(#[source] Errno),
+    /// Its io_uring could not be made.
+    #[error(transparent)]
+    Uring(#[from] UringError),
     /// The thread is gone.
     #[error("queue thread has ended")]
     Gone,
@@ -58,6 +63,41 @@ pub(super) struct Start {
     pub err: Option<Arc<File>>,
     /// Interrupt once at the start: the driver may have missed one.
     pub interrupt: bool,
+}
+
+/// What a queue's thread works with, besides what it makes itself.
+#[derive(Debug)]
+pub(super) struct Equipment {
+    pub disk: Arc<Disk>,
+    pub counters: VirtioBlkCounters,
+    pub throttle: Arc<Throttle>,
+    pub poll: Duration,
+    pub engine: Option<EngineKind>,
+    /// For a ring to hold as long as anything is in flight.
+    pub hold: Option<Arc<OwnedFd>>,
+}
+
+impl Equipment {
+    fn server(self, control: Arc<Control>) -> Result<Server, WorkerError> {
+        let uring = match self.engine {
+            Some(EngineKind::IoUring) => Some(Uring::new(&self.disk, self.hold.as_deref())?),
+            // What has to be waited for is better waited for in number.
+            None if self.disk.direct.is_some() => {
+                match Uring::new(&self.disk, self.hold.as_deref()) {
+                    Err(UringError::Unavailable(error)) => {
+                        tracing::info!(%error, "doing without io_uring");
+                        None
+                    }
+                    uring => Some(uring?),
+                }
+            }
+            None | Some(EngineKind::Sync) => None,
+        };
+        if let Some(uring) = &uring {
+            watch(&control.epoll, uring).map_err(WorkerError::Events)?;
+        }
+        Ok(Server::new(control, self, uring))
+    }
 }
 
 /// Shared with the thread.
@@ -84,13 +124,7 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Makes the idle thread of queue `index`.
-    pub fn spawn(
-        index: u16,
-        disk: Arc<Disk>,
-        counters: VirtioBlkCounters,
-        throttle: Arc<Throttle>,
-        poll: Duration,
-    ) -> Result<Worker, WorkerError> {
+    pub fn spawn(index: u16, equipment: Equipment) -> Result<Worker, WorkerError> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(WorkerError::Events)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(WorkerError::Events)?;
@@ -104,12 +138,18 @@ impl Worker {
         let control = Arc::new(Control { stop: AtomicBool::new(false), epoll, timer, wake });
         let (starts, start) = channel();
         let (end, ends) = channel();
-        let server = Server::new(control.clone(), disk, counters, throttle, poll);
+        let (ready, is_ready) = channel();
+        let of_thread = control.clone();
         let thread = thread::Builder::new()
             .name(format!("blk-q{index}"))
             .spawn(move || {
+                let server = equipment.server(of_thread);
+                let mut server = match server {
+                    Ok(server) => server,
+                    Err(error) => return drop(ready.send(Err(error))),
+                };
                 // It runs, with all that a thread's start takes behind it.
-                if end.send(0).is_err() {
+                if ready.send(Ok(())).is_err() {
                     return;
                 }
                 while let Ok(ring) = start.recv() {
@@ -122,7 +162,7 @@ impl Worker {
             })
             .map_err(WorkerError::Thread)?;
         // A filter put on now must not meet a thread that is still being set up.
-        ends.recv().map_err(|_| WorkerError::Gone)?;
+        is_ready.recv().map_err(|_| WorkerError::Gone)??;
         Ok(Worker { control, starts: Some(starts), ends, running: None, thread: Some(thread) })
     }
 

@@ -57,9 +57,12 @@ pub enum SeccompMode {
 /// Role and configuration of a device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Start {
-    /// fds: the disk image, opened as [`BlkStart::read_only`] says, then the page of
-    /// [`counters`]; with [`BlkStart::cow`], and an image opened read-only, the overlay,
-    /// and its map, as [`overlay`] describes them.
+    /// fds: the disk image, opened as [`BlkStart::read_only`] says (and with O_DIRECT if
+    /// the page cache is not to be used), then the page of [`counters`]; with
+    /// [`BlkStart::cow`], and an image opened read-only, the overlay, and its map, as
+    /// [`overlay`] describes them. Then pipes: one to hold until nothing of the process is
+    /// in flight on the image, and those that its predecessors held, of which the process
+    /// waits for the end before it begins.
     Blk(BlkStart),
     /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, a sealed memfd of
     /// [`JOURNAL_BYTES`], both ends of a non-blocking pipe (what is in them outlives the
@@ -88,6 +91,17 @@ pub struct BlkStart {
     pub failed: bool,
     /// What the guest writes goes to a private overlay.
     pub cow: bool,
+    /// What carries requests out; none for what suits the image and the host.
+    pub engine: Option<EngineKind>,
+}
+
+/// What carries a disk's requests out on its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum EngineKind {
+    /// One system call after the other, on the queue's thread.
+    Sync,
+    /// io_uring: many at once.
+    IoUring,
 }
 
 /// What a disk may do at most, over all its queues.

@@ -13,7 +13,7 @@ use cellblock_devices::blk::{self, BlkError};
 use cellblock_devices::protocol::counters::{
     CountersPage, VirtioBlkCountersSnapshot, new_counters,
 };
-use cellblock_devices::protocol::{BlkStart, ThrottleLimits};
+use cellblock_devices::protocol::{BlkStart, EngineKind, ThrottleLimits};
 use cellblock_wire::{Access, Channel, sealed_memfd};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -49,6 +49,7 @@ pub struct Options {
     pub read_only: bool,
     pub poll_us: u32,
     pub throttle: ThrottleLimits,
+    pub engine: EngineKind,
     /// Where the image is to be, sparse; else it is full of patterns, where all such files are.
     pub dir: Option<PathBuf>,
 }
@@ -61,8 +62,18 @@ impl Default for Options {
             read_only: false,
             poll_us: 0,
             throttle: Default::default(),
+            engine: engine_under_test(),
             dir: None,
         }
+    }
+}
+
+/// The engine that a test program is about: `blk_io_uring` runs other programs' tests
+/// again on the other engine.
+pub fn engine_under_test() -> EngineKind {
+    match env!("CARGO_CRATE_NAME") {
+        "blk_io_uring" => EngineKind::IoUring,
+        _ => EngineKind::Sync,
     }
 }
 
@@ -109,6 +120,7 @@ impl Device {
             queues: options.queues,
             poll_us: options.poll_us,
             throttle: options.throttle,
+            engine: Some(options.engine),
             failed: false,
             cow: false,
         };

@@ -16,7 +16,8 @@ const LIMITS: [(Resource, u64, &str); 8] = [
     (Resource::RLIMIT_NOFILE, 256, "limit open files"),
     // Queue workers and io_uring's kernel threads.
     (Resource::RLIMIT_NPROC, 256, "limit threads"),
-    (Resource::RLIMIT_MEMLOCK, 64 << 10, "limit locked memory"),
+    // io_uring counts its rings as locked: 28 KiB for each of 32 queues.
+    (Resource::RLIMIT_MEMLOCK, 1 << 20, "limit locked memory"),
     // Private memory: what a process gone wrong can take from the host.
     (Resource::RLIMIT_DATA, 1 << 30, "limit private memory"),
     (Resource::RLIMIT_MSGQUEUE, 0, "limit message queues"),

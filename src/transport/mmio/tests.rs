@@ -46,6 +46,7 @@ impl Rig {
             queues: 1,
             poll_us: 0,
             throttle: Default::default(),
+            engine: Default::default(),
             failed: false,
             cow: false,
         };

@@ -69,6 +69,7 @@ fn start(read_only: bool, queues: u16) -> BlkStart {
         queues,
         poll_us: 0,
         throttle: Default::default(),
+        engine: Default::default(),
         failed: false,
         cow: false,
     }

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::guest::{self, Guest};
 use super::{IMAGE, Input, Outcome, check_image, image, ram, start};
 use crate::blk::config::SECTOR;
-use crate::blk::execute::{Disk, Engine};
+use crate::blk::execute::{Disk, Executor};
 use crate::blk::request::{Limits, Operation, Parser, Request};
 use crate::blk::ring::{Layout, Ring, RingError};
 use crate::blk::view::View;
@@ -124,7 +124,7 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         layout,
         disk,
         parser: Parser::new(&view, limits),
-        engine: Engine::new(bit(4)),
+        engine: Executor::new(bit(4)),
         outcome,
         left: MAX_CHAINS,
     };
@@ -146,7 +146,7 @@ struct Device<'d, 'm> {
     layout: Layout,
     disk: &'d Disk,
     parser: Parser<'m>,
-    engine: Engine,
+    engine: Executor,
     outcome: &'d mut Outcome,
     left: u32,
 }
@@ -230,7 +230,12 @@ impl<'m> Device<'_, 'm> {
 }
 
 /// Executes a request and writes its status; the length for the used entry.
-fn answer(engine: &mut Engine, disk: &Disk, request: &Request<'_, '_>, seen: &mut Outcome) -> u32 {
+fn answer(
+    engine: &mut Executor,
+    disk: &Disk,
+    request: &Request<'_, '_>,
+    seen: &mut Outcome,
+) -> u32 {
     let mut count = |what| *seen.entry(what).or_default() += 1;
     count("request");
     let mut filled = 0;

@@ -1,6 +1,7 @@
 //! What the guest does, one module per mode. The table is in the crate's documentation.
 
 mod bench;
+mod bench_plan;
 mod blk;
 mod blk_errors;
 mod blk_features;
@@ -40,6 +41,7 @@ pub fn run(boot: &Boot) {
         "blk-errors" => blk_errors::run(boot),
         "blk-features" => blk_features::run(boot),
         "bench-blk" => bench::run(boot),
+        "bench-plan" => bench_plan::run(boot),
         "storm" => storm::run(boot),
         "pause" => pause::run(boot),
         "spin" => idle::spin(boot),

@@ -25,7 +25,7 @@ pub const MAX_QUEUES: usize = 32;
 /// Where the configuration has the number of queues, in its upper half.
 const CONFIG_QUEUES: u64 = 32;
 /// Most requests in flight.
-pub const MAX_DEPTH: usize = 64;
+pub const MAX_DEPTH: usize = 128;
 /// A timer tick, in microseconds, while the driver uses interrupts: it finds the lost ones.
 const TICK: u32 = 10_000;
 /// Ticks after which an interrupt that should have come is lost.

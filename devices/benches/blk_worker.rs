@@ -1,11 +1,12 @@
-//! What a request costs, seen by a polling driver in this process. A measurement,
-//! not a test, so it runs when asked for:
+//! What a queue's thread costs a request, in a process of its own with a driver that polls:
+//! no guest, no jail. A look at the worker alone; `cargo bench --bench blk` has the whole.
 //!
 //! ```text
-//! cargo test --release -p cellblock-devices --test blk_cost -- --ignored --nocapture
+//! cargo bench -p cellblock-devices --bench blk_worker
 //! ```
 
 #[allow(dead_code)] // shared with the tests; each uses a part
+#[path = "../tests/blk_driver/mod.rs"]
 mod blk_driver;
 
 use blk_driver::*;
@@ -132,26 +133,25 @@ fn median(mut runs: Vec<u64>) -> String {
     format!("{:6} ({} to {})", runs[runs.len() / 2], runs[0], runs[runs.len() - 1])
 }
 
+const ROUNDS: usize = 7;
 const KINDS: [(&str, u32); 2] = [("read", T_IN), ("write", T_OUT)];
 
-#[test]
-#[ignore = "a measurement"]
-fn cpu_per_request() {
+fn main() {
     println!("4 KiB at random in a page-cached image: CPU ns a request (least to most)");
     for (name, kind) in KINDS {
-        let runs = |run: &dyn Fn() -> u64| median((0..5).map(|_| run()).collect());
-        println!("  {name:5} by one system call      {}", runs(&|| floor(kind, 50_000)));
-        println!("  {name:5} worker, batches of 128  {}", runs(&|| worker_cost(kind, 128, 400)));
+        // In turn, so that what else the host does hits all alike.
+        let (mut calls, mut worker) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            calls.push(floor(kind, 50_000));
+            worker.push(worker_cost(kind, 128, 400));
+        }
+        println!("  {name:5} by one system call      {}", median(calls));
+        println!("  {name:5} worker, batches of 128  {}", median(worker));
     }
-}
-
-#[test]
-#[ignore = "a measurement, and needs two idle CPUs"]
-fn cycles_per_request() {
-    println!("4 KiB at random in a page-cached image: cycles seen by a polling driver");
+    println!("the same: cycles seen by a polling driver, which needs a CPU beside the worker's");
     for (name, kind) in KINDS {
         for (depth, poll_us, requests) in [(1, 0, 2_000), (1, 50, 10_000), (32, 50, 50_000)] {
-            let runs = (0..5).map(|_| measure(kind, depth, requests, poll_us)).collect();
+            let runs = (0..ROUNDS).map(|_| measure(kind, depth, requests, poll_us)).collect();
             println!("  {name:5} depth {depth:2}, poll {poll_us:2} us  {}", median(runs));
         }
     }

@@ -1,0 +1,119 @@
+//! The floor: the same requests by a process of the host, without a guest.
+#![allow(unsafe_code)] // io_uring takes raw addresses
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode};
+
+use super::cpu;
+use super::plan::{Measured, Workload};
+
+/// How the host asks for a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Floor {
+    /// One system call each.
+    Calls,
+    /// io_uring, as deep as the guest's queue.
+    Ring,
+}
+
+impl Floor {
+    /// For the table.
+    pub fn name(self) -> &'static str {
+        match self {
+            Floor::Calls => "host: pread/pwrite",
+            Floor::Ring => "host: io_uring",
+        }
+    }
+
+    /// Does `work` for so many cycles.
+    pub fn measure(self, work: Workload, disk: &Path, time: u64) -> Measured {
+        let file = File::options().read(true).write(true).open(disk).expect("disk");
+        let blocks = file.metadata().expect("disk").len() / work.bytes;
+        let mut places = Places { work, blocks, random: 1, turn: 0 };
+        match self {
+            Floor::Calls => calls(&file, &mut places, time),
+            Floor::Ring => ring(&file, &mut places, time),
+        }
+    }
+}
+
+struct Places {
+    work: Workload,
+    blocks: u64,
+    random: u64,
+    turn: u64,
+}
+
+impl Places {
+    fn next(&mut self) -> u64 {
+        self.turn += 1;
+        let block = if self.work.is_sequential() {
+            self.turn % self.blocks
+        } else {
+            self.random =
+                self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (self.random >> 33) % self.blocks
+        };
+        block * self.work.bytes
+    }
+}
+
+fn calls(file: &File, places: &mut Places, time: u64) -> Measured {
+    let mut block = vec![0; places.work.bytes as usize];
+    let mut latencies = Vec::with_capacity(1 << 20);
+    let (cpu, start) = (cpu::of_this_thread(), cpu::cycles());
+    let mut now = start;
+    while now - start < time {
+        let at = places.next();
+        if places.work.is_write() {
+            file.write_all_at(&block, at).expect("write");
+        } else {
+            file.read_exact_at(&mut block, at).expect("read");
+        }
+        let end = cpu::cycles();
+        latencies.push(end - now);
+        now = end;
+    }
+    Measured::new(latencies, now - start, cpu::of_this_thread() - cpu)
+}
+
+fn ring(file: &File, places: &mut Places, time: u64) -> Measured {
+    let (depth, bytes) = (places.work.depth as usize, places.work.bytes as usize);
+    let mut ring = IoUring::new(128).expect("io_uring");
+    ring.submitter().register_files(&[file.as_raw_fd()]).expect("file");
+    let mut blocks = vec![vec![0u8; bytes]; depth];
+    let mut started = vec![0; depth];
+    let mut latencies = Vec::with_capacity(1 << 20);
+    let mut idle: Vec<usize> = (0..depth).collect();
+    let (cpu, start) = (cpu::of_this_process(), cpu::cycles());
+    let mut now = start;
+    while now - start < time || idle.len() < depth {
+        while now - start < time
+            && let Some(slot) = idle.pop()
+        {
+            let (at, block) = (places.next(), blocks[slot].as_mut_ptr());
+            let entry = if places.work.is_write() {
+                opcode::Write::new(Fixed(0), block, bytes as u32).offset(at).build()
+            } else {
+                opcode::Read::new(Fixed(0), block, bytes as u32).offset(at).build()
+            };
+            // SAFETY: the block is neither touched nor freed before its request is over.
+            unsafe { ring.submission().push(&entry.user_data(slot as u64)) }.expect("room");
+            started[slot] = cpu::cycles();
+        }
+        ring.submit_and_wait(1).expect("submit");
+        now = cpu::cycles();
+        for done in ring.completion() {
+            assert_eq!(done.result(), bytes as i32, "a whole block");
+            let slot = done.user_data() as usize;
+            latencies.push(now - started[slot]);
+            idle.push(slot);
+        }
+    }
+    Measured::new(latencies, now - start, cpu::of_this_process() - cpu)
+}

@@ -19,6 +19,7 @@
 
 mod assemble;
 mod event_loop;
+mod farewell;
 mod hold;
 mod notice;
 mod plugin;

@@ -1,4 +1,4 @@
-//! Device processes that die while their guest uses them: nothing is lost, nothing
+//! Block processes that die while their guest uses them: nothing is lost, nothing
 //! happens twice, and a process that dies too often fails its device and not the VM.
 //!
 //! `CELLBLOCK_STORM=1000000x100 cargo test --release --test replace storm` runs the storms
@@ -11,7 +11,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::{DeviceState, EventKind, Request};
-use common::output::Events;
+use common::deaths::{Dice, kill_and_wait, replaced};
 use common::{LIMIT, Options, Vm, poll, proc, send};
 use nix::sys::signal::Signal;
 
@@ -22,55 +22,11 @@ fn size() -> (u64, u32) {
     (requests.parse().unwrap(), kills.parse().unwrap())
 }
 
-/// Where kills fall is different every time, and printed.
-struct Dice(u64);
-
-impl Dice {
-    fn new() -> Dice {
-        let seed = std::env::var("CELLBLOCK_SEED").ok().and_then(|seed| seed.parse().ok());
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        let seed = seed.unwrap_or(now.as_nanos() as u64);
-        println!("CELLBLOCK_SEED={seed}");
-        Dice(seed | 1)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
-
 fn storm(words: &str, requests: u64, disk: &str) -> Options {
     Vm::with(&format!("mode=storm n={requests} qd=32 queues=4 mib=16 {words}"))
         .disk_with(16 << 20, &format!(",queues=4{disk}"))
         .arg("--max-deaths")
         .arg("1000")
-}
-
-/// Kills the process of a device and waits until another has taken over.
-fn kill_and_wait(vm: &mut Vm, events: &Events, role: &str, id: &str) -> u64 {
-    let before = restarts(vm, id);
-    send(vm.pid_of(role, id), Signal::SIGKILL);
-    replaced(vm, events, id, before + 1)
-}
-
-fn restarts(vm: &mut Vm, device: &str) -> u64 {
-    let stats = vm.stats();
-    let disks = stats.disks.iter().map(|disk| (&disk.id, disk.restarts));
-    let mut all = disks.chain(stats.serials.iter().map(|serial| (&serial.id, serial.restarts)));
-    all.find(|(id, _)| *id == device).unwrap().1
-}
-
-/// Waits until so many processes were replaced; says how long the last took.
-fn replaced(vm: &mut Vm, events: &Events, device: &str, times: u64) -> u64 {
-    let event = vm.wait_for_event(events, |kind| {
-        matches!(kind, EventKind::DeviceReplaced { id, restarts, .. }
-            if id == device && *restarts == times)
-    });
-    let EventKind::DeviceReplaced { took_us, .. } = event.kind else { unreachable!() };
-    took_us
 }
 
 /// Kills disk0's process at random moments, spread over the storm as far as `kills` goes.
@@ -282,82 +238,5 @@ fn a_death_is_no_gift_to_a_throttled_disk() {
     let took = begun.elapsed();
     // 4000 and the 4096 reads of the end, less the burst, at no more than 2000 a second.
     assert!(took > Duration::from_millis(2900), "{took:?}");
-    vm.ends_well();
-}
-
-/// A numbered stream, with COM1's process dying at random moments in it.
-#[test]
-fn console_output_is_neither_lost_nor_doubled() {
-    let mut dice = Dice::new();
-    let full = std::env::var_os("CELLBLOCK_STORM").is_some();
-    let (most, lines) = if full { (100, 100_000) } else { (12, 3000) };
-    let mut vm = Vm::with(&format!("mode=print lines={lines} exit=none"))
-        .arg("--max-deaths")
-        .arg("1000")
-        .arg("--serial")
-        .arg("file=console")
-        .start();
-    let text = |vm: &Vm| fs::read_to_string(vm.path("console")).unwrap_or_default();
-    assert!(poll(LIMIT, || text(&vm).contains("00000010 ").then_some(())).is_some());
-    let events = vm.events();
-    let mut kills = 0;
-    while kills < most {
-        std::thread::sleep(Duration::from_micros(dice.below(20_000)));
-        if text(&vm).contains("print: ok") {
-            break;
-        }
-        kill_and_wait(&mut vm, &events, "serial", "com1");
-        kills += 1;
-    }
-    println!("{kills} kills");
-    assert!(kills >= 3, "the stream is too short");
-    let over = poll(10 * LIMIT, || text(&vm).contains("print: ok").then_some(()));
-    assert!(over.is_some(), "{}", vm.stderr.text());
-    let text = text(&vm);
-    let stream = text.split_once("cellblock guest").unwrap().1;
-    let wanted: String = (0..lines).map(|n| format!("{n:08} {:.<54}\r\n", "")).collect();
-    let at = stream.bytes().zip(wanted.bytes().collect::<Vec<_>>()).position(|(a, b)| a != b);
-    let normal = stream.replace('\r', "");
-    let wanted = wanted.replace('\r', "");
-    assert!(normal.trim_start().starts_with(&wanted), "differs near byte {at:?}");
-    vm.ask(Request::Stop);
-    vm.ends_well();
-}
-
-/// Input that was typed and not taken is there for the successor, which interrupts again.
-#[test]
-fn console_input_and_its_interrupt_survive() {
-    let mut vm = Vm::with("mode=echo irq").arg("--max-deaths").arg("1000").start();
-    vm.wait_for("cellblock guest");
-    let events = vm.events();
-    for round in 0..5 {
-        // Parked, the guest takes none of it.
-        vm.pause();
-        vm.say(format!("round {round} of many\n").as_bytes());
-        std::thread::sleep(Duration::from_millis(50));
-        kill_and_wait(&mut vm, &events, "serial", "com1");
-        vm.resume();
-        vm.wait_for(&format!("round {round} of many"));
-    }
-    vm.say(b"quit\n");
-    vm.wait_for("echo: ok");
-    vm.ends_well();
-}
-
-#[test]
-fn a_console_whose_process_dies_too_often_is_an_empty_bus() {
-    let mut vm = Vm::with("mode=pause count=0").disk(1).start();
-    vm.wait_for("pause: n=");
-    let events = vm.events();
-    for _ in 0..4 {
-        kill_and_wait(&mut vm, &events, "serial", "com1");
-    }
-    send(vm.pid_of("serial", "com1"), Signal::SIGKILL);
-    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceFailed { .. }));
-    assert_eq!(vm.stats().serials[0].state, DeviceState::Failed);
-    let writes = vm.stats().disks[0].writes;
-    let more = poll(LIMIT, || (vm.stats().disks[0].writes > writes + 10).then_some(()));
-    assert!(more.is_some(), "the guest waits for its console");
-    vm.ask(Request::Stop);
     vm.ends_well();
 }

@@ -141,10 +141,7 @@ impl Cell {
 
     /// Becomes the process that `launch` asks for, which goes on counting where this one
     /// stopped. Unchanged where that fails.
-    pub fn succeed<E>(
-        &mut self,
-        launch: impl FnOnce(&Cell) -> Result<Cell, E>,
-    ) -> Result<(), E> {
+    pub fn succeed<E>(&mut self, launch: impl FnOnce(&Cell) -> Result<Cell, E>) -> Result<(), E> {
         let next = launch(self)?;
         let before = std::mem::replace(self, next);
         self.counters = before.counters;

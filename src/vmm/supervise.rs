@@ -318,11 +318,7 @@ impl Vm {
     }
 
     /// False where there is to be none any more.
-    pub(super) fn start_serial(
-        &mut self,
-        w: usize,
-        failed: bool,
-    ) -> Result<bool, ReplaceError> {
+    pub(super) fn start_serial(&mut self, w: usize, failed: bool) -> Result<bool, ReplaceError> {
         let watched = &self.supervisor.watched[w];
         let Kind::Serial { recipe } = &watched.kind else { return Err(ReplaceError::Unknown) };
         let ring = self.ring.clone().ok_or(ReplaceError::Unknown)?;

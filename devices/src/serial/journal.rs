@@ -201,9 +201,8 @@ fn pack(state: &State) -> [u64; WORDS] {
     words[0] = u64::from(state.position) | u64::from(state.fetched) << 32;
     let [first @ .., scratch] = state.registers;
     words[1] = u64::from_le_bytes(first);
-    words[2] = u64::from(scratch)
-        | u64::from(state.after_ctrl_a) << 8
-        | (state.fifo.len() as u64) << 16;
+    words[2] =
+        u64::from(scratch) | u64::from(state.after_ctrl_a) << 8 | (state.fifo.len() as u64) << 16;
     for (n, byte) in state.fifo.iter().take(FIFO).enumerate() {
         words[3 + n / 8] |= u64::from(*byte) << (8 * (n % 8));
     }

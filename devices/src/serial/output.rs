@@ -449,13 +449,7 @@ impl Shared {
     }
 
     /// Takes the oldest bytes to be written; where in the buffer they are.
-    fn take_hand(
-        &self,
-        state: &mut State,
-        sink: &OwnedFd,
-        own: bool,
-        chunk: &mut Vec<u8>,
-    ) -> u64 {
+    fn take_hand(&self, state: &mut State, sink: &OwnedFd, own: bool, chunk: &mut Vec<u8>) -> u64 {
         self.take_chunk(state, PAGE, chunk);
         let start = state.start;
         state.start += chunk.len() as u64;

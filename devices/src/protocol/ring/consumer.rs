@@ -123,7 +123,9 @@ impl Consumer {
     /// Goes on behind the access that a process before this one had carried out when it
     /// died. Only the first one can be that.
     pub fn resume(&mut self, position: u32) {
-        if position == self.head.wrapping_add(1) {
+        let published = self.page.tail().load(Ordering::Acquire).wrapping_sub(self.head);
+        if position == self.head.wrapping_add(1) && (1..=SLOTS).contains(&published) {
+            self.tail = position;
             self.busy = true;
             self.commit();
         }

@@ -163,10 +163,10 @@ fn a_pty_is_neither_lost_nor_doubled() {
 /// typed.
 fn input_storm(vm: &mut Vm, mut typist: impl Write + Send + 'static, seen: &mut Output) {
     let kills = kills(10);
-    let typed: String = (0..kills * 60).map(|n| format!("{n:07}.")).collect();
+    let typed: String = (0..kills * 20).map(|n| format!("{n:07}.")).collect();
     let text = typed.clone();
     let writer = thread::spawn(move || {
-        for part in text.as_bytes().chunks(97) {
+        for part in text.as_bytes().chunks(37) {
             typist.write_all(part).unwrap();
             thread::sleep(Duration::from_micros(500));
         }

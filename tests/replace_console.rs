@@ -184,15 +184,13 @@ fn input_storm(vm: &mut Vm, mut typist: impl Write + Send + 'static, seen: &mut 
 
 #[test]
 fn what_is_typed_is_neither_lost_nor_doubled() {
-    for how in ["", "irq"] {
-        let cmdline = format!("mode=echo {how} exit=none");
-        let mut vm = Vm::with(&cmdline).arg("--max-deaths").arg("10000").start();
-        let input = vm.take_input();
-        let mut seen = vm.console.clone();
-        input_storm(&mut vm, input, &mut seen);
-        vm.ask(Request::Stop);
-        vm.ends_well();
-    }
+    let options = Vm::with("mode=echo irq exit=none").arg("--max-deaths").arg("10000");
+    let mut vm = options.start();
+    let input = vm.take_input();
+    let mut seen = vm.console.clone();
+    input_storm(&mut vm, input, &mut seen);
+    vm.ask(Request::Stop);
+    vm.ends_well();
 }
 
 #[test]

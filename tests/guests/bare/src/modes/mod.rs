@@ -10,6 +10,7 @@ mod echo;
 mod idle;
 mod pause;
 mod print;
+mod snap;
 mod storm;
 mod touch;
 mod uart;
@@ -47,6 +48,7 @@ pub fn run(boot: &Boot) {
         "spin" => idle::spin(boot),
         "halt" => idle::halt(boot),
         "touch" => touch::run(boot),
+        "snap" => snap::run(boot),
         "demo" => demo::run(boot),
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),
     }

@@ -24,6 +24,7 @@ use crate::cell::overlay::{OverlayError, Place};
 use crate::config::OpenError;
 use crate::console;
 use crate::control::server::ControlServer;
+use crate::plugin::Arrived;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
@@ -31,7 +32,7 @@ use crate::snapshot::pager::{self, Pager, PagerError, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
-use crate::spec::{Backing, DiskSpec, SerialSpec};
+use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
 
@@ -46,6 +47,8 @@ pub struct RestoreConfig {
     pub serial: SerialSpec,
     /// Where to make the control socket.
     pub control: Option<PathBuf>,
+    /// Where programs may attach.
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// How memory comes.
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
@@ -174,6 +177,8 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     let control = control.map_err(OpenError::Control)?;
     let console = console::open(&config.serial).map_err(OpenError::Console)?;
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
+    let arrived = lazy.as_ref().map(|source| -> Arrived { Box::new(source.completion()) });
+    let guests = Guests::restored(config.plugin_socket.as_ref(), &ram, arrived)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
     let common = Common {
         seccomp: config.seccomp,
@@ -196,8 +201,8 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
-        guests: Guests::none(),
-        plugin_socket: None,
+        guests,
+        plugin_socket: config.plugin_socket.map(|spec| spec.path),
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};

@@ -74,8 +74,8 @@ pub(super) fn known(
     Ok(pages)
 }
 
-/// Makes memory what the snapshot has, writing only what differs, which is added to `written`;
-/// how many pages did.
+/// Makes memory what the snapshot has, writing only what differs: it is added to `written`, a word
+/// for each chunk. Returns how many pages did.
 pub(super) fn all(
     chain: &Chain,
     ram: &GuestRam,

@@ -78,6 +78,9 @@ pub(super) struct Parts {
     pub(super) guests: Guests,
     /// Where programs attach.
     pub(super) plugin_socket: Option<PathBuf>,
+    /// The main thread is confined by the caller, once nothing is left to be opened; before
+    /// that the guest must not run.
+    pub(super) confine_later: bool,
 }
 
 /// A machine that boots a kernel.
@@ -137,6 +140,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         hold,
         guests,
         plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
+        confine_later: false,
     };
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let mut vm = build(parts, |machine, model, slots| {
@@ -185,6 +189,7 @@ pub(super) fn build(
         hold,
         mut guests,
         plugin_socket,
+        confine_later,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -225,7 +230,7 @@ pub(super) fn build(
     let vcpu_fds = guest(&machine, &model, &slots)?;
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
     let vmgenid = VmGenId::new(&machine)?;
-    vmgenid.set(&ram, vmgenid.fresh()?)?;
+    vmgenid.new_life(&ram, None, Vec::new())?;
 
     // The two halves meet.
     let mut waiting = vec![&mut serial];
@@ -276,7 +281,9 @@ pub(super) fn build(
         guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
-    confine(Policy::VmmMain, seccomp)?;
+    if !confine_later {
+        confine(Policy::VmmMain, seccomp)?;
+    }
     let vm = Vm {
         started,
         machine,
@@ -309,6 +316,7 @@ pub(super) fn build(
         pager: None,
         triggers: None,
         origin: None,
+        shell: None,
     };
     vm.watch_links();
     Ok(vm)

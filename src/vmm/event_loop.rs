@@ -17,6 +17,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
+use super::shell::Shell;
 use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
@@ -82,6 +83,8 @@ pub(super) struct Vm {
     pub(super) pager: Option<Pager>,
     /// Of a restored machine: what it can be put back to.
     pub(super) origin: Option<Origin>,
+    /// Of a pool's machine: what it waits for, and for whom.
+    pub(super) shell: Option<Box<Shell>>,
 }
 
 /// A back end that is another program.
@@ -132,6 +135,7 @@ enum Source {
     Links,
     Triggers,
     Pager,
+    Shell,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -151,6 +155,7 @@ impl Source {
             Source::Pager => 8,
             Source::Plugin => 9,
             Source::PluginFilter => 10,
+            Source::Shell => 11,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -171,6 +176,7 @@ impl Source {
             (0, 8) => Some(Source::Pager),
             (0, 9) => Some(Source::Plugin),
             (0, 10) => Some(Source::PluginFilter),
+            (0, 11) => Some(Source::Shell),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -185,8 +191,8 @@ const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 
 /// Whether the machine goes on.
-type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
-const ON: Flow = Flow::Continue(());
+pub(super) type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
+pub(super) const ON: Flow = Flow::Continue(());
 
 impl Vm {
     /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
@@ -216,7 +222,7 @@ impl Vm {
         }
     }
 
-    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+    pub(super) fn run_vcpus(&mut self) -> Result<(), VmmError> {
         self.vcpus.run()?;
         self.event(EventKind::Start);
         if let Some(triggers) = &mut self.triggers {
@@ -241,12 +247,12 @@ impl Vm {
         if let Some(triggers) = &self.triggers {
             add(triggers.as_fd(), Source::Triggers)?;
         }
-        if let Some(pager) = &self.pager {
-            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
-        }
+        self.watch_pager(epoll)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(shell) = &self.shell {
+            add(shell.as_fd(), Source::Shell)?;
         }
         if let Some(plugin) = &self.plugin {
             add(plugin.as_fd(), Source::Plugin)?;
@@ -309,6 +315,7 @@ impl Vm {
                     return Flow::Break(Err(VmmError::Pager(error)));
                 }
             }
+            Source::Shell => return self.pool_request(epoll),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -464,6 +471,13 @@ impl Vm {
         }
         self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
         self.process_over(epoll, n);
+    }
+
+    /// Hears when guest memory does not come any more.
+    pub(super) fn watch_pager(&self, epoll: &Epoll) -> nix::Result<()> {
+        let Some(pager) = &self.pager else { return Ok(()) };
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+        epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))
     }
 
     /// Hears when a back end goes.

@@ -3,6 +3,8 @@
 //! Everything is opened and checked first, then the shell is built: processes start in their
 //! jails while memory is filled and KVM set up. Last, what the state says is set in it.
 
+mod overrides;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use std::time::Instant;
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
+use serde::{Deserialize, Serialize};
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
@@ -26,7 +29,7 @@ use crate::control::server::ControlServer;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError};
-use crate::snapshot::pager::{self, Pager, PagerError, Source};
+use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{Host, MicrovmState, StateError};
@@ -50,6 +53,8 @@ pub struct RestoreConfig {
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
     pub track: bool,
+    /// It is a pool's and waits for its claim: its `cow` disks have this serial number.
+    pub shell: Option<String>,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -70,7 +75,7 @@ pub enum MemoryMode {
 }
 
 /// What is to be different about a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskOverride {
     /// Its id.
     pub id: String,
@@ -157,7 +162,7 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
     end
 }
 
-fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
+pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let started = Instant::now();
     let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
     let path = &config.snapshot;
@@ -168,10 +173,13 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     let model = CpuModel::new(&kvm, state.vm_info.cpus)?;
     let host = Host::new(&kvm, &model)?;
     state.verify_compatible(&host).map_err(|e| RestoreError::Host(path.clone(), e))?;
-    let (specs, disks) = open_disks(&state, &chain, &config.disks)?;
+    let (specs, disks) = open_disks(&state, &chain, &config.disks, config.shell.as_deref())?;
     let control = config.control.as_deref().map(ControlServer::bind).transpose();
     let control = control.map_err(OpenError::Control)?;
-    let console = console::open(&config.serial).map_err(OpenError::Console)?;
+    let mut console = console::open(&config.serial).map_err(OpenError::Console)?;
+    if config.shell.is_some() {
+        console.note = None; // whoever claims it is told
+    }
     let ram = GuestRam::new(state.vm_info.memory)?;
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
@@ -199,13 +207,19 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         hold: Arc::new(Hold::new(false)),
         guests: Guests::none(),
         plugin_socket: None,
+        confine_later: false,
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
     let mut pager = None;
     let mut vm = assemble::build(parts, |machine, _, _| {
         match lazy {
-            Some(source) => pager = Some(start_pager(source, machine.ram(), common)?),
+            Some(source) => {
+                // Of a shell nobody knows yet whether it will run.
+                let all = config.shell.is_none();
+                let ahead = if all { Prefetch::All } else { Prefetch::Recorded };
+                pager = Some(start_pager(source, machine.ram(), common, ahead)?);
+            }
             None => {
                 progress.begin(chain.chunks());
                 let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
@@ -228,7 +242,9 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         vm.track_since(chain.manifest().id)?;
     }
     vm.load(&state).map_err(RestoreError::from)?;
-    vm.nudge();
+    if config.shell.is_none() {
+        vm.nudge();
+    }
     vm.origin = Some(Origin { chain, state, written });
     Ok(vm)
 }
@@ -259,11 +275,16 @@ fn lazy_source(
     }
 }
 
-fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, RestoreError> {
+pub(super) fn start_pager(
+    source: Source,
+    ram: &GuestRam,
+    common: Common,
+    prefetch: Prefetch,
+) -> Result<Pager, RestoreError> {
     let mode = assemble::filter_mode(common);
     let config = pager::Config {
         confine: move || assemble::confine(Policy::VmmPager, mode),
-        prefetch: true,
+        prefetch,
         stall_limit: pager::STALL_LIMIT,
         last_resort: Some(|why: &str| {
             // Whoever was to end the VM waits for memory itself.
@@ -275,7 +296,7 @@ fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, 
 }
 
 /// What had been written to each `cow` disk, for a reset.
-fn written(
+pub(super) fn written(
     state: &MicrovmState,
     chain: &Chain,
 ) -> Result<Vec<(String, Vec<Extent>, File)>, RestoreError> {
@@ -292,7 +313,7 @@ fn written(
     Ok(all)
 }
 
-fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {
+pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {
     let bytes = chain.snapshot().state()?;
     let state = MicrovmState::decode(&bytes).map_err(|e| RestoreError::State(path.into(), e))?;
     let (of_state, memory) = (state.vm_info.memory, chain.manifest().memory);
@@ -311,6 +332,7 @@ fn open_disks(
     state: &MicrovmState,
     chain: &Chain,
     named: &[DiskOverride],
+    clone_serial: Option<&str>,
 ) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
     let mut saved: Vec<(String, DiskState)> = Vec::new();
     for device in &state.device_states {
@@ -339,6 +361,10 @@ fn open_disks(
         // The snapshot is not to change with the guest.
         if copied.is_some() && by_user.is_none() && !spec.read_only {
             spec.cow.get_or_insert_default();
+        }
+        // From its first write on, a clone's disk is another one.
+        if let (Some(serial), Some(_)) = (clone_serial, &spec.cow) {
+            spec.serial = Some(serial.to_string());
         }
         let backing = spec.open_backing().map_err(OpenError::Disk)?;
         if let Backing::Image(image) = &backing {

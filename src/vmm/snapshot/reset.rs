@@ -154,7 +154,7 @@ impl Vm {
             }
         }
         if let Some(vmgenid) = &self.vmgenid {
-            vmgenid.set(&self.ram, vmgenid.fresh()?)?;
+            vmgenid.new_life(&self.ram, None, Vec::new())?;
         }
         for (_, device) in &self.devices {
             device.forget_frozen()?;

@@ -24,6 +24,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use claim::Answer;
 pub use claim::{ClaimError, Lease, Wish};
 
 use super::ledger::{Change, Ledger, Limits};
@@ -128,7 +129,7 @@ struct Waiter<F: Factory> {
     ticket: u64,
     /// Whether they came just now.
     fresh: bool,
-    answer: SyncSender<Result<(u64, F::Shell), ClaimError<F::Error>>>,
+    answer: SyncSender<Answer<F>>,
 }
 
 /// A shell that is to go.

@@ -132,14 +132,14 @@ pub struct Ledger {
     pub reset_failures: u64,
 }
 
+/// One of the counts of what is there now.
+type Place = fn(&mut Ledger) -> &mut usize;
+
 impl Ledger {
     /// Books `change`. False where it cannot be: there is nothing for it to happen to.
     #[must_use]
     pub fn apply(&mut self, change: Change) -> bool {
-        let (from, to): (
-            Option<fn(&mut Ledger) -> &mut usize>,
-            Option<fn(&mut Ledger) -> &mut usize>,
-        ) = match change {
+        let (from, to): (Option<Place>, Option<Place>) = match change {
             Change::MakeStarted => (None, Some(|l| &mut l.making)),
             Change::Made => (Some(|l| &mut l.making), Some(|l| &mut l.idle)),
             Change::MakeFailed => (Some(|l| &mut l.making), None),

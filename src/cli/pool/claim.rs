@@ -109,7 +109,7 @@ fn hold(client: &mut PoolClient, signals: &mut Signals) -> Result<(), Failure> {
             fds.iter().map(|fd| fd.revents().is_some_and(|flags| !flags.is_empty())).collect();
         drop(fds);
         if ready[0] {
-            return match client.next().map_err(Failure::error)? {
+            return match client.hear().map_err(Failure::error)? {
                 Some((Answer::Ended, _)) => Ok(()),
                 _ => Err(Failure::Error("the pool has ended, and the VM with it".into())),
             };

@@ -161,7 +161,7 @@ impl<F: Factory> Engine<F> {
 }
 
 /// What somebody who waits is told.
-type Answer<F> = Result<(u64, <F as Factory>::Shell), ClaimError<<F as Factory>::Error>>;
+pub(super) type Answer<F> = Result<(u64, <F as Factory>::Shell), ClaimError<<F as Factory>::Error>>;
 
 impl<F: Factory> Lease<F> {
     /// Its shell's number, unique in the pool.

@@ -67,7 +67,7 @@ impl PoolClient {
     pub fn ask(&mut self, request: &Request) -> Result<(Answer, String), ClientError> {
         // A server that turned us away has closed already: its line says why.
         let written = self.stream.get_mut().write_all(&line(request));
-        match self.next()? {
+        match self.hear()? {
             Some((Answer::Error { message, remedy }, _)) => {
                 Err(ClientError::Refused { message, remedy })
             }
@@ -77,7 +77,7 @@ impl PoolClient {
     }
 
     /// What the pool says next; nothing at the end of the connection.
-    pub fn next(&mut self) -> Result<Option<(Answer, String)>, ClientError> {
+    pub fn hear(&mut self) -> Result<Option<(Answer, String)>, ClientError> {
         let mut text = String::new();
         match (&mut self.stream).take(MAX_ANSWER).read_line(&mut text) {
             Ok(0) => return Ok(None),

@@ -184,7 +184,7 @@ fn storm(release: Release) {
         }
         let mut random = Random(99);
         let (broken, memory) = (dir.path().join("broken"), snapshot.path().join("memory"));
-        let (state, away) = (snapshot.path().join("state"), snapshot.path().join("../away"));
+        let (state, away) = (snapshot.path().join("state"), snapshot.path().with_file_name("away"));
         while Instant::now() < end {
             match random.below(8) {
                 0 => {

@@ -32,6 +32,9 @@ use super::ledger::{Change, Ledger, Limits};
 /// The first pause after a shell that could not be made; it doubles up to [`MOST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MOST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a refill waits after a shell was handed out: what it costs is to be no part of what
+/// the claim takes.
+const QUIET: Duration = Duration::from_millis(3);
 /// Claims whose duration is remembered.
 const REMEMBERED: usize = 1024;
 
@@ -161,6 +164,8 @@ struct State<F: Factory> {
     /// Makings that failed, one after the other, and until when the refill waits.
     failures: u32,
     not_before: Option<Instant>,
+    /// Until when the refill leaves the CPUs to a claim.
+    quiet_until: Option<Instant>,
     last_error: Option<String>,
     /// Microseconds that the last claims took.
     durations: VecDeque<u64>,
@@ -203,6 +208,7 @@ impl<F: Factory> Engine<F> {
             next_ticket: 1,
             failures: 0,
             not_before: None,
+            quiet_until: None,
             last_error: None,
             durations: VecDeque::with_capacity(REMEMBERED),
             violations: 0,
@@ -316,7 +322,8 @@ impl<F: Factory> Inner<F> {
     /// Does all that can be done at once, and wakes who has to do the rest.
     fn settle(&self, state: &mut State<F>) {
         state.settle(&self.factory, &self.options.limits);
-        if state.wants_shell(&self.options.limits, Instant::now()) {
+        // Where the refill waits, a maker has to know until when.
+        if state.lacks_shells(&self.options.limits) {
             self.making.notify_one();
         }
         if !state.ending.is_empty() {
@@ -365,6 +372,11 @@ impl<F: Factory> State<F> {
             }
             let Some(waiter) = self.waiting.pop_front() else { break };
             self.book(if waiter.fresh { Change::Hit } else { Change::Miss }, limits);
+            // Not put off again and again by claims that follow one another.
+            let now = Instant::now();
+            if self.quiet_until.is_none_or(|until| until + QUIET < now) {
+                self.quiet_until = Some(now + QUIET);
+            }
             // Who waits takes itself off the list under the lock before it goes: somebody has
             // the other end, and there is room for one answer.
             if let Err(unsent) = waiter.answer.try_send(Ok((id, shell)))
@@ -396,18 +408,23 @@ impl<F: Factory> State<F> {
         self.ending.push_back(Doomed { id, shell, was_live: false, reset: false });
     }
 
-    /// Whether a shell is to be begun now.
+    /// Whether a shell is to be begun now. Where somebody waits for it, without a pause.
     fn wants_shell(&self, limits: &Limits, now: Instant) -> bool {
-        if self.draining || !self.books.admits(limits) {
-            return false;
-        }
-        let asked_for = self.books.servable(limits);
-        // Somebody waits for it: no pause then.
-        if self.books.making < asked_for {
-            return true;
-        }
-        let coming = self.books.idle + self.books.making - asked_for;
-        coming < limits.min_size.max(self.warm) && self.not_before.is_none_or(|at| at <= now)
+        let asked_for = self.books.making < self.books.servable(limits);
+        self.lacks_shells(limits) && (asked_for || self.refill_waits(now).is_none())
+    }
+
+    /// Whether there are to be more shells than there are and are in the making.
+    fn lacks_shells(&self, limits: &Limits) -> bool {
+        let wanted = self.books.servable(limits) + limits.min_size.max(self.warm);
+        let coming = self.books.idle + self.books.making;
+        !self.draining && self.books.admits(limits) && coming < wanted
+    }
+
+    /// How long shells that nobody waits for are not to be made.
+    fn refill_waits(&self, now: Instant) -> Option<Duration> {
+        let until = self.not_before.into_iter().chain(self.quiet_until).max();
+        until.and_then(|until| until.checked_duration_since(now)).filter(|left| !left.is_zero())
     }
 
     /// A shell could not be made: whoever waits for it, and for no other, is told. Without

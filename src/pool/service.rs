@@ -38,6 +38,8 @@ use protocol::Answer;
 
 /// Connections at a time.
 const MAX_CLIENTS: usize = 1024;
+/// How often a service that drains looks whether its last VM is gone, in milliseconds.
+const LOOK: u8 = 20;
 /// How long VMs may take to end with the service.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -135,7 +137,10 @@ impl Shared {
             let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut fds =
                 [watch(listener.as_fd()), watch(signals.as_fd()), watch(self.bell.as_fd())];
-            match poll(&mut fds, PollTimeout::NONE) {
+            // The end of the last VM does not ring.
+            let draining = self.draining.load(Ordering::Acquire);
+            let limit = if draining { PollTimeout::from(LOOK) } else { PollTimeout::NONE };
+            match poll(&mut fds, limit) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(e) => return Err(system("waiting for clients")(e.into())),
             }

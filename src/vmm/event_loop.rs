@@ -602,6 +602,9 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Some(refused) = self.0.refuse_unclaimed(&request) {
+            return Response::Now(refused);
+        }
         if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
             return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }

@@ -19,7 +19,7 @@ use nix::sys::epoll::Epoll;
 use super::event_loop::{Flow, ON, Vm};
 use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
 use super::{VmEnd, VmmError};
-use crate::control::protocol::Reply;
+use crate::control::protocol::{Reply, Request};
 use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
 use crate::remedy::{Remedy, chain};
 use crate::snapshot::format::{PAGE, SnapshotId};
@@ -221,6 +221,16 @@ impl Vm {
             return Flow::Break(Ok(VmEnd::Stopped));
         }
         ON
+    }
+
+    /// A machine that is nobody's yet can be looked at, and ended, and that is all.
+    pub(super) fn refuse_unclaimed(&self, request: &Request) -> Option<Reply> {
+        let shell = self.shell.as_ref()?;
+        let looks = matches!(request, Request::Stats | Request::Ps | Request::Stop);
+        let refused = !looks && !matches!(shell.stage, Waiting::Claimed);
+        refused.then(|| {
+            Reply::error("the VM waits in a pool and is nobody's yet", Some("claim one first"))
+        })
     }
 
     /// Becomes somebody's VM, and runs.

@@ -391,14 +391,17 @@ fn the_books_balance_whatever_fails() {
         let limits = Limits { memory: 9, ..limits(2, 4, 5) };
         let (pool, knobs) = pool_with(limits, release);
         knobs.slow_us.store(300, Ordering::SeqCst);
-        let stop = AtomicBool::new(false);
+        let (stop, calm) = (AtomicBool::new(false), AtomicBool::new(false));
         let answers = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for thread in 0..8u64 {
-                let (pool, stop, answers) = (&pool, &stop, &answers);
+                let (pool, stop, calm, answers) = (&pool, &stop, &calm, &answers);
                 scope.spawn(move || {
                     let mut n = thread;
                     while !stop.load(Ordering::Relaxed) {
+                        while calm.load(Ordering::Relaxed) {
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
                         n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                         let patience = Duration::from_micros(n >> 40 & 0xfff);
                         let result = claim(pool, patience);
@@ -422,8 +425,11 @@ fn the_books_balance_whatever_fails() {
                 knobs.reset_fails.store(n % 4 == 0, Ordering::SeqCst);
                 let last = pool.stats().books.started;
                 knobs.dead.lock().unwrap().insert(last + 1);
-                std::thread::sleep(Duration::from_millis(3));
+                // Now and then the refill has time to get ahead.
+                calm.store(n % 32 == 0, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(if n % 32 == 0 { 40 } else { 3 }));
             }
+            calm.store(false, Ordering::Relaxed);
             stop.store(true, Ordering::Relaxed);
         });
         let books = pool.stats().books;

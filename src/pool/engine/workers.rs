@@ -44,15 +44,15 @@ fn make<F: Factory>(inner: &Inner<F>) {
             if state.is_over() {
                 return;
             }
-            state = match state.not_before.and_then(|at| at.checked_duration_since(now)) {
-                Some(pause) if !pause.is_zero() => {
+            state = match state.refill_waits(now) {
+                Some(pause) => {
                     inner
                         .making
                         .wait_timeout(state, pause)
                         .unwrap_or_else(PoisonError::into_inner)
                         .0
                 }
-                _ => inner.making.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => inner.making.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
             continue;
         }

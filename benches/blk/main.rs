@@ -11,6 +11,7 @@
 //! cargo bench --bench blk -- --json         JSON instead of the table
 //! cargo bench --bench blk -- --dir DIR      the file in DIR instead of in memory
 //! cargo bench --bench blk -- --rounds N
+//! cargo bench --bench blk -- --only WORD    only machines whose name has this in it
 //! cargo bench --bench blk -- read 'depth 1,'   only rows whose name has one of these
 //! ```
 
@@ -52,6 +53,7 @@ const LIMITS: [(&str, &str, f64, Workload); 2] = [
 #[cfg_attr(test, allow(dead_code))] // the test that keeps this working has its own start
 fn main() {
     let (mut smoke, mut json, mut dir, mut rounds, mut words) = (false, false, None, None, vec![]);
+    let mut only = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -60,6 +62,7 @@ fn main() {
             "--json" => json = true,
             "--dir" => dir = args.next().map(PathBuf::from),
             "--rounds" => rounds = args.next().and_then(|n| n.parse().ok()),
+            "--only" => only = args.next(),
             other if other.starts_with('-') => panic!("unknown option {other}"),
             _ => words.push(arg),
         }
@@ -69,6 +72,10 @@ fn main() {
     extent
         .work
         .retain(|w| words.is_empty() || words.iter().any(|word| (w.name() + ",").contains(word)));
+    if let Some(only) = only {
+        extent.machines.retain(|machine| machine.name().contains(&only));
+        extent.limit_seconds = 0.0;
+    }
     let frequency = cpu::frequency();
     let report = run(&extent, dir, frequency, !json);
     if json {

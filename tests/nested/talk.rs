@@ -15,6 +15,7 @@
 //! | `run COMMAND` | at a shell's prompt: type COMMAND, wait for its end; its status must be 0 |
 //! | `answer TEXT` | the last `run` printed TEXT, blanks around it aside |
 //! | `keep NAME` | what the last `run` printed is called NAME from now on |
+//! | `until PATH` | wait for the file PATH to be there, on this side |
 //! | `end STATUS` | wait for the program to end with STATUS |
 //!
 //! Exit status: 0 when the whole script was followed, else 1, after one line that says why.
@@ -23,6 +24,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -109,6 +111,7 @@ fn talk(arguments: &Arguments) -> Fallible<()> {
                 names.insert(rest.into(), peer.last_output.trim().into());
                 Ok(())
             }
+            "until" => peer.until(Path::new(rest)),
             "end" => rest.parse().map_err(Into::into).and_then(|status| peer.end(status)),
             _ => Err("not a step that is known".into()),
         };
@@ -217,6 +220,20 @@ impl Peer {
             return Err(format!("the command's status is {status}").into());
         }
         self.expect("# ")?;
+        Ok(())
+    }
+
+    fn until(&mut self, path: &Path) -> Fallible<()> {
+        let deadline = Instant::now() + self.limit;
+        while !path.exists() {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("the program ended with {status} meanwhile").into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("it is not there after {:?}", self.limit).into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
         Ok(())
     }
 

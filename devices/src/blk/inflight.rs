@@ -7,16 +7,17 @@
 //! |---|---|---|---|---|
 //! | 8 | features: none | | 1 | in flight, or not |
 //! | 2 | version: 1; 0 before it is used | | 5 | |
-//! | 2 | entries | | 2 | next of a batch: unused, a batch is one request |
+//! | 2 | entries | | 2 | the one before in its batch |
 //! | 2 | head of the last batch | | 8 | counter |
 //! | 2 | used index | | | |
 //!
 //! **Taking** a chain writes the counter, then the mark, and only then is the request
-//! looked at. **Giving back** writes the head, publishes the used entry and the used
-//! index, clears the mark, and writes the used index here. Whoever finds the record
-//! after a death between any two of these steps sees either that the answer was not
-//! published, and carries the request out (again), or that it was, and clears the mark.
-//! So an answer appears exactly once.
+//! looked at. **Giving back** a batch writes the used entries and links their requests,
+//! writes the last one's head, publishes the used index, clears the marks, and writes the
+//! used index here. Whoever finds the record after a death between any two of these steps
+//! sees either that the answers were not published, and carries the requests out (again),
+//! or that they were, by how far the used index has come, and clears the marks along the
+//! links. So an answer appears exactly once.
 //!
 //! What is found is not to be believed: it may be another front end's, or a process's
 //! that a guest had taken over. Every figure is bounded before it is used.
@@ -237,7 +238,7 @@ impl Record {
             let (version, entries) = (header.version, header.entries);
             return Err(InflightError::Header { version, entries, ring });
         }
-        // A batch is one request here, and not a whole ring anywhere.
+        // A batch is no more than a ring full.
         let published = used.wrapping_sub(header.used);
         if published > ring {
             return Err(InflightError::Used { used, recorded: header.used });
@@ -337,19 +338,32 @@ impl Tracker {
         crash::point();
     }
 
-    /// The answer of a chain is published next.
+    /// The used entry of a chain is written; it is shown together with that of `before`.
+    #[inline]
+    pub fn join(&self, head: u16, before: Option<u16>) {
+        if let Some(before) = before {
+            self.record.mark(head).store(1 | u64::from(before) << 48, Ordering::Release);
+        }
+        crash::point();
+    }
+
+    /// The answers of a batch, whose last is `head`'s, are published next.
+    #[inline]
     pub fn publishing(&self, head: u16) {
         self.show(head);
         crash::point();
     }
 
-    /// It was, and `used` is the used index since then.
-    pub fn published(&mut self, head: u16, used: u16) {
+    /// They were, and `used` is the used index since then.
+    #[inline]
+    pub fn published(&mut self, batch: &[u16], used: u16) {
         crash::point();
-        self.record.mark(head).store(0, Ordering::Release);
-        crash::point();
+        for head in batch {
+            self.record.mark(*head).store(0, Ordering::Release);
+            crash::point();
+        }
         self.used = used;
-        self.show(head);
+        self.show(batch.last().copied().unwrap_or(0));
         crash::point();
     }
 

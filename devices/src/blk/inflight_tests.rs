@@ -95,6 +95,8 @@ enum Step {
     PutBack,
     /// Answers one of those held.
     Push(usize),
+    /// Shows what was answered.
+    Publish,
     Reap,
 }
 
@@ -104,6 +106,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::Pop),
         1 => Just(Step::PutBack),
         4 => (0usize..8).prop_map(Step::Push),
+        2 => Just(Step::Publish),
         1 => Just(Step::Reap),
     ]
 }
@@ -134,6 +137,7 @@ fn serve(driver: &mut Driver<'_>, ring: &mut Ring<'_>, steps: &[Step], order: &m
                 ring.push_used(head, 0).expect("push");
             }
             Step::Push(_) => {}
+            Step::Publish => ring.publish().expect("publish"),
             Step::Reap => driver.reap(),
         }
     }
@@ -175,6 +179,7 @@ fn live_and_die(start: u16, lives: &[(Vec<Step>, u32)]) {
     while let Some(chain) = ring.pop().expect("pop") {
         ring.push_used(chain.head_index(), 0).expect("push");
     }
+    ring.publish().expect("publish");
     driver.reap();
     assert!(driver.answers.iter().all(|n| *n == 1), "{:?}", driver.answers);
     assert_eq!(ring.next_avail(), driver.avail);
@@ -185,7 +190,7 @@ fn live_and_die(start: u16, lives: &[(Vec<Step>, u32)]) {
 /// A death between any two steps of every operation, and another one in the life after it.
 #[test]
 fn every_answer_appears_once_wherever_a_process_dies() {
-    use Step::{Pop, Push, PutBack, Reap, Submit};
+    use Step::{Pop, Publish, Push, PutBack, Reap, Submit};
     let story = vec![
         Submit,
         Submit,
@@ -194,6 +199,7 @@ fn every_answer_appears_once_wherever_a_process_dies() {
         Pop,
         Pop,
         Push(1),
+        Publish,
         Pop,
         PutBack,
         Submit,
@@ -201,13 +207,17 @@ fn every_answer_appears_once_wherever_a_process_dies() {
         Pop,
         Push(1),
         Push(0),
+        Publish,
         Submit,
         Submit,
         Pop,
         Push(0),
+        Reap,
+        Publish,
         Pop,
     ];
-    // The pops write at 2 places, the pushes at 4, putting back at 1, each start at some.
+    // The pops write at 2 places, the pushes at 1, publishing at 3 and 1 a request, putting
+    // back at 1, each start at some.
     for first in 0..60 {
         for second in 0..30 {
             live_and_die(0xfffd, &[(story.clone(), first), (story.clone(), second)]);
@@ -261,6 +271,7 @@ proptest! {
             let Ok(Some(chain)) = ring.pop() else { break };
             prop_assert!(chain.head_index() < SIZE);
             ring.push_used(chain.head_index(), 0).expect("push");
+            ring.publish().expect("publish");
         }
         // Whatever was there, a ring that was served under it can be again.
         if ring.pop().is_ok() {
@@ -284,6 +295,7 @@ fn what_was_left_comes_first_and_in_its_order() {
     assert_eq!(heads(&mut ring), [0, 1, 2, 3, 4]);
     ring.push_used(1, 0).expect("push");
     ring.push_used(3, 0).expect("push");
+    ring.publish().expect("publish");
     driver.reap();
     driver.submit(); // descriptor 3 again, behind the others
     driver.submit();

@@ -47,6 +47,7 @@ mod inflight;
 mod memory;
 mod overlay;
 mod poll;
+mod prefetch;
 mod quiesce;
 mod request;
 mod ring;

@@ -1,44 +1,52 @@
 //! How long a worker looks at its ring before it sleeps.
+//!
+//! Looking pays where the next request comes within the window: nobody has to be woken for
+//! it. Where the driver itself sleeps until it is interrupted, it hardly ever does, and
+//! every look is CPU time taken from the guest. So a worker whose looks were in vain a few
+//! times in a row leaves them out for a while, which doubles until one pays again.
 
 use std::time::Duration;
 
-/// What a sleep and a wake-up by another process cost, so that a driver that
-/// answers at once is seen to have been worth waiting for.
-const WAKE_UP: Duration = Duration::from_micros(50);
-/// Where a window that had been closed starts again.
-const FIRST: Duration = Duration::from_micros(4);
+/// Vain looks in a row after which some are left out.
+const VAIN: u32 = 4;
+/// Looks left out at first, and at most.
+const PAUSE: (u32, u32) = (8, 256);
 
-/// An adaptive window between nothing and a limit: it grows while requests come
-/// soon after the last one, and shrinks when they do not.
+/// A window that is open where it pays.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PollWindow {
     limit: Duration,
-    now: Duration,
+    vain: u32,
+    /// Looks to leave out before the next.
+    skip: u32,
+    /// Looks to leave out when it is in vain again.
+    pause: u32,
 }
 
 impl PollWindow {
-    /// A window that is fully open at first; `limit` zero means never to poll.
+    /// A window that is open at first; `limit` zero means never to poll.
     pub fn new(limit: Duration) -> PollWindow {
-        PollWindow { limit, now: limit }
+        PollWindow { limit, vain: 0, skip: 0, pause: PAUSE.0 }
     }
 
     /// How long to poll now.
     pub fn length(&self) -> Duration {
-        self.now
+        if self.skip > 0 { Duration::ZERO } else { self.limit }
     }
 
-    /// Learns that the next request came `idle` after the last one was done.
-    pub fn observe(&mut self, idle: Duration) {
-        if idle <= self.now {
-            return;
-        }
-        self.now = if idle <= self.limit + WAKE_UP {
-            (self.now * 2).clamp(FIRST, self.limit.max(FIRST)).min(self.limit)
-        } else if self.now <= FIRST {
-            Duration::ZERO
+    /// Learns whether a request came within the window.
+    pub fn observe(&mut self, came: bool) {
+        if self.skip > 0 {
+            self.skip -= 1;
+        } else if came {
+            *self = PollWindow::new(self.limit);
         } else {
-            self.now / 2
-        };
+            self.vain += 1;
+            if self.vain >= VAIN {
+                self.skip = self.pause;
+                self.pause = (self.pause * 2).min(PAUSE.1);
+            }
+        }
     }
 }
 
@@ -48,34 +56,43 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_micros(32);
 
+    /// How often it looks, of so many waits that end in or after the window.
+    fn looks(window: &mut PollWindow, waits: u32, came: bool) -> u32 {
+        let look = |_| {
+            let looked = !window.length().is_zero();
+            window.observe(came && looked);
+            u32::from(looked)
+        };
+        (0..waits).map(look).sum()
+    }
+
     #[test]
-    fn a_slow_driver_closes_the_window_and_a_fast_one_opens_it() {
+    fn it_looks_as_long_as_that_pays() {
         let mut window = PollWindow::new(LIMIT);
-        assert_eq!(window.length(), LIMIT);
-        window.observe(Duration::from_micros(20));
-        assert_eq!(window.length(), LIMIT);
-        window.observe(Duration::from_millis(5));
-        assert_eq!(window.length(), LIMIT / 2);
-        for _ in 0..8 {
-            window.observe(Duration::from_millis(5));
+        assert_eq!(looks(&mut window, 1000, true), 1000);
+        // A few that come late do not close it.
+        for _ in 0..100 {
+            assert_eq!(looks(&mut window, VAIN - 1, false), VAIN - 1);
+            assert_eq!(looks(&mut window, 1, true), 1);
         }
-        assert_eq!(window.length(), Duration::ZERO);
-        // Just missed: it came while the worker was falling asleep.
-        for _ in 0..8 {
-            window.observe(Duration::from_micros(60));
-        }
-        assert_eq!(window.length(), LIMIT);
+    }
+
+    #[test]
+    fn in_vain_it_looks_less_and_less_and_never_gives_up() {
+        let mut window = PollWindow::new(LIMIT);
+        assert_eq!(looks(&mut window, 20, false), VAIN + 1);
+        looks(&mut window, 2000, false);
+        let seldom = looks(&mut window, 2570, false);
+        assert_eq!(seldom, 10, "one look in 257");
+        // It is open again as soon as one pays.
+        let waits = (0..).take_while(|_| looks(&mut window, 1, true) == 0).count();
+        assert!(waits <= 256, "{waits}");
+        assert_eq!(looks(&mut window, 100, true), 100);
     }
 
     #[test]
     fn no_limit_no_polling() {
         let mut window = PollWindow::new(Duration::ZERO);
-        window.observe(Duration::from_nanos(1));
-        assert_eq!(window.length(), Duration::ZERO);
-        // A limit below the first step holds too.
-        let mut window = PollWindow::new(Duration::from_micros(1));
-        window.observe(Duration::from_millis(1));
-        window.observe(Duration::from_micros(2));
-        assert_eq!(window.length(), Duration::from_micros(1));
+        assert_eq!(looks(&mut window, 100, true), 0);
     }
 }

@@ -4,13 +4,18 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::Chain;
 use super::config::QUEUE_SIZE;
 use super::inflight::{InflightError, Record, Tracker};
+use super::prefetch::prefetch;
 use super::view::View;
+
+/// Most chains that are looked ahead to.
+const AHEAD: usize = 8;
 
 /// Where the parts of a ring are, and where to go on in it.
 #[derive(Clone, Debug)]
@@ -100,6 +105,10 @@ pub(super) struct Ring<'m> {
     tracker: Option<Tracker>,
     /// Chains that a process before this one took and did not answer, the first last.
     unfinished: Vec<u16>,
+    /// Chains whose used entries are written, and that the used index does not cover yet.
+    batch: Vec<u16>,
+    /// The used index when the driver was last thought of.
+    announced: u16,
     /// The chain taken last.
     last: Taken,
     /// A chain was seen to be available and not taken yet.
@@ -137,7 +146,9 @@ impl<'m> Ring<'m> {
         for slice in memory.slices(layout.used, 6 + 8 * usize::from(layout.size)).flatten() {
             memory.will_write(&slice);
         }
-        Ok(Ring { memory, queue, tracker, unfinished, last: Taken::Nothing, promised: false })
+        let (batch, last) = (Vec::with_capacity(usize::from(layout.size)), Taken::Nothing);
+        let (announced, promised) = (used, false);
+        Ok(Ring { memory, queue, tracker, unfinished, batch, announced, last, promised })
     }
 
     /// First available entry not taken yet.
@@ -163,6 +174,37 @@ impl<'m> Ring<'m> {
         let idx =
             self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(RingError::Poisoned)?;
         Ok(idx.0 != self.queue.next_avail() || !self.unfinished.is_empty())
+    }
+
+    /// Begins to fetch what the next chains start with, up to [`AHEAD`] of them, all at
+    /// once. Nothing that is read here is used for anything else.
+    #[inline]
+    pub fn look_ahead(&self, chains: u16) {
+        let (size, next) = (self.queue.size(), self.queue.next_avail());
+        let (heads, table) = (self.queue.avail_ring() + 4, self.queue.desc_table());
+        let chains = usize::from(chains).min(AHEAD);
+        let mut found = [const { None }; AHEAD];
+        for (n, found) in found.iter_mut().enumerate().take(chains) {
+            let entry = u64::from(next.wrapping_add(n as u16) % size);
+            let head = self.memory.load::<u16>(GuestAddress(heads + 2 * entry), Ordering::Relaxed);
+            let Ok(head) = head.map(u16::from_le) else { return };
+            if head < size {
+                let at = GuestAddress(table + 16 * u64::from(head));
+                *found = self.memory.read_obj::<Descriptor>(at).ok();
+            }
+        }
+        // The table of an indirect one, else the header of the request.
+        let first = |descriptor: &Descriptor| self.memory.slices(descriptor.addr(), 16).next();
+        found.iter().flatten().filter_map(first).flatten().for_each(|slice| prefetch(&slice));
+        for table in found.iter().flatten().filter(|d| d.refers_to_indirect_table()) {
+            let header = self.memory.read_obj::<Descriptor>(table.addr()).ok();
+            header
+                .as_ref()
+                .and_then(first)
+                .into_iter()
+                .flatten()
+                .for_each(|slice| prefetch(&slice));
+        }
     }
 
     /// Takes the next chain: one that was left unfinished, or else the next available.
@@ -211,30 +253,70 @@ impl<'m> Ring<'m> {
         }
     }
 
-    /// Gives the chain that starts at `head` back; the driver sees it at once.
+    /// Gives the chain that starts at `head` back. The driver sees it after
+    /// [`Ring::publish`]: it looks at the used index while it waits, and every change of
+    /// that takes the line from its CPU and brings it back.
+    #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        if head >= self.queue.size() {
+            return Err(RingError::Poisoned(virtio_queue::Error::InvalidDescriptorIndex));
+        }
+        // More than a ring full is no batch.
+        if self.batch.len() >= usize::from(self.queue.size()) {
+            self.publish()?;
+        }
+        let slot = self.queue.next_used().wrapping_add(self.batch.len() as u16) % self.queue.size();
+        let at = self.used(4 + 8 * u64::from(slot))?;
+        // Number, then length.
+        let entry = u64::from(head) | u64::from(len) << 32;
+        self.memory.write_obj(entry.to_le(), at).map_err(RingError::Access)?;
         if let Some(tracker) = &self.tracker {
-            tracker.publishing(head);
+            tracker.join(head, self.batch.last().copied());
         }
-        self.queue.add_used(self.memory, head, len).map_err(RingError::Poisoned)?;
-        if let Some(tracker) = &mut self.tracker {
-            tracker.published(head, self.queue.next_used());
-        }
+        self.batch.push(head);
         Ok(())
     }
 
-    /// Whether the driver wants an interrupt for what was given back since the last call.
-    pub fn wants_interrupt(&mut self) -> Result<bool, RingError> {
-        if self.queue.event_idx_enabled() {
-            return self.queue.needs_notification(self.memory).map_err(RingError::Poisoned);
+    /// Shows the driver what was given back since the last time, all at once.
+    #[inline]
+    pub fn publish(&mut self) -> Result<(), RingError> {
+        let Some(&last) = self.batch.last() else { return Ok(()) };
+        let used = self.queue.next_used().wrapping_add(self.batch.len() as u16);
+        let index = self.used(2)?;
+        if let Some(tracker) = &self.tracker {
+            tracker.publishing(last);
         }
-        // The used index must be visible before the flag is read.
+        self.memory.store(used.to_le(), index, Ordering::Release).map_err(RingError::Access)?;
+        self.queue.set_next_used(used);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(&self.batch, used);
+        }
+        self.batch.clear();
+        Ok(())
+    }
+
+    /// A place in the used ring, all of which is in guest memory.
+    fn used(&self, offset: u64) -> Result<GuestAddress, RingError> {
+        let at = self.queue.used_ring().checked_add(offset);
+        at.map(GuestAddress).ok_or(RingError::Access(GuestMemoryError::GuestAddressOverflow))
+    }
+
+    /// Whether the driver wants an interrupt for what was published since the last call.
+    pub fn wants_interrupt(&mut self) -> Result<bool, RingError> {
+        // The used index must be visible before it is read what the driver wants.
         fence(Ordering::SeqCst);
-        let flags = self
-            .memory
-            .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(RingError::Access)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let load = |at| self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed);
+        let avail = self.queue.avail_ring();
+        if self.queue.event_idx_enabled() {
+            // Its index is one of those published since (virtio 1.2, 2.7.7.1).
+            let at = avail + 4 + 2 * u64::from(self.queue.size());
+            let event = u16::from_le(load(at).map_err(RingError::Access)?);
+            let used = self.queue.next_used();
+            let before = std::mem::replace(&mut self.announced, used);
+            return Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before));
+        }
+        let flags = u16::from_le(load(avail).map_err(RingError::Access)?);
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver for no kicks: the ring is being looked at anyway.
@@ -412,8 +494,16 @@ mod tests {
         memory.write_obj(5u16, GuestAddress(USED.0 + 2)).expect("write");
         let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         ring.push_used(3, 77).expect("used");
-        assert_eq!(read(0) >> 16, 6);
+        ring.push_used(1, 78).expect("used");
+        assert_eq!(read(0) >> 16, 5, "nothing is shown before all is");
+        ring.publish().expect("publish");
+        assert_eq!(read(0) >> 16, 7);
         assert_eq!((read(4 + 8 * 5), read(4 + 8 * 5 + 4)), (3, 77));
+        assert_eq!((read(4 + 8 * 6), read(4 + 8 * 6 + 4)), (1, 78));
+        // A batch is no longer than the ring, whatever the driver made available.
+        (0..20).for_each(|_| ring.push_used(2, 1).expect("used"));
+        assert_eq!(read(0) >> 16, 7 + 16);
+        assert!(ring.push_used(16, 0).is_err(), "there is no such descriptor");
     }
 
     #[test]
@@ -423,6 +513,7 @@ mod tests {
         let queue = MockSplitQueue::new(&memory, 16);
         let mut ring = Ring::new(&view, &layout(&queue, false)).expect("ring");
         ring.push_used(0, 0).expect("used");
+        ring.publish().expect("publish");
         assert!(ring.wants_interrupt().expect("flags"));
         memory.write_obj(VRING_AVAIL_F_NO_INTERRUPT as u16, queue.avail_addr()).expect("write");
         assert!(!ring.wants_interrupt().expect("flags"));
@@ -437,9 +528,13 @@ mod tests {
         let used_event = GuestAddress(queue.avail_addr().0 + 4 + 2 * 16);
         memory.write_obj(1u16, used_event).expect("write");
         ring.push_used(0, 0).expect("used");
+        ring.publish().expect("publish");
         assert!(!ring.wants_interrupt().expect("index"));
         ring.push_used(1, 0).expect("used");
-        assert!(ring.wants_interrupt().expect("index"));
+        assert!(!ring.wants_interrupt().expect("not published"));
+        ring.push_used(2, 0).expect("used");
+        ring.publish().expect("publish");
+        assert!(ring.wants_interrupt().expect("within the batch"));
         assert!(!ring.wants_interrupt().expect("nothing new"));
     }
 

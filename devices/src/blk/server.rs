@@ -180,6 +180,7 @@ impl Queue {
                 let _ = self.reap(&mut service);
                 service.engine.wait()?;
             }
+            let _ = service.ring.publish();
         }
         end
     }
@@ -198,6 +199,7 @@ impl Queue {
             }
             service.engine.submit()?;
             self.reap(service)?;
+            service.ring.publish()?;
             if std::mem::take(&mut service.answered) {
                 service.unsaid += 1;
                 if service.unsaid >= ROUNDS || !service.ring.has_work()? {
@@ -239,6 +241,9 @@ impl Queue {
         let available = service.ring.available()?;
         // At least one look: it is by taking chains that a broken ring is found out.
         let most = service.engine.together(available).clamp(1, service.ring.size());
+        if most > 1 {
+            service.ring.look_ahead(most);
+        }
         for _ in 0..most {
             if !service.engine.has_room() || self.stopping() {
                 return Ok(());
@@ -369,20 +374,18 @@ impl Queue {
         service: &mut Service<'m, E>,
         window: &mut PollWindow,
     ) -> Result<(), End> {
-        let since = (!self.poll.is_zero()).then(Instant::now);
-        if let Some(since) = since
-            && self.poll(service, since + window.length())?
-        {
-            return Ok(());
+        if !self.poll.is_zero() {
+            let came = self.poll(service, Instant::now() + window.length())?;
+            window.observe(came);
+            if came {
+                return Ok(());
+            }
         }
         if !service.ring.request_kicks()? && !service.engine.arm() {
             self.sleep();
         }
         service.engine.disarm();
         service.ring.suppress_kicks()?;
-        if let Some(since) = since {
-            window.observe(since.elapsed());
-        }
         Ok(())
     }
 

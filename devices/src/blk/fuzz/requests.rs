@@ -184,6 +184,7 @@ impl<'m> Device<'_, 'm> {
                 };
                 let used = self.load(self.layout.used.0 + 2);
                 ring.push_used(head, len)?;
+                ring.publish()?;
                 self.check_used(used, head, len);
             }
             ring.wants_interrupt()?;

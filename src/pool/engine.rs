@@ -132,6 +132,8 @@ struct Waiter<F: Factory> {
     ticket: u64,
     /// Whether they came just now.
     fresh: bool,
+    /// Whether they go before those who came earlier.
+    first: bool,
     answer: SyncSender<Answer<F>>,
 }
 
@@ -161,6 +163,8 @@ struct State<F: Factory> {
     closed: bool,
     next_id: u64,
     next_ticket: u64,
+    /// Of whoever was served last, in their turn.
+    last_ticket: u64,
     /// Makings that failed, one after the other, and until when the refill waits.
     failures: u32,
     not_before: Option<Instant>,
@@ -206,6 +210,7 @@ impl<F: Factory> Engine<F> {
             closed: false,
             next_id: 1,
             next_ticket: 1,
+            last_ticket: 0,
             failures: 0,
             not_before: None,
             quiet_until: None,
@@ -372,6 +377,14 @@ impl<F: Factory> State<F> {
             }
             let Some(waiter) = self.waiting.pop_front() else { break };
             self.book(if waiter.fresh { Change::Hit } else { Change::Miss }, limits);
+            if !waiter.first {
+                let last = std::mem::replace(&mut self.last_ticket, waiter.ticket);
+                let turn = match last < waiter.ticket {
+                    true => Ok(()),
+                    false => Err(format!("claim {} comes after {last}", waiter.ticket)),
+                };
+                self.report(turn);
+            }
             // Not put off again and again by claims that follow one another.
             let now = Instant::now();
             if self.quiet_until.is_none_or(|until| until + QUIET < now) {

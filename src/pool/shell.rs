@@ -24,7 +24,7 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long a claim or a reset may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// How long one may take to end by itself.
-const END_LIMIT: Duration = Duration::from_secs(4);
+const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// A shell that is none, or did not become a VM.
 #[derive(Debug, thiserror::Error)]

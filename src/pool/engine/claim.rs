@@ -86,7 +86,7 @@ impl<F: Factory> Engine<F> {
             let ticket = state.next_ticket;
             state.next_ticket += 1;
             state.book(Change::Claimed, &inner.options.limits);
-            let waiter = Waiter { ticket, fresh: true, answer: send };
+            let waiter = Waiter { ticket, fresh: true, first: wish.first, answer: send };
             match wish.first {
                 true => state.waiting.push_front(waiter),
                 false => state.waiting.push_back(waiter),

@@ -1,7 +1,7 @@
 //! One of many that wake up in the same moment: what it is told, and what it writes, is its own.
 #![allow(unsafe_code)] // reads the metadata at its address
 
-use crate::arch::cpu::out8;
+use crate::arch::cpu::{self, out8};
 use crate::boot::Boot;
 use crate::console;
 use crate::exit;
@@ -43,6 +43,8 @@ pub fn run(boot: &Boot) {
     let blocks = boot.cmdline.number("blocks", 64);
     let memory = heap.bytes((boot.cmdline.number("mib", 1) << 20) as usize, PAGE);
     write(memory, disk.as_mut(), options, blocks, NOBODY);
+    // A clone that waits costs nothing.
+    console::enable_interrupt();
     say!("clone: ready");
     out8(READINESS_PORT, PRE_EXEC);
 
@@ -59,7 +61,7 @@ pub fn run(boot: &Boot) {
         own = NOBODY;
     }
     loop {
-        match console::poll() {
+        match console::wait() {
             Some(b'q') => break,
             Some(b'c') => {
                 check(memory, disk.as_mut(), options, blocks, own);
@@ -75,6 +77,7 @@ pub fn run(boot: &Boot) {
             _ => {}
         }
     }
+    cpu::interrupts_on();
 }
 
 /// Prints the metadata; returns a random number of it.

@@ -79,6 +79,7 @@ fn stats(paused: bool) -> Stats {
         state,
         epoch: 0,
         uptime_us: 1_500_000,
+        phases: Vec::new(),
         memory: 64 << 20,
         vcpus: vec![VcpuStats { id: 0, state, exits: None }],
         disks: vec![DiskStats {

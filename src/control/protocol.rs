@@ -256,9 +256,21 @@ pub struct Stats {
     pub disks: Vec<DiskStats>,
     /// The serial lines.
     pub serials: Vec<SerialStats>,
+    /// What the start of the VM, or its restore, went through before the guest ran.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub phases: Vec<Phase>,
     /// Where programs attach; absent where they cannot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugin_socket: Option<PathBuf>,
+}
+
+/// A part of a start or a restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// Its name: `open`, `ask`, `machine`, `guest`, `jails`, `threads`, `state`, `run`.
+    pub phase: String,
+    /// When it was over, in microseconds from the beginning of the first.
+    pub done_us: u64,
 }
 
 /// One vCPU.

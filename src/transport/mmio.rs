@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use self::freeze::FreezeError;
+pub use self::freeze::{FreezeError, Loading};
 use self::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers};
 pub use self::registers::{QueueState, TransportState};
 use super::front_end::{

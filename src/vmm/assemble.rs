@@ -8,7 +8,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
@@ -17,14 +16,16 @@ use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
 use cellblock_seccomp::{filter, jail, spawner, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmmError;
 use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
+use super::hardware::{Hardware, Made};
 use super::hold::Hold;
 use super::notice::Notifier;
+use super::phases::Phases;
 use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::signals::Signals;
@@ -59,7 +60,7 @@ const CONSOLE_BUFFER: u32 = 1 << 20;
 
 /// What a machine is made of, open.
 pub(super) struct Parts {
-    pub(super) started: Instant,
+    pub(super) phases: Phases,
     pub(super) spawner: Spawner,
     pub(super) signals: Signals,
     pub(super) common: Common,
@@ -67,9 +68,7 @@ pub(super) struct Parts {
     pub(super) disks: Vec<Backing>,
     pub(super) control: Option<ControlServer>,
     pub(super) console: OpenedConsole,
-    pub(super) kvm: Kvm,
-    pub(super) model: CpuModel,
-    pub(super) host: Host,
+    pub(super) hardware: Hardware,
     pub(super) ram: GuestRam,
     /// Deaths of its process by which a device fails.
     pub(super) max_deaths: u16,
@@ -87,7 +86,7 @@ pub(super) struct Parts {
 ///
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
 pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
-    let started = Instant::now();
+    let mut phases = Phases::begin();
     let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
     let plan = config.plugin.as_ref().map(plan).transpose()?;
     let (spawner, signals) = begin(&config.serial, &config.disks, plan)?;
@@ -97,6 +96,8 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
+    let ram = GuestRam::new(config.memory)?;
+    let hardware = Hardware::begin(kvm::open()?, config.cpus.into(), &ram)?;
     let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
     let mut triggers = None;
     let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
@@ -110,10 +111,6 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         let resources = std::mem::take(&mut config.snapshot);
         triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
     }
-    let kvm = kvm::open()?;
-    let model = CpuModel::new(&kvm, config.cpus)?;
-    let host = Host::new(&kvm, &model)?;
-    let ram = GuestRam::new(config.memory)?;
     let guests = Guests::open(&config, &ram)?;
     let common = Common {
         seccomp: config.seccomp,
@@ -123,8 +120,9 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         writes: Some(write_logs(ram.len())),
     };
     let specs = std::mem::take(&mut config.disks);
+    phases.end("open");
     let parts = Parts {
-        started,
+        phases,
         spawner,
         signals,
         common,
@@ -132,9 +130,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         disks,
         control,
         console,
-        kvm,
-        model,
-        host,
+        hardware,
         ram,
         max_deaths: config.max_deaths,
         hold,
@@ -143,7 +139,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         confine_later: false,
     };
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
-    let mut vm = build(parts, |machine, model, slots| {
+    let mut vm = build(parts, |machine, model, _, slots| {
         let ram = machine.ram();
         let rsdp = acpi::write(ram, model.cpus(), slots)?;
         let cmdline = [config.cmdline.as_str(), &layout::cmdline_words(slots)].join(" ");
@@ -170,10 +166,10 @@ pub(super) fn begin(
 /// threads. What its vCPUs and its memory are, `guest` sets up meanwhile.
 pub(super) fn build(
     parts: Parts,
-    guest: impl FnOnce(&Machine, &CpuModel, &[VirtioSlot]) -> Result<Vec<VcpuFd>, VmmError>,
+    guest: impl FnOnce(&Machine, &CpuModel, &Host, &[VirtioSlot]) -> Result<Vec<VcpuFd>, VmmError>,
 ) -> Result<Vm, VmmError> {
     let Parts {
-        started,
+        mut phases,
         mut spawner,
         signals,
         common,
@@ -181,9 +177,7 @@ pub(super) fn build(
         disks,
         control,
         console,
-        kvm,
-        model,
-        host,
+        hardware,
         ram,
         max_deaths,
         hold,
@@ -193,10 +187,10 @@ pub(super) fn build(
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
-    let snapshots = Snapshots::new(host, boot_id(), Tracker::new(logs));
+    let boot_id = boot_id();
 
     // Every cell is asked for, and its jail is built beside what follows.
-    let cpus = model.cpus();
+    let cpus = hardware.cpus;
     let com1 = SerialEnds::new()?;
     let mut serial = start_console(&mut spawner, common, &com1, &console)?;
     let mut starting = Vec::new();
@@ -217,6 +211,11 @@ pub(super) fn build(
         logging::tell(&note);
     }
 
+    phases.end("ask");
+    let Made { machine, model, host } = hardware.finish()?;
+    let machine = Arc::new(machine);
+    phases.end("machine");
+
     // From here on there are threads, each of which confines itself.
     if seccomp.is_some() {
         drop_privileges()?;
@@ -225,17 +224,19 @@ pub(super) fn build(
         disk.negotiate(&ram, move || confine(Policy::VmmDevice, seccomp))?;
     }
 
-    let machine = Arc::new(Machine::with_kvm(kvm, &ram)?);
     let slots: Vec<_> = (0..disks.len()).filter_map(layout::virtio_slot).collect();
-    let vcpu_fds = guest(&machine, &model, &slots)?;
+    let vcpu_fds = guest(&machine, &model, &host, &slots)?;
+    let snapshots = Snapshots::new(host, boot_id, Tracker::new(logs));
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
     let vmgenid = VmGenId::new(&machine)?;
     vmgenid.new_life(&ram, None, Vec::new())?;
 
+    phases.end("guest");
     // The two halves meet.
     let mut waiting = vec![&mut serial];
     waiting.extend(starting.iter_mut().filter_map(|disk| disk.cell.as_mut()));
     wait_ready(&mut waiting, &mut spawner)?;
+    phases.end("jails");
     guests.launch(&mut spawner)?;
     let starts_later = guests.has_owner();
     let kicks = Kicks::new(usize::from(cpus));
@@ -284,8 +285,9 @@ pub(super) fn build(
     if !confine_later {
         confine(Policy::VmmMain, seccomp)?;
     }
+    phases.end("threads");
     let vm = Vm {
-        started,
+        phases,
         machine,
         vmgenid: Some(vmgenid),
         ram,

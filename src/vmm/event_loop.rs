@@ -17,6 +17,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
+use super::phases::Phases;
 use super::shell::Shell;
 use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
@@ -42,7 +43,7 @@ use crate::vm::vmgenid::VmGenId;
 
 /// A machine that is ready to run, or runs.
 pub(super) struct Vm {
-    pub(super) started: Instant,
+    pub(super) phases: Phases,
     // Kept for as long as vCPUs run: their slots and lines hang off it.
     pub(super) machine: Arc<Machine>,
     /// None in a machine that is a plugin's.
@@ -224,11 +225,15 @@ impl Vm {
 
     pub(super) fn run_vcpus(&mut self) -> Result<(), VmmError> {
         self.vcpus.run()?;
+        self.phases.end("run");
+        if let Some(pager) = &self.pager {
+            pager.guest_runs();
+        }
         self.event(EventKind::Start);
         if let Some(triggers) = &mut self.triggers {
             triggers.begin();
         }
-        tracing::info!(after = ?self.started.elapsed(), "guest is running");
+        tracing::info!(after = ?self.phases.elapsed(), "guest is running");
         Ok(())
     }
 

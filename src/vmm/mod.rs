@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `assemble` | from a configuration to a machine that is ready to run |
+//! | `hardware` | the machine as KVM makes it |
 //! | `event_loop` | the main thread while the guest runs |
 //! | `requests` | what the control socket can ask for |
 //! | `plugin` | the plugin's end, and its grace |
@@ -17,11 +18,14 @@
 //! | `ports` | power, reset and marker ports |
 //! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
+//! | `phases` | how long each part of a start took |
 
 mod assemble;
 mod event_loop;
+mod hardware;
 mod hold;
 mod notice;
+mod phases;
 mod plugin;
 mod plugin_vm;
 mod plugins;

@@ -3,7 +3,6 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cellblock_devices::protocol::SeccompMode;
 use cellblock_seccomp::filter::{self, Policy};
@@ -13,6 +12,7 @@ use super::VmmError;
 use super::assemble::{confine, drop_privileges, vcpu_filter, write_logs};
 use super::event_loop::Vm;
 use super::notice::{Notice, Notifier};
+use super::phases::Phases;
 use super::signals::Signals;
 use super::snapshot::Snapshots;
 use super::supervise::Supervisor;
@@ -31,7 +31,7 @@ use crate::vm::memory::GuestRam;
 
 /// Assembles the machine of `plugin`, which runs when this returns.
 pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, VmmError> {
-    let started = Instant::now();
+    let phases = Phases::begin();
     let seccomp = config.sandbox.then_some(match config.seccomp {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
@@ -96,7 +96,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
     // Last, because threads inherit the filter of the thread that starts them.
     confine(Policy::VmmMain, seccomp)?;
     Ok(Vm {
-        started,
+        phases,
         machine,
         vmgenid: None,
         vcpus,

@@ -179,11 +179,12 @@ impl Vm {
             pid: std::process::id() as i32,
             state: states.first().map_or(State::Stopped, |state| state_of(*state)),
             epoch: self.vcpus.epoch(),
-            uptime_us: self.started.elapsed().as_micros() as u64,
+            uptime_us: self.phases.elapsed().as_micros() as u64,
             memory: self.ram.regions().iter().map(|region| region.len).sum(),
             vcpus: vcpus.collect(),
             disks: disks.collect(),
             serials: serials.collect(),
+            phases: self.phases.report(),
             plugin_socket: self.plugin_socket.clone(),
         }
     }

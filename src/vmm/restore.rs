@@ -8,7 +8,6 @@ mod overrides;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
@@ -17,9 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
+use super::hardware::Hardware;
 use super::hold::Hold;
+use super::phases::Phases;
 use super::plugins::Guests;
-use super::snapshot::{LoadError, Origin};
+use super::snapshot::{Kept, LoadError, Origin};
 use super::{VmEnd, VmmError};
 use crate::cell::launch::Common;
 use crate::cell::overlay::{OverlayError, Place};
@@ -28,13 +29,12 @@ use crate::console;
 use crate::control::server::ControlServer;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
-use crate::snapshot::format::{Chain, FormatError};
+use crate::snapshot::format::{Chain, FormatError, describe};
 use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
-use crate::snapshot::state::{Host, MicrovmState, StateError};
+use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, DiskSpec, SerialSpec};
-use crate::vm::cpu::CpuModel;
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
 
@@ -97,6 +97,8 @@ pub enum RestoreError {
     Host(PathBuf, #[source] Incompatible),
     #[error("snapshot {}: its state is of {state} bytes of memory, its memory of {memory}", .path.display())]
     Memory { path: PathBuf, state: u64, memory: u64 },
+    #[error("snapshot {}: its state is of another machine than its manifest", .0.display())]
+    Other(PathBuf),
     #[error("the snapshot has no disk '{0}': its disks are {1}")]
     NoDisk(String, String),
     #[error("disk '{id}' ({}) has {found} bytes, and had {wanted} when the snapshot was taken", .path.display())]
@@ -163,16 +165,15 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 }
 
 pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
-    let started = Instant::now();
+    let mut phases = Phases::begin();
     let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
     let path = &config.snapshot;
+    let (ram, hardware) = begin_hardware(path)?;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
-    let kvm = kvm::open()?;
-    kvm::check_cpus(&kvm, state.vm_info.cpus.into())?;
-    let model = CpuModel::new(&kvm, state.vm_info.cpus)?;
-    let host = Host::new(&kvm, &model)?;
-    state.verify_compatible(&host).map_err(|e| RestoreError::Host(path.clone(), e))?;
+    if (ram.len(), hardware.cpus) != (state.vm_info.memory, state.vm_info.cpus) {
+        return Err(RestoreError::Other(path.clone()).into());
+    }
     let (specs, disks) = open_disks(&state, &chain, &config.disks, config.shell.as_deref())?;
     let control = config.control.as_deref().map(ControlServer::bind).transpose();
     let control = control.map_err(OpenError::Control)?;
@@ -180,7 +181,6 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     if config.shell.is_some() {
         console.note = None; // whoever claims it is told
     }
-    let ram = GuestRam::new(state.vm_info.memory)?;
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
     let common = Common {
@@ -190,8 +190,9 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         lazy: inviter.map_err(RestoreError::from)?.map(|inviter| &*Box::leak(inviter)),
         writes: Some(assemble::write_logs(ram.len())),
     };
+    phases.end("open");
     let parts = Parts {
-        started,
+        phases,
         spawner,
         signals,
         common,
@@ -199,9 +200,7 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         disks,
         control,
         console,
-        kvm,
-        model,
-        host,
+        hardware,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
@@ -212,7 +211,9 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
     let mut pager = None;
-    let mut vm = assemble::build(parts, |machine, _, _| {
+    let mut vm = assemble::build(parts, |machine, _, host, _| {
+        let compatible = state.verify_compatible(host);
+        compatible.map_err(|e| RestoreError::Host(path.clone(), e))?;
         match lazy {
             Some(source) => {
                 // Of a shell nobody knows yet whether it will run.
@@ -245,8 +246,22 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     if config.shell.is_none() {
         vm.nudge();
     }
-    vm.origin = Some(Origin { chain, state, written });
+    vm.phases.end("state");
+    vm.origin = Some(Origin { chain, state, written, kept: Kept::default() });
     Ok(vm)
+}
+
+/// Begins to make the machine of the snapshot at `path`, by what its manifest says of it.
+fn begin_hardware(path: &Path) -> Result<(GuestRam, Hardware), VmmError> {
+    let described = describe(path).map_err(RestoreError::from)?;
+    let manifest = match (described.manifest, described.fault) {
+        (Some(manifest), None) => manifest,
+        (_, Some(fault)) => return Err(RestoreError::from(fault).into()),
+        (None, None) => return Err(RestoreError::Other(path.into()).into()),
+    };
+    let ram = GuestRam::new(manifest.memory)?;
+    let hardware = Hardware::begin(kvm::open()?, manifest.vcpus, &ram)?;
+    Ok((ram, hardware))
 }
 
 /// What memory will come from, if it is to come lazily.

@@ -131,8 +131,14 @@ struct Shared {
     prefetch: AtomicBool,
     /// What the record names is there.
     recorded: AtomicBool,
+    /// Somebody waits for all of it.
+    hurry: AtomicBool,
+    /// The guest has begun to run.
+    runs: AtomicBool,
     /// Counts every step of the thread, for the watch.
     steps: AtomicU64,
+    /// The chunk that is on its way, counted from 1; 0 while none is.
+    coming: AtomicU64,
     faults: AtomicU64,
     demanded: AtomicU64,
     prefetched: AtomicU64,
@@ -235,7 +241,10 @@ impl Prospect {
             stop: AtomicBool::new(false),
             prefetch: AtomicBool::new(false),
             recorded: AtomicBool::new(false),
+            hurry: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
             steps: AtomicU64::new(0),
+            coming: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             prefetched: AtomicU64::new(0),
@@ -355,6 +364,19 @@ impl Pager {
         &self.chain
     }
 
+    /// Waits until a chunk that is on its way is there: before that, parts of it may be, and may
+    /// have been written to. What is absent afterwards was so when this was called, all of it.
+    pub fn settle(&self) {
+        let coming = self.shared.coming.load(Ordering::SeqCst);
+        // One that fails on the way ends the VM.
+        while coming != 0
+            && self.shared.coming.load(Ordering::SeqCst) == coming
+            && !self.shared.ended.load(Ordering::Acquire)
+        {
+            std::thread::yield_now();
+        }
+    }
+
     /// Whether everything is there.
     pub fn is_complete(&self) -> bool {
         self.shared.complete.load(Ordering::Acquire)
@@ -370,8 +392,14 @@ impl Pager {
         lock(&self.shared.failure).take()
     }
 
-    /// Begins to bring what nobody asked for yet.
+    /// The guest runs from now on: it is left alone for its first steps.
+    pub fn guest_runs(&self) {
+        self.shared.runs.store(true, Ordering::Relaxed);
+    }
+
+    /// Brings everything at once, also what nobody asked for yet.
     pub fn prefetch(&self) {
+        self.shared.hurry.store(true, Ordering::Relaxed);
         self.shared.prefetch.store(true, Ordering::Relaxed);
         let _ = self.shared.bell.write(1);
     }

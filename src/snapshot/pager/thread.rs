@@ -21,8 +21,15 @@ const MAX_WINDOWS: usize = 8;
 const LOOK: Duration = Duration::from_millis(100);
 /// Most faults taken from one process before others have their turn.
 const ROUND: usize = 16;
-/// How long what no record names is left alone: the guest's first accesses come first.
-const PREFETCH_DELAY: Duration = Duration::from_millis(5);
+/// How long what nobody asked for is left alone, unless a record names it: the guest's first
+/// steps need the processors, and what they touch is what is worth recording.
+const PREFETCH_DELAY: Duration = Duration::from_millis(150);
+/// The longest wait for the guest to run at all.
+const START_LIMIT: Duration = Duration::from_secs(2);
+/// How long nobody may have waited for anything before it goes on.
+const QUIET: Duration = Duration::from_millis(1);
+/// How far ahead a guest is served that touches one chunk after the other.
+const READ_AHEAD: usize = 4;
 
 /// A process that maps guest memory.
 #[derive(Debug)]
@@ -51,6 +58,12 @@ pub(super) struct Worker {
     record: Record,
     next: usize,
     started: Instant,
+    /// When the guest was first seen to run.
+    runs: Option<Instant>,
+    /// When somebody waited last.
+    busy: Instant,
+    /// The chunk that is likely to be wanted next, and how many from it on.
+    likely: (usize, usize),
 }
 
 impl Target {
@@ -119,6 +132,9 @@ impl Worker {
             record,
             next: 0,
             started: Instant::now(),
+            runs: None,
+            busy: Instant::now(),
+            likely: (0, 0),
         }
     }
 
@@ -140,24 +156,27 @@ impl Worker {
                 return Err(PagerError::Died);
             }
             let wanted = self.prefetch_next();
-            self.wait(match wanted {
+            let somebody = self.wait(match wanted {
                 Ahead::Now(_) => Duration::ZERO,
-                Ahead::In(time) => time.min(LOOK),
+                Ahead::In(time) => time.clamp(Duration::from_millis(1), LOOK),
                 Ahead::Never => LOOK,
             })?;
-            self.welcome();
-            if !self.faults()?
+            if somebody {
+                self.welcome();
+            }
+            if !(somebody && self.faults()?)
                 && let Ahead::Now(index) = wanted
                 && self.bring(index)?
             {
                 self.shared.prefetched.fetch_add(1, Ordering::Relaxed);
+                self.record.touched(index);
             }
         }
         Ok(())
     }
 
-    /// Sleeps until somebody waits or joins.
-    fn wait(&self, time: Duration) -> Result<(), PagerError> {
+    /// Sleeps until somebody waits or joins; false if nobody does.
+    fn wait(&self, time: Duration) -> Result<bool, PagerError> {
         let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![watch(self.shared.bell.as_fd()), watch(self.vmm.uffd.as_fd())];
         for device in &self.devices {
@@ -166,7 +185,8 @@ impl Worker {
         }
         let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO);
         match poll(&mut fds, time) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::EINTR) => Ok(false),
             Err(e) => Err(step("waiting for accesses to memory")(e.into())),
         }
     }
@@ -214,6 +234,8 @@ impl Worker {
             return Ok(());
         };
         let index = (offset / CHUNK as u64) as usize;
+        self.busy = Instant::now();
+        self.look_ahead(index);
         if self.bring(index)? {
             self.shared.demanded.fetch_add(1, Ordering::Relaxed);
             self.record.touched(index);
@@ -229,12 +251,21 @@ impl Worker {
         Ok(())
     }
 
+    /// Somebody wants chunk `index`: of one who wants chunks in order the next are known.
+    fn look_ahead(&mut self, index: usize) {
+        let in_order = index.checked_sub(1).is_some_and(|before| {
+            !self.chain.is_zero(before) && self.shared.presence.presence().has(before)
+        });
+        self.likely = if in_order { (index + 1, READ_AHEAD) } else { (0, 0) };
+    }
+
     /// Fills chunk `index` for everybody; false if it was there.
     fn bring(&mut self, index: usize) -> Result<bool, PagerError> {
         if index >= self.chain.chunks() || self.shared.presence.presence().has(index) {
             return Ok(false);
         }
         self.chain.read_chunk(index, &mut self.buffer)?;
+        self.shared.coming.store(index as u64 + 1, Ordering::SeqCst);
         let offset = index as u64 * CHUNK as u64;
         let vmm = &self.vmm;
         let mut done = 0;
@@ -250,6 +281,7 @@ impl Worker {
             }
         }
         self.shared.presence.set(index);
+        self.shared.coming.store(0, Ordering::SeqCst);
         self.shared.absent.fetch_sub(1, Ordering::Relaxed);
         for target in self.devices.iter().filter_map(|device| device.target.as_ref()) {
             for (start, len) in target.places(offset) {
@@ -273,10 +305,23 @@ impl Worker {
         if !self.shared.prefetch.load(Ordering::Relaxed) {
             return Ahead::Never;
         }
-        let age = self.started.elapsed();
-        if age < PREFETCH_DELAY {
-            return Ahead::In(PREFETCH_DELAY - age);
+        while let (index, more @ 1..) = self.likely {
+            if index < self.chain.chunks() && !presence.has(index) {
+                return Ahead::Now(index);
+            }
+            self.likely = (index + 1, more - 1);
         }
+        let now = Instant::now();
+        if self.shared.runs.load(Ordering::Relaxed) {
+            self.runs.get_or_insert(now);
+        }
+        let due = self.runs.map_or(self.started + START_LIMIT, |runs| runs + PREFETCH_DELAY);
+        let due = due.max(self.busy + QUIET);
+        if now < due && !self.shared.hurry.load(Ordering::Relaxed) {
+            return Ahead::In(due - now);
+        }
+        // What was wanted so far is what the next restore will want.
+        self.record.keep();
         while self.next < self.chain.chunks() {
             if !presence.has(self.next) {
                 return Ahead::Now(self.next);

@@ -41,6 +41,8 @@ pub(super) struct Worker {
     pub(super) frozen: Vec<(usize, u16)>,
     /// What the driver has written to the configuration, and where.
     written: BTreeMap<(u32, usize), Vec<u8>>,
+    /// Whoever is at the other end has guest memory: it keeps it over resets.
+    shared: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -77,6 +79,7 @@ impl Worker {
             active: None,
             frozen: Vec::new(),
             written: BTreeMap::new(),
+            shared: false,
         }
     }
 
@@ -198,6 +201,7 @@ impl Worker {
     fn reconnect(&mut self, number: u64, to: Connection) {
         self.number = number;
         self.end = to.end;
+        self.shared = false;
         self.frozen.clear();
         self.frontend = Frontend::from_stream(to.stream, self.needs.queues.into());
         // A driver that is resetting the device wants nothing of what was.
@@ -330,6 +334,21 @@ impl Worker {
         for ((offset, _), bytes) in &self.written.clone() {
             self.write_config(*offset, bytes)?;
         }
+        self.share_memory()?;
+        if let Some((shape, file)) = &active.record {
+            let set = self.frontend.set_inflight_fd(shape, file.as_raw_fd());
+            self.exchange("handing the record of requests over", set)?;
+        }
+        let all: Vec<usize> = activation.queues.iter().map(|queue| queue.index).collect();
+        self.set_queues_up(active, &all)
+    }
+
+    /// Hands guest memory over, once over each connection: to map it again takes its pages out
+    /// of the page tables of whoever has it.
+    fn share_memory(&mut self) -> Result<(), FrontEndError> {
+        if self.shared {
+            return Ok(());
+        }
         let regions: Vec<_> = self
             .ram
             .regions()
@@ -345,12 +364,8 @@ impl Worker {
             })
             .collect();
         self.exchange("sharing memory", self.frontend.set_mem_table(&regions))?;
-        if let Some((shape, file)) = &active.record {
-            let set = self.frontend.set_inflight_fd(shape, file.as_raw_fd());
-            self.exchange("handing the record of requests over", set)?;
-        }
-        let all: Vec<usize> = activation.queues.iter().map(|queue| queue.index).collect();
-        self.set_queues_up(active, &all)
+        self.shared = true;
+        Ok(())
     }
 
     /// Sets some queues up, and starts them.

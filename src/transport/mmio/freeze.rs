@@ -12,6 +12,11 @@ use crate::transport::front_end::{Answer, FrontEndError};
 use crate::transport::queue::QueueConfig;
 use crate::transport::wait::Waited;
 
+/// What a device's process was asked for, to go on from elsewhere. It is done in order.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Loading(Vec<Answer<()>>);
+
 /// A device that could not be brought to rest, or to where another was.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
@@ -135,13 +140,12 @@ impl VirtioMmio {
     }
 
     /// The device is to go on from elsewhere: nothing is left of what was frozen.
-    pub fn forget_frozen(&self) -> Result<(), FreezeError> {
+    pub fn forget_frozen(&self) -> Loading {
         let answer = self.front_end.reset();
-        self.front_end.wait(&answer)?;
         let mut state = self.lock();
         state.frozen = None;
         state.config.clone_from(&self.info.config);
-        Ok(())
+        Loading(vec![answer])
     }
 
     /// The rings that the device process writes, by address and length.
@@ -165,9 +169,10 @@ impl VirtioMmio {
         saved
     }
 
-    /// Has a new device go on from `state`: registers, then the process. Nothing is started
-    /// of a device whose driver has to reset it.
-    pub fn load(&self, state: &TransportState) -> Result<(), FreezeError> {
+    /// Has a new device go on from `state`: registers, then the process, for which
+    /// [`VirtioMmio::finish_load`] waits. Nothing is started of a device whose driver has to
+    /// reset it.
+    pub fn begin_load(&self, state: &TransportState) -> Result<Loading, FreezeError> {
         if state.features & !self.info.features != 0 {
             return Err(FreezeError::Unfit("it offered its driver features that are missing"));
         }
@@ -200,17 +205,21 @@ impl VirtioMmio {
             }
             own.registers.driver_features
         };
+        let mut loading = Loading::default();
         if let Some(bytes) = state.config.get(written.clone())
             && self.info.config.get(written.clone()) != Some(bytes)
         {
-            let answer = self.front_end.set_config(written.start as u32, bytes.to_vec());
-            self.front_end.wait(&answer)?;
+            loading.0.push(self.front_end.set_config(written.start as u32, bytes.to_vec()));
         }
         if !queues.is_empty() {
-            let answer = self.front_end.activate(Activation { features, queues });
-            self.front_end.wait(&answer)?;
+            loading.0.push(self.front_end.activate(Activation { features, queues }));
         }
-        Ok(())
+        Ok(loading)
+    }
+
+    /// Waits until its process has done all of it.
+    pub fn finish_load(&self, begun: &Loading) -> Result<(), FreezeError> {
+        begun.0.iter().try_for_each(|answer| Ok(self.front_end.wait(answer)?))
     }
 
     /// Kicks every queue and raises the interrupt once: one too many is harmless.

@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
@@ -27,19 +26,20 @@ use crate::snapshot::format::{CHUNK, Chain, MAX_STATE};
 use crate::snapshot::pager::{PagerError, Prefetch, Prospect};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::Fingerprint;
-use crate::snapshot::state::{Host, MicrovmState, StateError};
+use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, SerialSpec};
 use crate::vcpu::WorkError;
-use crate::vm::cpu::CpuModel;
 use crate::vm::kvm;
 use crate::vm::memory::{GuestRam, MemoryError};
 use crate::vmm::VmmError;
 use crate::vmm::assemble::{self, Parts};
 use crate::vmm::event_loop::Vm;
+use crate::vmm::hardware::Hardware;
 use crate::vmm::hold::Hold;
+use crate::vmm::phases::Phases;
 use crate::vmm::plugins::Guests;
 use crate::vmm::restore::{self, RestoreError};
-use crate::vmm::snapshot::{LoadError, Origin};
+use crate::vmm::snapshot::{Kept, LoadError, Origin};
 
 /// What of a claim does not fit the shell, or could not be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -115,9 +115,12 @@ pub(super) fn assemble(
     (sandbox, seccomp, log): (bool, SeccompMode, LogLevel),
     serial: &str,
 ) -> Result<(Vm, Empty), EmptyError> {
-    let started = Instant::now();
+    let mut phases = Phases::begin();
     let endpoint = SerialSpec::Socket(places.1);
     let (spawner, signals) = assemble::begin(&endpoint, &[], None).map_err(vmm)?;
+    let ram = GuestRam::new(shape.memory)?;
+    let kvm = kvm::open().map_err(vmm)?;
+    let hardware = Hardware::begin(kvm, shape.cpus.into(), &ram).map_err(vmm)?;
     let mut disks = Vec::new();
     for spec in &mut shape.disks {
         if spec.cow.is_some() {
@@ -132,11 +135,6 @@ pub(super) fn assemble(
     let control = ControlServer::bind(&places.0).map_err(|e| vmm(OpenError::Control(e)))?;
     let mut console = console::open(&endpoint).map_err(|e| vmm(OpenError::Console(e)))?;
     console.note = None;
-    let kvm = kvm::open().map_err(vmm)?;
-    kvm::check_cpus(&kvm, shape.cpus.into()).map_err(vmm)?;
-    let model = CpuModel::new(&kvm, shape.cpus).map_err(vmm)?;
-    let host = Host::new(&kvm, &model)?;
-    let ram = GuestRam::new(shape.memory)?;
     let prospect = match File::options().read(true).write(true).open("/dev/userfaultfd") {
         Ok(device) => Some(Prospect::new((ram.len() / CHUNK as u64) as usize, device.into())?),
         Err(error) => {
@@ -152,8 +150,9 @@ pub(super) fn assemble(
         lazy: inviter.map(|inviter| &*Box::leak(inviter)),
         writes: Some(assemble::write_logs(ram.len())),
     };
+    phases.end("open");
     let parts = Parts {
-        started,
+        phases,
         spawner,
         signals,
         common,
@@ -161,9 +160,7 @@ pub(super) fn assemble(
         disks,
         control: Some(control),
         console,
-        kvm,
-        model,
-        host,
+        hardware,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
@@ -171,7 +168,7 @@ pub(super) fn assemble(
         plugin_socket: None,
         confine_later: true,
     };
-    let vm = assemble::build(parts, |machine, _, _| {
+    let vm = assemble::build(parts, |machine, _, _, _| {
         (0..shape.cpus).map(|id| Ok(machine.create_vcpu(id)?)).collect()
     });
     Ok((vm.map_err(vmm)?, Empty { prospect, common }))
@@ -214,7 +211,7 @@ impl Vm {
                 .map_err(RestoreError::from)?,
         }
         self.set_state(&state)?;
-        self.origin = Some(Origin { chain, state, written });
+        self.origin = Some(Origin { chain, state, written, kept: Kept::default() });
         Ok(())
     }
 

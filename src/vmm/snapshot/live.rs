@@ -35,6 +35,9 @@ pub(super) struct Copy {
 
 /// The set of chunks that have not come yet; whatever is in it is as in the snapshot.
 pub(super) fn absent(pager: Option<&Pager>, chunks: usize) -> Vec<bool> {
+    if let Some(pager) = pager {
+        pager.settle();
+    }
     let has = |index| pager.is_none_or(|pager| pager.presence().has(index));
     (0..chunks).map(|index| !has(index)).collect()
 }

@@ -12,7 +12,7 @@ use cellblock_devices::protocol::{FromCell, ToCell};
 use super::super::event_loop::Vm;
 use crate::snapshot::state::device::DiskState;
 use crate::snapshot::state::{DeviceState, MicrovmState, StateError, machine};
-use crate::transport::mmio::FreezeError;
+use crate::transport::mmio::{FreezeError, Loading};
 use crate::vcpu::WorkError;
 
 /// How long a device process may take over what it is to go on from.
@@ -37,19 +37,25 @@ pub enum LoadError {
 }
 
 impl Vm {
-    /// Sets everything but memory: vCPUs, then what they share, then the devices.
+    /// Sets everything but memory: vCPUs, then what they share, then the devices. What has to be
+    /// done in processes is asked of all of them first: they do it beside what follows.
     pub(in super::super) fn load(&mut self, state: &Arc<MicrovmState>) -> Result<(), LoadError> {
+        let mut told = Vec::new();
+        for device in &state.device_states {
+            told.push(self.tell_process(device)?);
+        }
         self.load_vcpus(state)?;
         state.irqchip_state.load(self.machine.vm())?;
-        // Its watchdogs are not to see the time that passed.
-        self.vcpus.with_each(|_, vcpu| vcpu.kvmclock_ctrl().is_ok())?;
-        for device in &state.device_states {
-            self.load_process(device)?;
-        }
-        for device in &state.device_states {
+        let mut begun = Vec::new();
+        for (device, n) in state.device_states.iter().zip(told) {
+            self.await_loaded(n)?;
             if let Some(disk) = device.as_disk()? {
-                self.load_disk(device, &disk)?;
+                begun.push(self.begin_disk(device, &disk)?);
             }
+        }
+        for (n, loading) in begun {
+            let (id, transport) = &self.devices[n];
+            transport.finish_load(&loading).map_err(|e| LoadError::Disk(id.clone(), e))?;
         }
         Ok(())
     }
@@ -58,7 +64,11 @@ impl Vm {
         let offsets = self.tsc_offsets(state)?;
         let (facts, state) = (self.snapshots.facts.clone(), state.clone());
         let results = self.vcpus.with_each(move |id, vcpu| match state.vcpu_states.get(id) {
-            Some(saved) => saved.load(vcpu, &facts, offsets[id]),
+            Some(saved) => saved.load(vcpu, &facts, offsets[id]).map(|()| {
+                // Its watchdogs are not to see the time that passed. Refused where the guest has
+                // no such clock.
+                let _ = vcpu.kvmclock_ctrl();
+            }),
             None => Err(StateError::Malformed("fewer vCPUs than the machine")),
         })?;
         Ok(results.into_iter().collect::<Result<(), _>>()?)
@@ -81,8 +91,8 @@ impl Vm {
         Ok(saved.map(|(offset, khz)| offset.map(|o| shifted(o, khz, then, now))).collect())
     }
 
-    /// Hands a process what its device goes on from.
-    fn load_process(&mut self, device: &DeviceState) -> Result<(), LoadError> {
+    /// Hands a process what its device goes on from; its place.
+    fn tell_process(&mut self, device: &DeviceState) -> Result<usize, LoadError> {
         let load = if let Some(serial) = device.as_serial()? {
             CellLoad::Serial(serial)
         } else if let Some(disk) = device.as_disk()? {
@@ -92,29 +102,38 @@ impl Vm {
         };
         let n = self.cells.iter().position(|cell| cell.id() == device.id);
         let n = n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
-        let name = format!("{} {}", self.cells[n].role(), device.id);
-        let message = ToCell::Load(Box::new(load));
-        if !matches!(self.cells[n].channel().try_send(&message, &[]), Ok(true)) {
-            return Err(LoadError::Silent(name));
+        match self.cells[n].channel().try_send(&ToCell::Load(Box::new(load)), &[]) {
+            Ok(true) => Ok(n),
+            _ => Err(LoadError::Silent(self.name_of(n))),
         }
+    }
+
+    /// Waits until the process has taken it.
+    fn await_loaded(&mut self, n: usize) -> Result<(), LoadError> {
         let end = Instant::now() + LIMIT;
         loop {
             match self.cells[n].wait_message(end) {
                 Some(FromCell::Loaded(true)) => return Ok(()),
-                Some(FromCell::Loaded(false)) => return Err(LoadError::Refused(name)),
+                Some(FromCell::Loaded(false)) => return Err(LoadError::Refused(self.name_of(n))),
                 Some(other) => self.cell_message(n, other),
-                None => return Err(LoadError::Silent(name)),
+                None => return Err(LoadError::Silent(self.name_of(n))),
             }
         }
     }
 
-    fn load_disk(&self, device: &DeviceState, disk: &DiskState) -> Result<(), LoadError> {
-        let (_, transport) = self
-            .devices
-            .iter()
-            .find(|(id, _)| *id == device.id)
-            .ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
-        transport.load(&disk.transport).map_err(|e| LoadError::Disk(device.id.clone(), e))
+    fn name_of(&self, n: usize) -> String {
+        format!("{} {}", self.cells[n].role(), self.cells[n].id())
+    }
+
+    fn begin_disk(
+        &self,
+        device: &DeviceState,
+        disk: &DiskState,
+    ) -> Result<(usize, Loading), LoadError> {
+        let n = self.devices.iter().position(|(id, _)| *id == device.id);
+        let n = n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
+        let begun = self.devices[n].1.begin_load(&disk.transport);
+        Ok((n, begun.map_err(|e| LoadError::Disk(device.id.clone(), e))?))
     }
 
     /// Kicks every queue and raises every interrupt once: one too many is harmless, one too

@@ -10,12 +10,13 @@
 //! | `capture` | reads the state, and copies guest memory |
 //! | `live` | copies guest memory, in the cut or in rounds before it |
 //! | `load` | brings a machine to where a state is |
-//! | `reset` | puts a restored machine back to its snapshot |
+//! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
 mod capture;
 mod devices;
 mod live;
 mod load;
+mod put_back;
 mod reset;
 
 use std::os::fd::OwnedFd;
@@ -33,6 +34,7 @@ use crate::vm::kvm::KvmError;
 use crate::vm::layout;
 use devices::Frozen;
 pub use load::LoadError;
+pub use put_back::Kept;
 pub use reset::Origin;
 
 /// How long each phase may take where the request does not say.

@@ -12,19 +12,17 @@ use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::overlay::Extent;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use nix::unistd::{Whence, lseek};
-use vm_memory::{Bytes, GuestAddress};
 
 use super::super::event_loop::Vm;
 use super::devices::Frozen;
+use super::put_back::{self, Kept};
 use super::{LoadError, micros};
 use crate::control::protocol::{EventKind, Reply};
 use crate::snapshot::coordinator::{CutError, Input, Phase};
 use crate::snapshot::eager::FillError;
-use crate::snapshot::format::{CHUNK, Chain, PAGE};
+use crate::snapshot::format::{Chain, PAGE};
 use crate::snapshot::state::MicrovmState;
-use crate::vm::memory::GuestRam;
+use crate::vm::layout;
 use crate::vm::vmgenid::VmGenIdError;
 
 /// How long vCPUs and processes may take to come to rest.
@@ -38,6 +36,8 @@ pub struct Origin {
     pub state: Arc<MicrovmState>,
     /// What had been written to each `cow` disk, by id.
     pub written: Vec<(String, Vec<Extent>, File)>,
+    /// Pages that were put back before.
+    pub kept: Kept,
 }
 
 /// A reset that failed halfway: the machine is in no state a guest knows.
@@ -62,18 +62,18 @@ pub(super) enum ResetError {
 impl Vm {
     /// Answers a request to go back.
     pub(in super::super) fn reset(&mut self) -> Reply {
-        let Some(origin) = self.origin.take() else {
+        let Some(mut origin) = self.origin.take() else {
             return Reply::error(
                 "the VM was started from a kernel, not from a snapshot",
                 Some("only a VM that 'cellblock restore' made can be reset"),
             );
         };
-        let reply = self.reset_to(&origin);
+        let reply = self.reset_to(&mut origin);
         self.origin = Some(origin);
         reply
     }
 
-    fn reset_to(&mut self, origin: &Origin) -> Reply {
+    fn reset_to(&mut self, origin: &mut Origin) -> Reply {
         if self.is_held() {
             return Reply::error("a snapshot holds the VM", Some("try again"));
         }
@@ -130,19 +130,25 @@ impl Vm {
     }
 
     /// Puts memory, disks and state back; returns how many pages were put back.
-    fn go_back(&mut self, origin: &Origin) -> Result<u64, ResetError> {
+    fn go_back(&mut self, origin: &mut Origin) -> Result<u64, ResetError> {
         let id = origin.chain.manifest().id;
         let known = self.snapshots.tracker.base() == Some(id);
         self.nothing_kept();
+        // Processes forget beside what follows.
+        let forgotten: Vec<_> =
+            self.devices.iter().map(|(_, device)| device.forget_frozen()).collect();
         let pages = if known {
             self.rings_were_written();
             let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
-            put_back_pages(&origin.chain, &self.ram, &since)?
+            let pages = put_back::known(&origin.chain, &self.ram, &since, &mut origin.kept)?;
+            self.snapshots.tracker.keep(id);
+            pages
         } else {
-            put_back(&origin.chain, &self.ram)?
+            let pages = put_back::all(&origin.chain, &self.ram, self.pager.as_ref())?;
+            // From now on it is known what is written: the next time is short.
+            self.track_since(id)?;
+            pages
         };
-        // From now on it is known what is written: the next time is short.
-        self.track_since(id)?;
         for disk in &self.disks {
             let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
             else {
@@ -155,74 +161,12 @@ impl Vm {
         }
         if let Some(vmgenid) = &self.vmgenid {
             vmgenid.new_life(&self.ram, None, Vec::new())?;
+            self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
         }
-        for (_, device) in &self.devices {
-            device.forget_frozen()?;
+        for ((_, device), begun) in self.devices.iter().zip(&forgotten) {
+            device.finish_load(begun)?;
         }
         self.load(&origin.state)?;
         Ok(pages)
     }
-}
-
-/// Puts back the pages of `since`, a word for each chunk.
-fn put_back_pages(chain: &Chain, ram: &GuestRam, since: &[u64]) -> Result<u64, ResetError> {
-    let mut pages = 0;
-    let mut was = vec![0; CHUNK];
-    for (index, set) in since.iter().enumerate().filter(|(_, set)| **set != 0) {
-        if chain.is_zero(index) {
-            was.fill(0);
-        } else {
-            chain.read_chunk(index, &mut was).map_err(FillError::from)?;
-        }
-        let Some(at) = address(ram, (index * CHUNK) as u64) else { continue };
-        for page in (0..CHUNK / PAGE).filter(|page| set & 1 << page != 0) {
-            let at = GuestAddress(at.0 + (page * PAGE) as u64);
-            let bytes = &was[page * PAGE..(page + 1) * PAGE];
-            ram.memory().write_slice(bytes, at).map_err(FillError::from)?;
-            pages += 1;
-        }
-    }
-    Ok(pages)
-}
-
-/// Makes memory what the snapshot has, writing only what differs.
-fn put_back(chain: &Chain, ram: &GuestRam) -> Result<u64, ResetError> {
-    let mut pages = 0;
-    let (mut was, mut is) = (vec![0; CHUNK], vec![0; CHUNK]);
-    for index in 0..chain.chunks() {
-        let offset = (index * CHUNK) as u64;
-        let here = lseek(ram.fd(), offset as i64, Whence::SeekData);
-        let populated = match here {
-            Ok(data) => (data as u64) < offset + CHUNK as u64,
-            Err(Errno::ENXIO) => false,
-            Err(error) => return Err(ResetError::Look(error)),
-        };
-        let zero = chain.is_zero(index);
-        if zero && !populated {
-            continue;
-        }
-        if zero {
-            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            fallocate(ram.fd(), flags, offset as i64, CHUNK as i64).map_err(ResetError::Look)?;
-            pages += (CHUNK / PAGE) as u64;
-            continue;
-        }
-        chain.read_chunk(index, &mut was).map_err(FillError::from)?;
-        let Some(at) = address(ram, offset) else { continue };
-        ram.memory().read_slice(&mut is, at).map_err(FillError::from)?;
-        for (page, (was, is)) in was.chunks(PAGE).zip(is.chunks(PAGE)).enumerate() {
-            if was != is {
-                let at = GuestAddress(at.0 + (page * PAGE) as u64);
-                ram.memory().write_slice(was, at).map_err(FillError::from)?;
-                pages += 1;
-            }
-        }
-    }
-    Ok(pages)
-}
-
-/// Where byte `offset` of the memfd is for the guest.
-fn address(ram: &GuestRam, offset: u64) -> Option<GuestAddress> {
-    let region = ram.regions().iter().find(|r| offset >= r.offset && offset - r.offset < r.len)?;
-    Some(GuestAddress(region.gpa + (offset - region.offset)))
 }

@@ -11,6 +11,7 @@ mod echo;
 mod idle;
 mod pause;
 mod print;
+mod snap;
 mod storm;
 mod touch;
 mod uart;
@@ -49,6 +50,7 @@ pub fn run(boot: &Boot) {
         "halt" => idle::halt(boot),
         "touch" => touch::run(boot),
         "clone" => clone::run(boot),
+        "snap" => snap::run(boot),
         "demo" => demo::run(boot),
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),
     }

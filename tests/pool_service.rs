@@ -326,6 +326,9 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         let (code, text) = serve(words);
         assert!(code == status && text.contains(part), "{words:?}: {code} {text}");
     }
+    let shared = Snapshot::take("");
+    let (code, text) = serve(&["--snapshot", shared.path().to_str().unwrap()]);
+    assert!(code == 1 && text.contains("with '--disk id=disk0,cow'"), "{text}");
     let service = Service::start(&snapshot, &["--min", "0"]);
     let long = "x".repeat(5000);
     let output = service.cli(&["claim", "--data", &long]);

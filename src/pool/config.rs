@@ -129,6 +129,8 @@ pub enum PoolError {
     Primed(PathBuf),
     #[error("the pool is not primed with a snapshot, and the claim names none")]
     NotPrimed,
+    #[error("disk '{0}' would be written to by all VMs of the pool")]
+    SharedDisk(String),
     #[error("the pool is of shells of a shape, whose disks are what they are")]
     DisksOfShape,
     #[error("{0} bytes for the guest are more than the {MAX_DATA} that its metadata has room for")]
@@ -147,6 +149,9 @@ impl Remedy for PoolError {
             PoolError::Format(error) => error.remedy(),
             PoolError::Restore(error) => error.remedy(),
             PoolError::Shell(error) => error.remedy(),
+            PoolError::SharedDisk(id) => {
+                Some(format!("keep each VM's writes to itself with '--disk id={id},cow'"))
+            }
             PoolError::LongDirectory(_) => {
                 Some(format!("choose one of at most {MOST_DIRECTORY} bytes"))
             }
@@ -209,7 +214,7 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
         Machine::Primed { snapshot, disks } => {
             let path = absolute(&snapshot)?;
             let chain = Chain::open(&path)?;
-            crate::vmm::restore::read_state(&path, &chain)?;
+            no_shared_disk(&Shape::of(&path, &disks)?)?;
             let (id, memory) = (chain.manifest().id, chain.manifest().memory);
             let track = config.release == Release::Reset;
             let stage = Stage::Primed { snapshot: path.clone(), id: id.0, disks, track };
@@ -219,6 +224,7 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
             for disk in &mut shape.disks {
                 disk.path = absolute(&disk.path)?;
             }
+            no_shared_disk(&shape)?;
             let memory = shape.memory;
             (Stage::Shape(shape), memory, None)
         }
@@ -242,6 +248,12 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
         log: base.log,
     };
     Ok(Prepared { recipe, limits, primed })
+}
+
+/// VMs of one image that each write to it would be no clones, and are none but the first.
+fn no_shared_disk(shape: &Shape) -> Result<(), PoolError> {
+    let shared = shape.disks.iter().find(|disk| !disk.read_only && disk.cow.is_none());
+    shared.map_or(Ok(()), |disk| Err(PoolError::SharedDisk(disk.id().to_string())))
 }
 
 fn directory(

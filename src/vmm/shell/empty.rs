@@ -13,6 +13,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use crate::cell::launch::Common;
@@ -22,7 +23,7 @@ use crate::console;
 use crate::control::server::ControlServer;
 use crate::pool::protocol::{Origin as From, Shape};
 use crate::remedy::Remedy;
-use crate::snapshot::format::{CHUNK, Chain, MAX_STATE};
+use crate::snapshot::format::{CHUNK, Chain, MAX_STATE, PAGE};
 use crate::snapshot::pager::{PagerError, Prefetch, Prospect};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::Fingerprint;
@@ -30,6 +31,7 @@ use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, SerialSpec};
 use crate::vcpu::WorkError;
 use crate::vm::kvm;
+use crate::vm::layout;
 use crate::vm::memory::{GuestRam, MemoryError};
 use crate::vmm::VmmError;
 use crate::vmm::assemble::{self, Parts};
@@ -201,6 +203,7 @@ impl Vm {
             let (overlay, _) = overlay.ok_or_else(|| EmptyError::OtherDisk(id.clone()))?;
             overlay.load(data, extents).map_err(|e| EmptyError::Writes(id.clone(), e))?;
         }
+        self.untouch_memory()?;
         match empty.prospect {
             Some(prospect) => {
                 let (source, ahead) = (prospect.settle(chain.clone()), Prefetch::Recorded);
@@ -239,6 +242,15 @@ impl Vm {
             prospect.nothing_to_come();
         }
         self.set_state(&state)
+    }
+
+    /// Takes back what the machine was given as its life began: where memory is to come from a
+    /// snapshot there must be nothing yet.
+    fn untouch_memory(&self) -> Result<(), EmptyError> {
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        // Low memory is at the beginning of its file.
+        fallocate(self.ram.fd(), hole, layout::VMGENID as i64, PAGE as i64)
+            .map_err(|errno| EmptyError::Read("guest memory", errno.into()))
     }
 
     /// Whether the state is of a machine like this one, with these very disks.

@@ -3,21 +3,23 @@
 
 #![allow(clippy::unwrap_used)] // a failure here is a failed test
 
+mod attach_support;
 mod common;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use attach_support::{CODE, attach, example, kernel};
 use cellblock::control::protocol::Request;
-use cellblock_plugin_api::{Event, GuestDebug, MemoryAccess, Rights, Space};
+use cellblock_plugin_api::{Event, GuestDebug, Hint, HintDetail, MemoryAccess, Rights, Space};
 use common::Vm;
+use nix::sys::signal::Signal;
 
-/// Where the guest's code is, and where it counts.
-const CODE: u64 = 0x10_0000;
+/// Where the guest counts.
 const COUNTER: u64 = 0x20_0000;
 /// Behind the store of the count.
 const NOP: u64 = CODE + 0x12;
@@ -28,28 +30,6 @@ const COUNT: &[u8] = &[
     0xeb, 0xf2,
 ];
 
-/// A kernel of a few bytes: an ELF file with one segment.
-fn kernel(dir: &Path, code: &[u8]) -> PathBuf {
-    let mut elf = vec![0; 0x78];
-    elf[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
-    elf[20] = 1;
-    elf[24..32].copy_from_slice(&CODE.to_le_bytes()); // entry
-    elf[32] = 0x40; // program headers
-    (elf[52], elf[54], elf[56]) = (0x40, 0x38, 1);
-    let mut header = Vec::new();
-    header.extend(1u32.to_le_bytes()); // PT_LOAD
-    header.extend(7u32.to_le_bytes());
-    for word in [0x1000u64, CODE, CODE, code.len() as u64, code.len() as u64, 0x1000] {
-        header.extend(word.to_le_bytes());
-    }
-    elf[0x40..0x78].copy_from_slice(&header);
-    elf.resize(0x1000, 0);
-    elf.extend(code);
-    let path = dir.join("tiny");
-    fs::write(&path, elf).unwrap();
-    path
-}
-
 fn counting(options: &str, cpus: usize) -> (Vm, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let vm = Vm::with("")
@@ -59,19 +39,6 @@ fn counting(options: &str, cpus: usize) -> (Vm, tempfile::TempDir) {
         .arg(format!("plugin{options}"))
         .start();
     (vm, dir)
-}
-
-/// Waits until the socket is there.
-fn attach(vm: &Vm) -> cellblock_plugin_api::Vm {
-    let path = vm.path("plugin");
-    let until = Instant::now() + common::LIMIT;
-    loop {
-        match cellblock_plugin_api::Vm::attach(&path) {
-            Ok(attached) => return attached,
-            Err(error) => assert!(Instant::now() < until, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn counter(memory: &File) -> u64 {
@@ -146,6 +113,10 @@ fn ranges_and_interrupts_are_there_for_who_attaches_and_devices_keep_theirs() {
     let errno = |result: Result<(), cellblock_plugin_api::Error>| result.unwrap_err().errno();
     assert_eq!(errno(attached.reserve_range(Space::Port, 0x3f8, 8)), libc::EPERM);
     assert_eq!(errno(attached.reserve_range(Space::Port, 0x3ff, 2)), libc::EPERM);
+    for length in [0, 1] {
+        let taken = attached.create_io_event(Space::Port, 0x3f8, length, None).map(drop);
+        assert_eq!(errno(taken), libc::EPERM);
+    }
     attached.reserve_range(Space::Port, 0x400, 2).unwrap();
     attached.set_irq(20, true).unwrap();
     attached.set_irq(20, false).unwrap();
@@ -244,6 +215,10 @@ fn gdb_breaks_steps_reads_writes_and_leaves() {
             "break *0x10000a",
             "continue",
             "printf \"count %#lx at %#lx\\n\", $rax, $pc",
+            "delete",
+            "shell (sleep 0.3; kill -INT $PPID) &",
+            "continue",
+            "printf \"interrupted %d\\n\", $pc >= 0x100000 && $pc < 0x100020",
             "thread 2",
             "printf \"second %#lx\\n\", $pc",
             "detach",
@@ -258,6 +233,8 @@ fn gdb_breaks_steps_reads_writes_and_leaves() {
         "last 0x100007",
         "wrote 77",
         "count 0x10000000001 at 0x10000a",
+        "received signal SIGINT",
+        "interrupted 1",
         "second 0xfff0",
     ] {
         assert!(text.contains(part), "{part}: {text}");
@@ -281,27 +258,6 @@ fn gdb_without_a_vm_says_what_to_do() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
     assert!(text.contains("attaching to the VM") && text.contains("--plugin-socket"), "{text}");
-}
-
-/// An example of the plugin interface, built as a reader would.
-fn example(name: &str) -> PathBuf {
-    let built = Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "-q",
-            "-p",
-            "cellblock-plugin-api",
-            "--example",
-            name,
-        ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .unwrap();
-    assert!(built.success());
-    // Beside the program, wherever that is.
-    Path::new(env!("CARGO_BIN_EXE_cellblock")).with_file_name("examples").join(name)
 }
 
 #[test]
@@ -330,31 +286,290 @@ fn trace_prints_what_goes_to_a_device_that_does_not_notice() {
     vm.wait_for("Z");
 }
 
-/// `mov dx, 0x510`; 4: says 1; `mov al, [0x200000]`; with the top bit set says 3, else 2; goes to 4.
+/// `mov dx, 0x510`; 4: says 1; `mov al, [0x200000]`; with the top bit set says 3 and halts for ever,
+/// with the next one set and no other it hangs; else says 2; goes to 4.
 const FUZZED: &[u8] = &[
-    0x66, 0xba, 0x10, 0x05, 0xb0, 1, 0xee, 0x8a, 0x04, 0x25, 0, 0, 0x20, 0, 0xa8, 0x80, 0x75, 5,
-    0xb0, 2, 0xee, 0xeb, 0xed, 0xb0, 3, 0xee, 0xeb, 0xe8,
+    0x66, 0xba, 0x10, 0x05, // 0
+    0xb0, 1, 0xee, // 4: says 1
+    0x8a, 0x04, 0x25, 0, 0, 0x20, 0, // 7: mov al, [0x200000]
+    0xa8, 0x80, 0x75, 9, // 14: test al, 0x80; jnz 27
+    0xa8, 0x40, 0x75, 0xfe, // 18: test al, 0x40; jnz itself
+    0xb0, 2, 0xee, 0xeb, 0xe9, // 22: says 2; jmp 4
+    0xb0, 3, 0xee, 0xf4, 0xeb, 0xfd, // 27: says 3; hlt; jmp the hlt
 ];
 
+/// The guest has a crash and a hang, and comes out of neither: only the reset gets it on.
 #[test]
-fn snapfuzz_finds_the_input_that_crashes() {
+fn snapfuzz_finds_the_crash_and_the_hang_and_goes_on_after_each() {
     let program = example("snapfuzz");
     let dir = tempfile::tempdir().unwrap();
     let kernel = kernel(dir.path(), FUZZED);
-    let vm = Vm::with("").kernel(&kernel).arg("--plugin-socket").arg("plugin,memory=rw").start();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("").kernel(&kernel).start();
+    let words = ["snapshot", vm.path("control").to_str().unwrap(), at.to_str().unwrap(), "--stop"]
+        .map(str::to_owned);
+    common::poll(common::LIMIT, || vm.path("control").exists().then_some(())).unwrap();
+    let taken = Command::new(env!("CARGO_BIN_EXE_cellblock")).args(words).output().unwrap();
+    assert!(taken.status.success(), "{taken:?}");
+    vm.wait_exit();
+    let vm = Vm::restore(&at).arg("--plugin-socket").arg("plugin,memory=rw").start();
     drop(attach(&vm));
+    let reset = format!(
+        "{} reset {} > /dev/null",
+        env!("CARGO_BIN_EXE_cellblock"),
+        vm.path("control").display()
+    );
     let output = Command::new(program)
         .args([vm.path("plugin").to_str().unwrap(), "--buffer", "0x200000+1"])
-        .args(["--runs", "60", "--reset", "true"])
+        .args(["--runs", "60", "--timeout-ms", "300", "--reset", &reset])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(3), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    let crashes: Vec<_> =
-        text.lines().filter_map(|line| line.split_once("Crashed in run ")).collect();
-    assert!(!crashes.is_empty() && text.contains("60 runs"), "{text}");
-    for (_, rest) in crashes {
-        let byte = rest.split_once("with ").unwrap().1;
-        assert!(u8::from_str_radix(byte, 16).unwrap() >= 0x80, "{text}");
+    assert!(text.contains("60 runs"), "{text}");
+    let found = |verdict: &str| -> Vec<u8> {
+        let lines = text.lines().filter(|line| line.starts_with(verdict));
+        let byte = |line: &str| u8::from_str_radix(line.rsplit(' ').next().unwrap(), 16).unwrap();
+        lines.map(byte).collect()
+    };
+    let (crashed, hung) = (found("Crashed"), found("Hung"));
+    assert!(crashed.len() > 1 && !hung.is_empty(), "{text}");
+    assert!(crashed.iter().all(|byte| byte & 0x80 != 0), "{text}");
+    assert!(hung.iter().all(|byte| byte & 0xc0 == 0x40), "{text}");
+}
+
+/// `mov dx, 0x510`; `mov rcx, 5`; 11: `in al, dx`; `mov [0x200000], rcx`; `jmp 11`.
+const ASKING: &[u8] = &[
+    0x66, 0xba, 0x10, 0x05, 0x48, 0xc7, 0xc1, 5, 0, 0, 0, 0xec, 0x48, 0x89, 0x0c, 0x25, 0, 0, 0x20,
+    0, 0xeb, 0xf5,
+];
+
+/// With a hint, registers are read and set while the VMM does nothing at all.
+#[test]
+fn hinted_registers_need_no_vmm() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("")
+        .kernel(&kernel(dir.path(), ASKING))
+        .arg("--plugin-socket")
+        .arg("plugin")
+        .start();
+    let attached = attach(&vm);
+    let details = vec![
+        // The first that holds decides.
+        HintDetail { rcx: Some(4), send_debugregs: true, ..HintDetail::default() },
+        HintDetail { rcx: Some(5), rdx: Some(0x510), send_sregs: true, ..HintDetail::default() },
+    ];
+    let hint = Hint { space: Space::Port, address: 0x510, on_write: false, details };
+    attached.set_hypercall_hint(Some(&hint)).unwrap();
+    attached.reserve_range(Space::Port, 0x510, 1).unwrap();
+    let memory = attached.guest_memory().unwrap();
+    let vcpu = attached.vcpu(0).unwrap();
+    let vmm = common::proc::Identity::of(vm.pid()).unwrap();
+    for (before, after) in [(5, 6), (6, 5), (5, 7)] {
+        assert!(matches!(vcpu.wait().unwrap(), Event::Access(_)));
+        vm.signal(Signal::SIGSTOP);
+        common::poll(common::LIMIT, || (vmm.state() == Some('T')).then_some(())).unwrap();
+        let mut regs = vcpu.regs().unwrap();
+        assert_eq!((regs.rcx, regs.rdx), (before, 0x510));
+        if before == 5 {
+            let sregs = vcpu.sregs().unwrap();
+            assert_ne!(sregs.cr3, 0);
+            vcpu.set_sregs(&sregs).unwrap();
+        }
+        regs.rcx = after;
+        vcpu.set_regs(&regs).unwrap();
+        assert_eq!(vcpu.regs().unwrap().rcx, after);
+        vcpu.answer(&[1]).unwrap();
+        vcpu.resume().unwrap();
+        assert_eq!(vcpu.wait_timeout(Duration::from_millis(20)).unwrap(), None);
+        vm.signal(Signal::SIGCONT);
+        let written = common::poll(common::LIMIT, || {
+            let mut bytes = [0; 8];
+            memory.read(COUNTER, &mut bytes).unwrap();
+            (u64::from_le_bytes(bytes) == after).then_some(())
+        });
+        written.unwrap_or_else(|| panic!("the guest does not have {after}"));
     }
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
+/// `mov dx, 0x510`; 4: `out dx, al`; `jmp 4`.
+const SAYING: &[u8] = &[0x66, 0xba, 0x10, 0x05, 0xee, 0xeb, 0xfd];
+
+/// What signals an event of one program is no access of another's; when that one goes, it is.
+#[test]
+fn an_event_ends_with_its_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("")
+        .kernel(&kernel(dir.path(), SAYING))
+        .arg("--plugin-socket")
+        .arg("plugin")
+        .start();
+    let (one, two) = (attach(&vm), attach(&vm));
+    let event = one.create_io_event(Space::Port, 0x510, 1, None).unwrap();
+    two.reserve_range(Space::Port, 0x510, 1).unwrap();
+    let vcpu = two.vcpu(0).unwrap();
+    // One may have been on its way.
+    if vcpu.wait_timeout(Duration::from_millis(50)).unwrap().is_some() {
+        vcpu.resume().unwrap();
+    }
+    assert_eq!(vcpu.wait_timeout(Duration::from_millis(50)).unwrap(), None);
+    let mut count = [0; 8];
+    nix::unistd::read(event.fd(), &mut count).unwrap();
+    assert!(u64::from_ne_bytes(count) > 0);
+    drop((event, one));
+    assert!(matches!(vcpu.wait().unwrap(), Event::Access(access) if access.address == 0x510));
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
+/// So that its watchdogs do not bark: by the flag that kvmclock has for it.
+#[test]
+fn a_guest_that_is_held_for_long_is_told_so() {
+    const KVMCLOCK: u32 = 0x4b56_4d01;
+    const GUEST_STOPPED: u8 = 2;
+    let mut vm =
+        Vm::with("mode=pause every=20").arg("--plugin-socket").arg("plugin,memory=rw").start();
+    if vm.wait_for_line("pause: ready").contains("clock=no") {
+        vm.fail("the guest has no kvmclock");
+    }
+    let attached = attach(&vm);
+    let memory = attached.guest_memory().unwrap();
+    let vcpu = attached.vcpu(0).unwrap();
+    // Holds the vCPU for so long; for how long it was at most, and whether the guest was told.
+    let hold = |limit: Duration| {
+        let begun = Instant::now();
+        attached.pause_vcpus(1, 1).unwrap();
+        assert_eq!(vcpu.wait().unwrap(), Event::Paused { user: 1 });
+        let area = vcpu.msrs(&[KVMCLOCK]).unwrap()[0].data;
+        assert_eq!(area & 1, 1, "the clock is on");
+        let at = (area & !1) + 29;
+        let mut flags = [0];
+        memory.read(at, &mut flags).unwrap();
+        memory.write(at, &[flags[0] & !GUEST_STOPPED]).unwrap();
+        std::thread::sleep(limit);
+        let lines = || vm.console.text().matches("pause: n=").count();
+        let before = lines();
+        vcpu.resume().unwrap();
+        let held = begun.elapsed();
+        // What was on its way is one line at most.
+        common::poll(common::LIMIT, || (lines() > before + 1).then_some(())).unwrap();
+        memory.read(at, &mut flags).unwrap();
+        (held, flags[0] & GUEST_STOPPED != 0)
+    };
+    assert!(hold(Duration::from_millis(1200)).1);
+    // On a busy machine even a short one takes its time.
+    let brief = (0..20).map(|_| hold(Duration::ZERO)).find(|(held, _)| held.as_millis() < 900);
+    assert!(!brief.expect("a short hold").1);
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// Another user's process of this test, in which the environment says what it may.
+const AS_USER: &str = "CELLBLOCK_ATTACH_AS";
+
+#[test]
+fn as_another_user() {
+    let Ok(words) = std::env::var(AS_USER) else { return };
+    let (rights, path) = words.split_once(' ').unwrap();
+    let vm = match cellblock_plugin_api::Vm::attach(Path::new(path)) {
+        Ok(vm) => vm,
+        Err(error) => {
+            assert_eq!(rights, "none", "{error}");
+            // By the path's mode, or by who we are.
+            assert!([libc::EACCES, libc::EPIPE, libc::ECONNRESET].contains(&error.errno()));
+            return;
+        }
+    };
+    let errno = |result: Result<(), cellblock_plugin_api::Error>| result.err().map(|e| e.errno());
+    let vcpu = vm.vcpu(0).unwrap();
+    // Both stop vCPUs and look.
+    vm.pause_vcpus(1, 3).unwrap();
+    assert_eq!(vcpu.wait().unwrap(), Event::Paused { user: 3 });
+    let mut regs = vcpu.regs().unwrap();
+    vcpu.fpu().unwrap();
+    vcpu.msrs(&[0x10]).unwrap();
+    vm.watch_range(Space::Port, 0x3f8, 8).unwrap();
+    let memory = vm.guest_memory().unwrap();
+    let mut byte = [0];
+    memory.read(COUNTER, &mut byte).unwrap();
+    let debug = GuestDebug { single_step: true, ..GuestDebug::default() };
+    regs.rax = 1 << 41;
+    vcpu.set_regs(&regs).unwrap(); // told of at the next wait
+    match rights {
+        "control" => {
+            assert_eq!((vm.rights(), memory.access()), (Rights::Control, MemoryAccess::ReadWrite));
+            vm.reserve_range(Space::Port, 0x700, 1).unwrap();
+            memory.write(COUNTER + 64, &byte).unwrap();
+            vm.log_memory(true).unwrap();
+            vm.set_irq(20, true).unwrap();
+            vcpu.set_fpu(&vcpu.fpu().unwrap()).unwrap();
+            vcpu.set_guest_debug(&debug).unwrap();
+            vcpu.resume().unwrap();
+            assert!(matches!(vcpu.wait().unwrap(), Event::Debug { .. }));
+        }
+        "observe" => {
+            assert_eq!((vm.rights(), memory.access()), (Rights::Observe, MemoryAccess::ReadOnly));
+            let refused = [
+                errno(vm.reserve_range(Space::Port, 0x700, 1)),
+                errno(vm.reserve_async_write_range(Space::Port, 0x700, 1)),
+                errno(memory.write(COUNTER + 64, &byte)),
+                errno(vm.log_memory(true)),
+                errno(vm.set_irq(20, true)),
+                errno(vm.signal_msi(0xfee0_0000, 0x30)),
+                errno(vm.set_clock(&vm.clock().unwrap())),
+                errno(vm.create_irq_event(20).map(drop)),
+                errno(vm.create_io_event(Space::Port, 0x700, 1, None).map(drop)),
+                errno(vm.create_memory(memory.fd(), 0, 4096, 1 << 40, false, false).map(drop)),
+                errno(vm.start()),
+                errno(vm.set_irq_routing(&[])),
+                errno(vcpu.set_fpu(&vcpu.fpu().unwrap())),
+                errno(vcpu.set_guest_debug(&debug)),
+            ];
+            assert_eq!(refused, [Some(libc::EPERM); 14]);
+            vcpu.resume().unwrap();
+            vm.pause_vcpus(1, 4).unwrap();
+            let error = vcpu.wait().unwrap_err();
+            assert_eq!(error.errno(), libc::EPERM);
+            assert_eq!(vcpu.wait().unwrap(), Event::Paused { user: 4 });
+            assert_ne!(vcpu.regs().unwrap().rax, 1 << 41);
+        }
+        _ => panic!("{rights} was let in"),
+    }
+}
+
+/// Who may do what, by user: those that are named, and nobody else.
+#[test]
+fn users_may_what_the_socket_says() {
+    if !common::is_root("becoming other users") {
+        return;
+    }
+    let (vm, _dir) = counting(",observe=65533:65532,control=65534,memory=rw", 1);
+    drop(attach(&vm));
+    // Where others find it.
+    let program = vm.path("test");
+    let own = std::env::current_exe().unwrap();
+    assert!(Command::new("cp").arg(own).arg(&program).status().unwrap().success());
+    for (uid, rights) in
+        [(65533, "observe"), (65531, "none"), (65534, "control"), (65532, "observe"), (1, "none")]
+    {
+        let user = format!("--reuid={uid}");
+        let output = Command::new("setpriv")
+            .args([&user, "--regid=65530", "--clear-groups", "--"])
+            .arg(&program)
+            .args(["--exact", "as_another_user", "--nocapture"])
+            .env(AS_USER, format!("{rights} {}", vm.path("plugin").display()))
+            .current_dir("/")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{uid}: {text}{stderr}");
+    }
+    let (vm, _dir) = counting("", 1);
+    drop(attach(&vm));
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!(std::fs::metadata(vm.path("plugin")).unwrap().mode() & 0o777, 0o600);
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use cellblock_plugin_api::{Event, SOCKET_VARIABLE, Space, Vm};
+use cellblock_plugin_api::{Event, MemoryAccess, SOCKET_VARIABLE, Space, Vm};
 use common::LIMIT;
 
 /// The plugin's life, in its process; nothing in the test's own.
@@ -21,7 +21,18 @@ fn plugin_process() {
     vm.start().unwrap();
     assert_eq!(vcpu.wait().unwrap(), Event::Init);
     // The kernel's entry, which the VMM has set up.
-    assert_ne!(vcpu.regs().unwrap().rip, 0xfff0);
+    let entry = vcpu.regs().unwrap().rip;
+    assert_ne!(entry, 0xfff0);
+    // Guest memory is there for its devices. In it is the kernel.
+    let memory = vm.guest_memory().unwrap();
+    assert_eq!(memory.access(), MemoryAccess::ReadWrite);
+    let mut code = [0; 16];
+    memory.read(entry, &mut code).unwrap();
+    assert_ne!(code, [0; 16]);
+    memory.write(entry, &code).unwrap();
+    // More of it would not reach the disk's process.
+    let more = vm.create_memory(memory.fd(), 0, 4096, 1 << 40, false, false);
+    assert_eq!(more.unwrap_err().errno(), libc::EOPNOTSUPP);
     eprintln!("the guest starts");
     vcpu.resume().unwrap();
     for user in 1..=20 {

@@ -6,40 +6,86 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{FileOffset, VolatileMemory};
+
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 
 use super::cpu;
 use super::plan::{Measured, Workload};
 
-/// How the host asks for a block.
+/// How the host asks for a block, and what that is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Floor {
     /// One system call each.
     Calls,
     /// io_uring, as deep as the guest's queue.
     Ring,
+    /// A part: a system call that does nothing.
+    Call,
+    /// A part: one byte of the block, which is a system call and the search for the page.
+    Byte,
+    /// A part: the copy alone, out of a mapping of the file.
+    Copy,
 }
 
 impl Floor {
+    /// Those that say something about `work`.
+    pub fn of(work: Workload) -> &'static [Floor] {
+        match (work.op, work.depth) {
+            ("read", 1) => &[Floor::Calls, Floor::Ring, Floor::Call, Floor::Byte, Floor::Copy],
+            _ => &[Floor::Calls, Floor::Ring],
+        }
+    }
+
     /// For the table.
     pub fn name(self) -> &'static str {
         match self {
             Floor::Calls => "host: pread/pwrite",
             Floor::Ring => "host: io_uring",
+            Floor::Call => "host: no more than a call",
+            Floor::Byte => "host: pread of one byte",
+            Floor::Copy => "host: copy from a mapping",
         }
     }
 
     /// Does `work` for so many cycles.
     pub fn measure(self, work: Workload, disk: &Path, time: u64) -> Measured {
         let file = File::options().read(true).write(true).open(disk).expect("disk");
-        let blocks = file.metadata().expect("disk").len() / work.bytes;
-        let mut places = Places { work, blocks, random: 1, turn: 0 };
+        let size = file.metadata().expect("disk").len();
+        let mut places = Places { work, blocks: size / work.bytes, random: 1, turn: 0 };
+        let mut block = vec![0; work.bytes as usize];
         match self {
-            Floor::Calls => calls(&file, &mut places, time),
             Floor::Ring => ring(&file, &mut places, time),
+            Floor::Calls if work.is_write() => {
+                repeat(&mut places, time, |at| file.write_all_at(&block, at).expect("write"))
+            }
+            Floor::Calls => {
+                repeat(&mut places, time, |at| file.read_exact_at(&mut block, at).expect("read"))
+            }
+            Floor::Call => repeat(&mut places, time, |_| {
+                std::hint::black_box(nix::unistd::getppid());
+            }),
+            Floor::Byte => repeat(&mut places, time, |at| {
+                file.read_exact_at(&mut block[..1], at).expect("read");
+            }),
+            Floor::Copy => {
+                let mapping = map(&file, size);
+                repeat(&mut places, time, |at| {
+                    let from = mapping.get_slice(at as usize, block.len()).expect("in the file");
+                    std::hint::black_box(from.copy_to(&mut block));
+                })
+            }
         }
     }
+}
+
+/// All of the file, with its pages there.
+fn map(file: &File, size: u64) -> MmapRegion {
+    let file = FileOffset::new(file.try_clone().expect("copy of the file"), 0);
+    let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+    MmapRegion::build(Some(file), size as usize, libc::PROT_READ, flags).expect("mapping")
 }
 
 struct Places {
@@ -63,18 +109,12 @@ impl Places {
     }
 }
 
-fn calls(file: &File, places: &mut Places, time: u64) -> Measured {
-    let mut block = vec![0; places.work.bytes as usize];
+fn repeat(places: &mut Places, time: u64, mut one: impl FnMut(u64)) -> Measured {
     let mut latencies = Vec::with_capacity(1 << 20);
     let (cpu, start) = (cpu::of_this_thread(), cpu::cycles());
     let mut now = start;
     while now - start < time {
-        let at = places.next();
-        if places.work.is_write() {
-            file.write_all_at(&block, at).expect("write");
-        } else {
-            file.read_exact_at(&mut block, at).expect("read");
-        }
+        one(places.next());
         let end = cpu::cycles();
         latencies.push(end - now);
         now = end;

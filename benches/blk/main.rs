@@ -150,7 +150,7 @@ fn run(extent: &Extent, dir: Option<PathBuf>, frequency: f64, chatty: bool) -> R
             }
         }
         for &work in &extent.work {
-            for floor in [Floor::Calls, Floor::Ring] {
+            for &floor in Floor::of(work) {
                 let measured = floor.measure(work, &files.disk, time);
                 let name = floor.name().to_string();
                 report.add(Row { queues: 1, work, guest: "none", name }, measured);

@@ -11,19 +11,18 @@
 //! hangs; a triple fault that ends the VM is a crash.
 //!
 //! A guest that goes back to 1 by itself after 2 needs no reset. `--reset` names the command that
-//! puts it back after a crash or a hang; without one, the first of either ends the run. Every input
-//! that crashes or hangs is printed. The VM has to hand its memory out: `--plugin-socket
-//! PATH,memory=rw`.
+//! puts it back after a crash or a hang, such as `cellblock reset CONTROL` for a VM that was restored
+//! from a snapshot of the time before it said 1; without one, the first of either ends the run. Every
+//! input that crashes or hangs is printed. The VM has to hand its memory out: `--plugin-socket
+//! PATH,memory=rw`. A triple fault that ends the VM cannot be reset.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cellblock_plugin_api::{Error, Event, RamRegion, Space, Vcpu, Vm};
+use cellblock_plugin_api::{Error, Event, GuestMemory, Space, Vcpu, Vm};
 
 struct Options {
     socket: String,
@@ -43,6 +42,8 @@ enum Verdict {
     Hung,
 }
 
+/// The number of our stops.
+const RESET: u64 = 0x7265_7365;
 const READY: u8 = 1;
 const THROUGH: u8 = 2;
 const CRASHED: u8 = 3;
@@ -78,9 +79,9 @@ fn fuzz(options: &Options) -> Result<u64, Error> {
             eprintln!("snapfuzz: the guest is not ready");
             break;
         }
-        guest.read(&mut input);
+        guest.read(&mut input)?;
         random.mutate(&mut input);
-        guest.write(&input);
+        guest.write(&input)?;
         let verdict = guest.run()?;
         runs += 1;
         if verdict == Verdict::Through {
@@ -89,7 +90,7 @@ fn fuzz(options: &Options) -> Result<u64, Error> {
         found += 1;
         let hex: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
         println!("{verdict:?} in run {runs} with {hex}");
-        if !guest.reset() {
+        if !guest.reset()? {
             break;
         }
     }
@@ -100,12 +101,10 @@ fn fuzz(options: &Options) -> Result<u64, Error> {
 
 struct Guest<'a> {
     options: &'a Options,
-    _vm: Vm,
+    vm: Vm,
     /// The one that talks: the fuzzed program runs on one vCPU.
     vcpu: Arc<Vcpu>,
-    memory: File,
-    /// Where the buffer is in the memfd.
-    at: u64,
+    memory: GuestMemory,
     held: bool,
 }
 
@@ -113,11 +112,13 @@ impl Guest<'_> {
     fn attach(options: &Options) -> Result<Guest<'_>, Error> {
         let vm = Vm::attach(Path::new(&options.socket))?;
         vm.reserve_range(Space::Port, options.port, 1)?;
-        let (memory, _, regions) = vm.memory()?;
-        let at = place(&regions, options.buffer)
+        let memory = vm.guest_memory()?;
+        let (address, length) = options.buffer;
+        memory
+            .place(address, length)
             .ok_or(Error::Protocol("the buffer is not in the guest's memory"))?;
         let vcpu = vm.vcpu(0)?;
-        Ok(Guest { options, vcpu, _vm: vm, memory: memory.into(), at, held: false })
+        Ok(Guest { options, vcpu, vm, memory, held: false })
     }
 
     /// Waits until the guest says one of `bytes`: it is stopped then. `None` when it does not.
@@ -150,31 +151,33 @@ impl Guest<'_> {
         }
     }
 
-    /// Puts the guest back to where it was; `false` where that is not possible.
-    fn reset(&mut self) -> bool {
-        let Some(command) = &self.options.reset else { return false };
-        let reset = Command::new("sh").args(["-c", command]).status();
-        reset.is_ok_and(|status| status.success())
-    }
-
-    fn read(&self, input: &mut [u8]) {
-        // Sealed against shrinking, and the place was checked.
-        let _ = self.memory.read_exact_at(input, self.at);
-    }
-
-    fn write(&self, input: &[u8]) {
-        if let Err(error) = self.memory.write_all_at(input, self.at) {
-            eprintln!("snapfuzz: changing the input: {error}");
+    /// Puts the guest back to where it was; `false` where that is not possible. It is stopped between
+    /// two instructions before, whatever it was doing, so that it says nothing meanwhile, and after.
+    fn reset(&mut self) -> Result<bool, Error> {
+        let Some(command) = &self.options.reset else { return Ok(false) };
+        self.vm.pause_vcpus(1, RESET)?;
+        loop {
+            if self.held {
+                self.vcpu.resume()?;
+            }
+            let event = self.vcpu.wait()?;
+            self.held = true;
+            if event == (Event::Paused { user: RESET }) {
+                break;
+            }
         }
+        let reset = Command::new("sh").args(["-c", command]).status();
+        Ok(reset.is_ok_and(|status| status.success()))
     }
-}
 
-/// Where a piece of guest memory lies in the memfd.
-fn place(regions: &[RamRegion], (address, length): (u64, usize)) -> Option<u64> {
-    regions.iter().find_map(|region| {
-        let inside = address.checked_sub(region.gpa)?;
-        (inside.checked_add(length as u64)? <= region.len).then(|| region.offset + inside)
-    })
+    fn read(&self, input: &mut [u8]) -> Result<(), Error> {
+        self.memory.read(self.options.buffer.0, input)
+    }
+
+    /// Changes the input. The VMM is told, so that a reset puts back what was there.
+    fn write(&self, input: &[u8]) -> Result<(), Error> {
+        self.memory.write(self.options.buffer.0, input)
+    }
 }
 
 /// xorshift: the same seed, the same inputs.

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::run::die_with_parent;
 use super::{Failure, output};
 use crate::config;
-use crate::spec::SerialSpec;
+use crate::spec::{PluginSocketSpec, SerialSpec};
 use crate::vmm::restore::{DiskOverride, MemoryMode, Progress, RestoreConfig};
 
 /// How memory comes back.
@@ -42,6 +42,9 @@ pub(super) struct Restore {
     /// Make a control socket here
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Make a socket at which programs attach, as for 'run'
+    #[arg(long, value_name = "PATH[,KEY=VALUE]...")]
+    plugin_socket: Option<PluginSocketSpec>,
     /// How memory comes back
     #[arg(long, value_enum, default_value = "auto")]
     memory_mode: Memory,
@@ -70,6 +73,7 @@ impl Restore {
             disks: self.disk,
             serial: self.serial.unwrap_or_default(),
             control: self.control,
+            plugin_socket: self.plugin_socket.map(PluginSocketSpec::absolute),
             memory: match self.memory_mode {
                 Memory::Auto => MemoryMode::Auto,
                 Memory::Lazy => MemoryMode::Lazy,

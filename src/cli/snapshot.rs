@@ -199,8 +199,9 @@ fn pages_since(parent: &Chain, cut: &Cut) -> Result<Vec<u64>, Failure> {
     let wanted = parent.manifest().id.to_string();
     let (Some(pages), Some(base)) = (&cut.pages, &cut.report.base) else {
         return Err(Failure::Error(
-            "the VM does not know what was written since PARENT: it has taken no snapshot yet; \
-             take a full one first, or restore with '--track'"
+            "the VM does not know what was written since PARENT: it has taken no snapshot yet, or \
+             a program that attached writes to its memory untold; take a full one first, or \
+             restore with '--track'"
                 .into(),
         ));
     };

@@ -7,11 +7,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
-use nix::sys::stat::{Mode, fchmod, fstatat};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat};
 
 use crate::remedy::Remedy;
 
@@ -116,6 +116,9 @@ impl ListeningSocket {
         let identity = identity(path).map_err(fail("examining"))?;
         // From here on the path is ours to remove.
         let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
+        if mode.intersects(Mode::S_IRWXG | Mode::S_IRWXO) {
+            widen(path, identity, mode).map_err(fail("letting other users reach"))?;
+        }
         listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
         Ok(made)
     }
@@ -158,6 +161,19 @@ fn identity(path: &Path) -> Result<(u64, u64), Errno> {
     let flags = AtFlags::AT_SYMLINK_NOFOLLOW | AtFlags::AT_EMPTY_PATH;
     let stat = fstatat(AT_FDCWD, path, flags)?;
     Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Gives the node that we made the mode that the umask has taken from it. By a descriptor, since
+/// the path may lead elsewhere by now.
+fn widen(path: &Path, ours: (u64, u64), mode: Mode) -> Result<(), Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let node = open(path, flags, Mode::empty())?;
+    let stat = fstat(&node)?;
+    if (stat.st_dev, stat.st_ino) != ours {
+        return Err(Errno::ESTALE);
+    }
+    let by_number = format!("/proc/self/fd/{}", node.as_raw_fd());
+    fchmodat(AT_FDCWD, by_number.as_str(), mode, FchmodatFlags::FollowSymlink)
 }
 
 /// Says what occupies `path`.

@@ -1,11 +1,9 @@
 //! A VM as a debugger sees it: all of it stopped, or running until something stops one vCPU.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cellblock_plugin_api::{Error, Event, GuestDebug, RamRegion, Vcpu, Vm};
+use cellblock_plugin_api::{Error, Event, GuestDebug, GuestMemory, Vcpu, Vm};
 
 use super::GdbError;
 
@@ -19,8 +17,7 @@ const PAGE: u64 = 4096;
 pub(super) struct Machine {
     vm: Vm,
     vcpus: Vec<Seat>,
-    memory: File,
-    regions: Vec<RamRegion>,
+    memory: GuestMemory,
     /// Hardware breakpoints, of all vCPUs.
     breakpoints: [Option<u64>; 4],
 }
@@ -58,13 +55,12 @@ const DR6_STEP: u64 = 1 << 14;
 impl Machine {
     /// Stops the guest.
     pub(super) fn stop(vm: Vm) -> Result<Machine, GdbError> {
-        let (memory, _, regions) = vm.memory()?;
+        let memory = vm.guest_memory()?;
         let vcpus = (0..vm.vcpu_count())
             .map(|id| Ok(Seat { vcpu: vm.vcpu(id)?, stopped: false, asked: false }))
             .collect::<Result<Vec<_>, Error>>()?;
         vcpus.iter().for_each(|seat| seat.vcpu.set_spin(Duration::ZERO));
-        let memory = File::from(memory);
-        let mut machine = Machine { vm, vcpus, memory, regions, breakpoints: [None; 4] };
+        let mut machine = Machine { vm, vcpus, memory, breakpoints: [None; 4] };
         machine.stop_all()?;
         Ok(machine)
     }
@@ -157,18 +153,16 @@ impl Machine {
     /// Reads memory by the linear addresses of a vCPU; as many bytes as there are.
     pub(super) fn read(&self, vcpu: usize, linear: u64, data: &mut [u8]) -> Result<usize, Error> {
         self.walk(vcpu, linear, data.len(), |at, range| {
-            self.memory.read_exact_at(&mut data[range], at).is_ok()
+            self.memory.read(at, &mut data[range]).is_ok()
         })
     }
 
     /// Writes memory.
     pub(super) fn write(&self, vcpu: usize, linear: u64, data: &[u8]) -> Result<usize, Error> {
-        self.walk(vcpu, linear, data.len(), |at, range| {
-            self.memory.write_all_at(&data[range], at).is_ok()
-        })
+        self.walk(vcpu, linear, data.len(), |at, range| self.memory.write(at, &data[range]).is_ok())
     }
 
-    /// Goes through a range page by page, with the place of each in the memfd.
+    /// Goes through a range page by page, with the guest-physical address of each.
     fn walk(
         &self,
         vcpu: usize,
@@ -182,14 +176,10 @@ impl Machine {
             let Some(address) = linear.checked_add(done as u64) else { break };
             let piece = (len - done).min((PAGE - address % PAGE) as usize);
             let Some(physical) = seat.vcpu.translate(address)? else { break };
-            let place = self.regions.iter().find_map(|region| {
-                let at = physical.checked_sub(region.gpa).filter(|at| *at < region.len)?;
-                Some(region.offset + at)
-            });
-            match place {
-                Some(place) if each(place, done..done + piece) => done += piece,
-                _ => break,
+            if !each(physical, done..done + piece) {
+                break;
             }
+            done += piece;
         }
         Ok(done)
     }

@@ -43,9 +43,6 @@ pub enum GdbError {
     /// The VM while it is debugged.
     #[error("debugging the VM")]
     Vm(#[from] cellblock_plugin_api::Error),
-    /// Guest memory.
-    #[error("opening the guest's memory")]
-    Memory(#[source] io::Error),
     /// The connection to gdb, or what it says.
     #[error("talking to gdb: {0}")]
     Protocol(String),

@@ -26,6 +26,8 @@ pub struct Hub {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     next_id: AtomicUsize,
+    /// Pieces of memory that plugins have made.
+    pieces: AtomicUsize,
 }
 
 /// What concerns one vCPU, out of any plugin's reach.
@@ -64,6 +66,7 @@ impl Hub {
             pio,
             mmio,
             next_id: AtomicUsize::new(1),
+            pieces: AtomicUsize::new(0),
             kicks: kicks.clone(),
         });
         let woken = hub.clone();
@@ -118,6 +121,19 @@ impl Hub {
         }
     }
 
+    /// Whether the guest has memory that a plugin made.
+    pub fn has_memory(&self) -> bool {
+        self.pieces.load(Ordering::Acquire) != 0
+    }
+
+    pub(super) fn memory_made(&self) {
+        self.pieces.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn memory_gone(&self) {
+        self.pieces.fetch_sub(1, Ordering::AcqRel);
+    }
+
     pub(super) fn reserve(
         &self,
         session: &Arc<Session>,
@@ -129,15 +145,23 @@ impl Hub {
         if length == 0 {
             return self.with_ranges(|ranges| ranges.release(session, space, start));
         }
+        self.leave_devices_alone(space, start, length)?;
+        self.with_ranges(|ranges| ranges.reserve(session, space, start, length, is_async))
+    }
+
+    /// EPERM where one of the VMM's own devices has part of a range.
+    pub(super) fn leave_devices_alone(
+        &self,
+        space: Space,
+        start: u64,
+        length: u64,
+    ) -> Result<(), Errno> {
         let last = ranges::last(start, length)?;
         let devices = match space {
             Space::Port => &self.pio,
             Space::Mmio => &self.mmio,
         };
-        if devices.holds(start, last) {
-            return Err(Errno::EPERM);
-        }
-        self.with_ranges(|ranges| ranges.reserve(session, space, start, length, is_async))
+        if devices.holds(start, last) { Err(Errno::EPERM) } else { Ok(()) }
     }
 
     pub(super) fn watch(

@@ -40,7 +40,6 @@ impl Remedy for AttachError {
 }
 
 /// A listening socket, and what those that connect to it get.
-#[derive(Debug)]
 pub struct AttachSocket {
     fd: OwnedFd,
     node: Option<Node>,
@@ -49,7 +48,12 @@ pub struct AttachSocket {
     /// Guest memory as it is handed out, and to be looked at only.
     ram: Option<OwnedFd>,
     read_only: Option<OwnedFd>,
+    /// Whether all of it is there, where it comes on demand.
+    arrived: Option<Arrived>,
 }
+
+/// Says whether all of guest memory is there.
+pub type Arrived = Box<dyn Fn() -> bool + Send>;
 
 impl AttachSocket {
     /// Makes the socket. Before privileges go: paths are opened.
@@ -71,6 +75,7 @@ impl AttachSocket {
             uid,
             ram: None,
             read_only: None,
+            arrived: None,
         })
     }
 
@@ -80,9 +85,18 @@ impl AttachSocket {
     /// well: the mode says the VMM's user only. (It could not be sealed against writing, since a
     /// device process that is replaced maps it for writing later.)
     ///
+    /// Memory that comes on demand comes to who has registered with the pager. Others would find
+    /// zeros, and what they wrote would be taken for what has come: they get it once it is whole,
+    /// which `arrived` tells.
+    ///
     /// # Errors
     /// [`AttachError::Memory`].
-    pub fn hand_out(&mut self, ram: &GuestRam) -> Result<(), AttachError> {
+    pub fn hand_out(
+        &mut self,
+        ram: &GuestRam,
+        arrived: Option<Arrived>,
+    ) -> Result<(), AttachError> {
+        self.arrived = arrived;
         if self.spec.memory == MemoryAccess::None {
             return Ok(());
         }
@@ -106,6 +120,11 @@ impl AttachSocket {
 
     pub(super) fn memory(&self) -> MemoryAccess {
         self.spec.memory
+    }
+
+    /// Whether memory can be handed out by now.
+    pub(super) fn has_arrived(&self) -> bool {
+        self.arrived.as_ref().is_none_or(|arrived| arrived())
     }
 
     pub(super) fn ram(&self) -> Option<BorrowedFd<'_>> {
@@ -142,6 +161,12 @@ impl AttachSocket {
         } else {
             None
         }
+    }
+}
+
+impl std::fmt::Debug for AttachSocket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AttachSocket").field("spec", &self.spec).finish_non_exhaustive()
     }
 }
 

@@ -146,7 +146,7 @@ impl Slab {
     }
 }
 
-fn kvm_errno(error: KvmError) -> Errno {
+pub(super) fn kvm_errno(error: KvmError) -> Errno {
     match error {
         KvmError::Step { source, .. } => super::requests::io_errno(source),
         _ => Errno::EIO,

@@ -30,6 +30,6 @@ mod session;
 mod tap;
 
 pub use hub::Hub;
-pub use listen::{AttachError, AttachSocket};
+pub use listen::{Arrived, AttachError, AttachSocket};
 pub use server::{Machinery, Network, Plugins, StartError};
 pub use session::{Session, SessionError};

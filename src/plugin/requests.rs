@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::memory::{Slab, Wanted};
+use super::memory::{Slab, Wanted, kvm_errno};
 use super::orders::errno;
 use super::server::Server;
 use super::session::{IoEvent, Session};
@@ -62,7 +62,7 @@ fn only_looks(request: &Request) -> bool {
             | Request::GetState(_)
             | Request::SetHint(_)
             | Request::PauseVcpus { .. }
-            | Request::Memory
+            | Request::Memory { .. }
     )
 }
 
@@ -194,11 +194,19 @@ impl Server {
             Request::CreateMemory { offset, length, start, read_only, dirty_log } => {
                 let wanted = Wanted { offset, length, start, read_only, dirty_log };
                 let fd = fds.first().ok_or(Errno::EBADF)?.as_fd();
+                if self.memory_is_mapped {
+                    tracing::warn!(
+                        "a plugin's memory at {start:#x} was refused: the processes of the VM's \
+                         disks could not reach it; use a VM without disks, or the VM's own memory"
+                    );
+                    return Err(Errno::EOPNOTSUPP);
+                }
                 let mut made = session.made();
                 room(made.len())?;
                 let slab = Slab::create(&self.machine, &mut self.slots, fd, &wanted)?;
                 let handle = made.handle();
                 made.memory.insert(handle, slab);
+                self.hub.memory_made();
                 Ok(Answer::Handle(handle).into())
             }
             Request::DirtyLog(handle) => {
@@ -210,15 +218,30 @@ impl Server {
                 self.destroy(session, object, handle)?;
                 Ok(DONE.into())
             }
-            Request::Memory => {
-                let attach = self.attach.as_ref().ok_or(Errno::EPERM)?;
-                let fd = attach.ram().ok_or(Errno::EPERM)?;
-                let mut access = session.memory();
-                let mut fd = fd.try_clone_to_owned().map_err(io_errno)?;
-                // Who may only look gets no memory to write to.
-                if access == MemoryAccess::ReadWrite && session.rights() != Rights::Control {
-                    fd = attach.read_only_ram().ok_or(Errno::EPERM)?;
-                    access = MemoryAccess::ReadOnly;
+            Request::Writing { offset, length } => {
+                let mut made = session.made();
+                room(made.len())?;
+                let end = offset.checked_add(length).ok_or(Errno::EOVERFLOW)?;
+                if end > self.machine.ram().len() {
+                    return Err(Errno::EINVAL);
+                }
+                let handle = made.handle();
+                made.writing.insert(handle, self.logs.writing(offset, length));
+                Ok(Answer::Handle(handle).into())
+            }
+            Request::LogMemory(on) => {
+                self.log_memory(session, on)?;
+                Ok(DONE.into())
+            }
+            Request::MemoryLog => {
+                let reader = session.made().log.ok_or(Errno::ENOENT)?;
+                let pages = self.logs.read(&self.machine, reader).map_err(kvm_errno)?;
+                bytes(pages.iter().flat_map(|word| word.to_le_bytes()).collect())
+            }
+            Request::Memory { tells } => {
+                let (fd, access) = self.hand_out(session)?;
+                if access == MemoryAccess::ReadWrite && !tells {
+                    self.logs.lose_track();
                 }
                 let regions = self.machine.ram().regions().iter();
                 let regions = regions
@@ -227,6 +250,30 @@ impl Server {
                 Ok(Out { answer: Answer::Memory { access, regions }, fds: vec![fd] })
             }
         }
+    }
+
+    /// Guest memory for a plugin: for those that attach as the socket says, for the one that the VM
+    /// was started with, which answers for devices, to read and to write.
+    fn hand_out(&self, session: &Session) -> Result<(OwnedFd, MemoryAccess), Errno> {
+        let ram = self.machine.ram();
+        if session.is_owner() {
+            if ram.is_empty() {
+                return Err(Errno::EPERM);
+            }
+            let fd = ram.fd().try_clone_to_owned().map_err(io_errno)?;
+            return Ok((fd, MemoryAccess::ReadWrite));
+        }
+        let attach = self.attach.as_ref().ok_or(Errno::EPERM)?;
+        let fd = attach.ram().ok_or(Errno::EPERM)?;
+        if !attach.has_arrived() {
+            return Err(Errno::EAGAIN);
+        }
+        // Who may only look gets no memory to write to.
+        if session.memory() == MemoryAccess::ReadWrite && session.rights() != Rights::Control {
+            let fd = attach.read_only_ram().ok_or(Errno::EPERM)?;
+            return Ok((fd, MemoryAccess::ReadOnly));
+        }
+        Ok((fd.try_clone_to_owned().map_err(io_errno)?, session.memory()))
     }
 
     fn create_io_event(
@@ -240,6 +287,8 @@ impl Server {
         if !matches!(length, 0 | 1 | 2 | 4 | 8) {
             return Err(Errno::EINVAL);
         }
+        // It would take the guest's writes away from the device.
+        self.hub.leave_devices_alone(space, address, length.max(1).into())?;
         let mut made = session.made();
         room(made.len())?;
         let event = event::event().map_err(io_errno)?;
@@ -297,9 +346,29 @@ impl Server {
             }
             Object::Memory => {
                 let slab = made.memory.remove(&handle).ok_or(Errno::ENOENT)?;
+                self.hub.memory_gone();
                 slab.remove(&self.machine, &mut self.slots)
             }
+            Object::Writing => {
+                self.logs.written(made.writing.remove(&handle).ok_or(Errno::ENOENT)?);
+                Ok(())
+            }
         }
+    }
+
+    /// Has the VM's own memory watched for a plugin; asked twice, from the second time on.
+    fn log_memory(&self, session: &Session, on: bool) -> Result<(), Errno> {
+        if self.machine.ram().is_empty() {
+            return Err(Errno::ENODATA);
+        }
+        let mut made = session.made();
+        if let Some(reader) = made.log.take() {
+            self.logs.leave(&self.machine, reader).map_err(kvm_errno)?;
+        }
+        if on {
+            made.log = Some(self.logs.join(&self.machine).map_err(kvm_errno)?);
+        }
+        Ok(())
     }
 
     fn remove_io_event(&self, event: &IoEvent) -> Result<(), Errno> {
@@ -325,7 +394,14 @@ impl Server {
             report(vm.unregister_irqfd(&event, irq).map_err(errno));
         }
         for slab in std::mem::take(&mut made.memory).into_values() {
+            self.hub.memory_gone();
             report(slab.remove(&self.machine, &mut self.slots));
+        }
+        for writing in std::mem::take(&mut made.writing).into_values() {
+            self.logs.written(writing);
+        }
+        if let Some(reader) = made.log.take() {
+            report(self.logs.leave(&self.machine, reader).map_err(kvm_errno));
         }
     }
 

@@ -35,6 +35,15 @@ pub(super) struct Line {
     /// Failed sets so far.
     errors: u32,
     spin: Spin,
+    /// When the thread first slept for the plugin, if it did since the vCPU was last let go.
+    slept: Option<Instant>,
+}
+
+impl Line {
+    /// The vCPU is let go: for how long the thread had nothing to do, from its first sleep on.
+    pub(super) fn stood(&mut self) -> Duration {
+        self.slept.take().map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 /// What a plugin did, or why it is not waited for.
@@ -63,7 +72,14 @@ pub(super) struct Facts {
 
 impl Seat {
     pub(super) fn new(slot: Slot) -> Seat {
-        let line = Line { event: 0, order: 0, async_tail: 0, errors: 0, spin: Spin::new(SPIN) };
+        let line = Line {
+            event: 0,
+            order: 0,
+            async_tail: 0,
+            errors: 0,
+            spin: Spin::new(SPIN),
+            slept: None,
+        };
         let requested = AtomicBool::new(false);
         Seat { slot, request: Mutex::new(None), requested, line: Mutex::new(line) }
     }
@@ -139,7 +155,9 @@ impl Seat {
         if let Some(stopped) = stop() {
             return look().filter(|found| *found == Move::Resume).unwrap_or(stopped);
         }
-        line.spin.look(|| look().is_some() || stop().is_some());
+        if !line.spin.look(|| look().is_some() || stop().is_some()) {
+            line.slept.get_or_insert_with(Instant::now);
+        }
         self.sleep(&mut line.spin, hub, vcpu, || look().or_else(stop))
     }
 

@@ -24,6 +24,7 @@ use super::memory::SlotNumbers;
 use super::session::Session;
 use crate::control::socket::Node;
 use crate::event;
+use crate::snapshot::write_logs::WriteLogs;
 use crate::vcpu::Supply;
 use crate::vm::kvm::Machine;
 
@@ -44,6 +45,10 @@ pub struct Machinery {
     pub vcpus: Vec<VcpuFd>,
     /// Called once the vCPUs are there.
     pub on_start: Box<dyn Fn() + Send>,
+    /// What is written to the VM's own memory.
+    pub logs: &'static WriteLogs,
+    /// Device processes map guest memory: what a plugin adds they would not have.
+    pub memory_is_mapped: bool,
     /// The network interface for plugins.
     pub network: Option<Network>,
 }
@@ -97,7 +102,8 @@ impl Plugins {
         let system = |errno: Errno| StartError::System(errno.into());
         let stop = Arc::new(event::event().map_err(StartError::System)?);
         let node = attach.as_mut().and_then(AttachSocket::take_node);
-        let Machinery { machine, supply, vcpus, on_start, network } = machinery;
+        let Machinery { machine, supply, vcpus, on_start, logs, memory_is_mapped, network } =
+            machinery;
         let mut server = Server {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system)?,
             hub,
@@ -105,6 +111,8 @@ impl Plugins {
             supply,
             vcpus,
             on_start,
+            logs,
+            memory_is_mapped,
             network,
             attach,
             slots: SlotNumbers::default(),
@@ -159,6 +167,8 @@ pub(super) struct Server {
     supply: Option<Supply>,
     vcpus: Vec<VcpuFd>,
     on_start: Box<dyn Fn() + Send>,
+    pub(super) logs: &'static WriteLogs,
+    pub(super) memory_is_mapped: bool,
     pub(super) network: Option<Network>,
     pub(super) attach: Option<AttachSocket>,
     pub(super) slots: SlotNumbers,

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::memory::Slab;
 use super::seat::Seat;
 use crate::event;
+use crate::snapshot::write_logs::{Reader, Writing};
 
 /// Shared memory or descriptors for a plugin that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,10 @@ pub(super) struct Made {
     pub(super) io_events: BTreeMap<Handle, IoEvent>,
     pub(super) irq_events: BTreeMap<Handle, (EventFd, u32)>,
     pub(super) memory: BTreeMap<Handle, Slab>,
+    /// Writes to the VM's own memory that have begun.
+    pub(super) writing: BTreeMap<Handle, Writing>,
+    /// It is told what is written there.
+    pub(super) log: Option<Reader>,
 }
 
 /// An ioeventfd, with what undoing it takes.
@@ -71,7 +76,7 @@ impl Made {
 
     /// How many things there are.
     pub(super) fn len(&self) -> usize {
-        self.io_events.len() + self.irq_events.len() + self.memory.len()
+        self.io_events.len() + self.irq_events.len() + self.memory.len() + self.writing.len()
     }
 }
 

@@ -1,6 +1,7 @@
 //! A plugin's place in a vCPU's thread: events on the way in and out of the guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_plugin_api::slot::{AsyncWrite, MAX_DATA, at, flag, kind, registers};
 use cellblock_plugin_api::{Hint, HintDetail, Plain, Rights, Space};
@@ -14,6 +15,9 @@ use super::seat::{Facts, Line, Move};
 use super::session::Session;
 use crate::bus::Outcome;
 use crate::vcpu::{self, Attendant, GuestAccess, SpecialExit, set_hypercall_result};
+
+/// So long a guest does not notice that it stood still: its watchdogs wait for many seconds.
+const LONG: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub(super) struct Tap {
@@ -86,7 +90,10 @@ impl Tap {
         loop {
             match seat.wait(&mut line, &self.hub, self.id, &gone) {
                 Move::Kicked => return Answer::Kicked,
-                Move::Gone => return Answer::Gone,
+                Move::Gone => {
+                    let_go(vcpu, &mut line);
+                    return Answer::Gone;
+                }
                 Move::Order => {
                     let (order, bytes) = seat.take_order(&mut line);
                     let result = orders::carry_out(
@@ -101,6 +108,7 @@ impl Tap {
                 }
                 Move::Resume => {
                     set_registers(vcpu, session, self.id, &mut line);
+                    let_go(vcpu, &mut line);
                     return Answer::Resumed;
                 }
             }
@@ -336,6 +344,14 @@ impl Attendant for Tap {
             set_hypercall_result(vcpu, result);
         }
         Some(Outcome::Done)
+    }
+}
+
+/// Tells a guest that stood still for long that the time ahead is not its own, so that its watchdogs
+/// stay quiet. Refused where it does not use kvmclock.
+fn let_go(vcpu: &VcpuFd, line: &mut Line) {
+    if line.stood() > LONG {
+        let _ = vcpu.kvmclock_ctrl();
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`pager`] | guest memory that is brought when it is touched |
 //! | [`state`] | everything of a VM but its memory and disks, as one value |
 //! | [`trigger`] | when a VM is to be written down by itself |
+//! | [`write_logs`] | what is written to guest memory, for all who want to know |
 
 pub mod coordinator;
 pub mod dirty;
@@ -18,3 +19,4 @@ pub mod pager;
 mod random;
 pub mod state;
 pub mod trigger;
+pub mod write_logs;

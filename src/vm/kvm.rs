@@ -186,14 +186,14 @@ impl Machine {
         self.vm.create_pit2(pit).map_err(step("creating the interval timer"))
     }
 
-    /// Has KVM note every page the guest writes from now on. What it has at first is all
-    /// pages, none of them protected yet: that costs next to nothing, and the first
+    /// Has KVM note every page the guest writes from now on, or no more. What it has at first is
+    /// all pages, none of them protected yet: that costs next to nothing, and the first
     /// [`Machine::take_dirty_pages`] pays.
-    pub fn log_dirty_pages(&self) -> Result<(), KvmError> {
+    pub fn log_dirty_pages(&self, on: bool) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(self.ram.regions()) {
             let region = kvm_userspace_memory_region {
                 slot,
-                flags: KVM_MEM_LOG_DIRTY_PAGES,
+                flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: region.gpa,
                 memory_size: region.len,
                 userspace_addr: region.hva,

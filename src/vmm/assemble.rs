@@ -239,6 +239,9 @@ pub(super) fn build(
     phases.end("jails");
     guests.launch(&mut spawner)?;
     let starts_later = guests.has_owner();
+    if !specs.is_empty() {
+        guests.beside_devices();
+    }
     let kicks = Kicks::new(usize::from(cpus));
     let (ring, com1_irq) = com1.producer(kicks.len())?;
     let ring = Arc::new(ring);
@@ -279,7 +282,7 @@ pub(super) fn build(
         ..vcpu::Config::new(kicks, Arc::new(pio), Arc::new(mmio), exit)
     };
     let (vcpus, served) =
-        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, seccomp)?;
+        guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, logs, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
     if !confine_later {

@@ -74,11 +74,14 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         .with_plugins(&hub),
     )?;
     let made = notifier.clone();
+    let logs = write_logs(ram.len());
     let machinery = Machinery {
         machine: machine.clone(),
         supply: Some(supply),
         vcpus: Vec::new(),
         on_start: Box::new(move || made.send(Notice::Made)),
+        logs,
+        memory_is_mapped: false,
         network,
     };
     // There are no device processes that could be watched.
@@ -103,7 +106,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         ended,
         ring: None,
         com1_irq: None,
-        snapshots: Snapshots::new(host, String::new(), Tracker::new(write_logs(ram.len()))),
+        snapshots: Snapshots::new(host, String::new(), Tracker::new(logs)),
         ram,
         triggers: None,
         pager: None,

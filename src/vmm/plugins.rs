@@ -14,8 +14,10 @@ use super::assemble::confine;
 use super::notice::{Notice, Notifier};
 use super::plugin_vm::network;
 use crate::config::VmConfig;
-use crate::plugin::{AttachSocket, Hub, Machinery, Network, Plugins};
+use crate::plugin::{Arrived, AttachSocket, Hub, Machinery, Network, Plugins};
 use crate::plugin_process::{self, PluginConfig, PluginProcess};
+use crate::snapshot::dirty::WriteLogs;
+use crate::spec::PluginSocketSpec;
 use crate::vcpu::{self, Vcpus};
 use crate::vm::kvm::Machine;
 use crate::vm::memory::GuestRam;
@@ -27,6 +29,8 @@ pub(super) struct Guests {
     network: Option<Network>,
     /// The plugin's program, and its confinement.
     program: Option<(PathBuf, bool, SeccompMode)>,
+    /// There are device processes that map guest memory.
+    memory_is_mapped: bool,
 }
 
 /// What of them the main thread keeps.
@@ -37,17 +41,20 @@ pub(super) struct Served {
 }
 
 impl Guests {
-    /// A machine that no plugin takes part in.
-    pub(super) fn none() -> Guests {
-        Guests { attach: None, process: None, network: None, program: None }
+    /// A machine that goes on from a snapshot: programs may attach to it. `arrived` says when its
+    /// memory is there.
+    pub(super) fn restored(
+        socket: Option<&PluginSocketSpec>,
+        ram: &GuestRam,
+        arrived: Option<Arrived>,
+    ) -> Result<Guests, VmmError> {
+        let attach = attach(socket, ram, arrived)?;
+        Ok(Guests { attach, process: None, network: None, program: None, memory_is_mapped: false })
     }
 
     /// Opens what has a path, before privileges go.
     pub(super) fn open(config: &VmConfig, ram: &GuestRam) -> Result<Guests, VmmError> {
-        let mut attach = config.plugin_socket.as_ref().map(AttachSocket::bind).transpose()?;
-        if let Some(attach) = &mut attach {
-            attach.hand_out(ram)?;
-        }
+        let attach = attach(config.plugin_socket.as_ref(), ram, None)?;
         let network = match &config.plugin {
             Some(plugin) => network(plugin)?,
             None => None,
@@ -55,7 +62,7 @@ impl Guests {
         let program =
             |plugin: &PluginConfig| (plugin.program.clone(), config.sandbox, config.seccomp);
         let program = config.plugin.as_ref().map(program);
-        Ok(Guests { attach, process: None, network, program })
+        Ok(Guests { attach, process: None, network, program, memory_is_mapped: false })
     }
 
     /// Starts the plugin's process, when all device processes serve.
@@ -65,6 +72,11 @@ impl Guests {
             self.process = Some(process);
         }
         Ok(())
+    }
+
+    /// Device processes have guest memory mapped.
+    pub(super) fn beside_devices(&mut self) {
+        self.memory_is_mapped = true;
     }
 
     /// Whether a plugin says when the guest runs for the first time.
@@ -80,6 +92,7 @@ impl Guests {
         machine: &Arc<Machine>,
         config: vcpu::Config,
         notifier: &Arc<Notifier>,
+        logs: &'static WriteLogs,
         seccomp: Option<filter::Mode>,
     ) -> Result<(Vcpus, Served), VmmError> {
         let owned = self.has_owner();
@@ -108,6 +121,8 @@ impl Guests {
             supply,
             vcpus: made,
             on_start: Box::new(move || started.send(Notice::Made)),
+            logs,
+            memory_is_mapped: self.memory_is_mapped,
             network: self.network,
         };
         let confine =
@@ -115,4 +130,16 @@ impl Guests {
         let plugins = Plugins::start(hub.clone(), machinery, connection, self.attach, confine)?;
         Ok((vcpus, Served { process, plugins: Some((hub, plugins)) }))
     }
+}
+
+/// Makes the socket that was asked for.
+fn attach(
+    socket: Option<&PluginSocketSpec>,
+    ram: &GuestRam,
+    arrived: Option<Arrived>,
+) -> Result<Option<AttachSocket>, VmmError> {
+    let Some(spec) = socket else { return Ok(None) };
+    let mut socket = AttachSocket::bind(spec)?;
+    socket.hand_out(ram, arrived)?;
+    Ok(Some(socket))
 }

@@ -27,6 +27,7 @@ use crate::cell::overlay::{OverlayError, Place};
 use crate::config::OpenError;
 use crate::console;
 use crate::control::server::ControlServer;
+use crate::plugin::Arrived;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
@@ -34,7 +35,7 @@ use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
-use crate::spec::{Backing, DiskSpec, SerialSpec};
+use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
 
@@ -49,6 +50,8 @@ pub struct RestoreConfig {
     pub serial: SerialSpec,
     /// Where to make the control socket.
     pub control: Option<PathBuf>,
+    /// Where programs may attach.
+    pub plugin_socket: Option<PluginSocketSpec>,
     /// How memory comes.
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
@@ -182,6 +185,8 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         console.note = None; // whoever claims it is told
     }
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
+    let arrived = lazy.as_ref().map(|source| -> Arrived { Box::new(source.completion()) });
+    let guests = Guests::restored(config.plugin_socket.as_ref(), &ram, arrived)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
     let common = Common {
         seccomp: config.seccomp,
@@ -204,8 +209,8 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
-        guests: Guests::none(),
-        plugin_socket: None,
+        guests,
+        plugin_socket: config.plugin_socket.map(|spec| spec.path),
         confine_later: false,
     };
     let state = Arc::new(state);

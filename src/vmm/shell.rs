@@ -161,6 +161,7 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 memory: MemoryMode::Auto,
                 track,
                 shell: Some(serial),
+                plugin_socket: None,
                 sandbox: order.sandbox,
                 seccomp: order.seccomp,
                 log: order.log,

@@ -232,6 +232,11 @@ impl Peer {
             if Instant::now() > deadline {
                 return Err(format!("it is not there after {:?}", self.limit).into());
             }
+            for chunk in self.chunks.try_iter() {
+                std::io::stdout().write_all(&chunk)?;
+                self.unread.push_str(&String::from_utf8_lossy(&chunk));
+            }
+            std::io::stdout().flush()?;
             thread::sleep(Duration::from_millis(20));
         }
         Ok(())

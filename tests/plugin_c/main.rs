@@ -2,6 +2,10 @@
 //! and run, jailed and plain.
 #![allow(clippy::unwrap_used)] // a failure here is a failed test
 
+mod orphans;
+#[path = "../common/proc.rs"]
+#[allow(dead_code)] // shared by several test programs
+mod proc;
 mod run;
 
 use std::time::{Duration, Instant};
@@ -18,6 +22,32 @@ fn both(name: &str, cpus: u32, arguments: &[&str]) {
         let end = plugin.start().finish();
         assert_eq!(end.status.code(), Some(0), "sandbox {sandbox}: {}", end.stderr);
     }
+}
+
+/// Polls until `done`; `None` if that does not come within `limit`.
+fn poll<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T> {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(found) = done() {
+            return Some(found);
+        }
+        if Instant::now() > end {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits for what comes in its time.
+#[track_caller]
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let came = poll(run::PATIENCE, || there().then_some(()));
+    assert!(came.is_some(), "waited too long for {what}");
+}
+
+#[test]
+fn errors() {
+    both("errors", 1, &[]);
 }
 
 #[test]

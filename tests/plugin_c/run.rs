@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Longer than anything takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 const NOBODY: u32 = 65534;
-const PROGRAM: &str = env!("CARGO_BIN_EXE_cellblock");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_cellblock");
 
 /// A plugin to run.
 pub struct Plugin {
@@ -121,7 +121,7 @@ impl Plugin {
 }
 
 /// Compiles `FOLDER/NAME.c`, once.
-fn compiled(folder: &str, name: &str) -> PathBuf {
+pub fn compiled(folder: &str, name: &str) -> PathBuf {
     static DONE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugin-{name}"));
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);

@@ -27,46 +27,69 @@ const READS: &[u8] = &[0x66, 0xff, 0x06, 0x00, 0x30, 0xe4, 0x50, 0xeb, 0xf7];
 /// `inc dword [0x3000]; out 0x50, al; jmp`.
 const WRITES: &[u8] = &[0x66, 0xff, 0x06, 0x00, 0x30, 0xe6, 0x50, 0xeb, 0xf7];
 
-/// Microseconds.
-#[derive(Clone, Copy, Debug)]
-pub struct Costs {
+/// What is measured. All but the last are microseconds for each round of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line {
     /// An exit to the VMM and back, nobody asked.
-    pub floor: f64,
+    Floor,
     /// A read answered by a plugin that looks for it all the time.
-    pub spinning: f64,
+    Spinning,
     /// A read answered by a plugin that sleeps.
-    pub sleeping: f64,
+    Sleeping,
     /// There and back over two pipes between two processes, without a VM.
-    pub pipes: f64,
+    Pipes,
     /// A read whose answer needs registers, asked for each time.
-    pub registers: f64,
+    Registers,
     /// The same with a hint.
-    pub hinted: f64,
+    Hinted,
     /// A write that the vCPU waits for.
-    pub write: f64,
+    Write,
     /// A write that it does not wait for.
-    pub posted: f64,
-    /// From request to PAUSED, of a busy guest: median and 99th percentile.
-    pub pause: (f64, f64),
+    Posted,
+    /// From request to PAUSED, of a busy guest: each one by itself.
+    Pause,
 }
 
-/// Measures each for `window`. `command` makes the child.
-pub fn measure(command: impl Fn() -> Command, window: Duration) -> Costs {
-    let of = |mode: &str| {
-        let mut plugin = Plugin::start(command(), mode);
-        plugin.warm_up();
-        plugin.cost(window)
-    };
-    Costs {
-        floor: of("floor"),
-        spinning: of("spinning"),
-        sleeping: of("sleeping"),
-        pipes: pipes(command(), window),
-        registers: of("registers"),
-        hinted: of("hinted"),
-        write: of("write"),
-        posted: of("posted"),
-        pause: pauses(window),
+/// In the order in which they are measured and printed.
+pub const LINES: [Line; 9] = [
+    Line::Floor,
+    Line::Spinning,
+    Line::Sleeping,
+    Line::Pipes,
+    Line::Registers,
+    Line::Hinted,
+    Line::Write,
+    Line::Posted,
+    Line::Pause,
+];
+
+impl Line {
+    /// What the child is told to be.
+    pub fn name(self) -> &'static str {
+        match self {
+            Line::Floor => "floor",
+            Line::Spinning => "spinning",
+            Line::Sleeping => "sleeping",
+            Line::Pipes => "pipes",
+            Line::Registers => "registers",
+            Line::Hinted => "hinted",
+            Line::Write => "write",
+            Line::Posted => "posted",
+            Line::Pause => "pause",
+        }
+    }
+
+    /// Measures it for `window`; `command` makes the child.
+    pub fn measure(self, command: Command, window: Duration) -> Vec<f64> {
+        match self {
+            Line::Pipes => vec![pipes(command, window)],
+            Line::Pause => pauses(window),
+            _ => {
+                let mut plugin = Plugin::start(command, self.name());
+                plugin.warm_up();
+                vec![plugin.cost(window)]
+            }
+        }
     }
 }
 
@@ -195,7 +218,7 @@ fn pipes(mut command: Command, window: Duration) -> f64 {
     cost
 }
 
-fn pauses(window: Duration) -> (f64, f64) {
+fn pauses(window: Duration) -> Vec<f64> {
     let mut vmm = Vmm::new(1);
     let vm = vmm.connect();
     // inc dword [0x3000]; jmp
@@ -217,6 +240,5 @@ fn pauses(window: Duration) -> (f64, f64) {
         vcpu.resume().unwrap();
         sleep(Duration::from_micros(100));
     }
-    took.sort_by(f64::total_cmp);
-    (took[took.len() / 2], took[took.len() * 99 / 100])
+    took
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use cellblock::bus::{Bus, VmExit};
 use cellblock::plugin::{Hub, Machinery, Network, Plugins};
+use cellblock::snapshot::write_logs::WriteLogs;
 use cellblock::vcpu::{Config, ExitListener, Kicks, PauseReport, Vcpus, exit_notice};
 use cellblock::vm::kvm::Machine;
 use cellblock::vm::memory::GuestRam;
@@ -62,6 +63,8 @@ impl Vmm {
             supply: Some(supply),
             vcpus: Vec::new(),
             on_start: Box::new(move || started.send(Order::Started).unwrap()),
+            logs: Box::leak(Box::new(WriteLogs::new(0))),
+            memory_is_mapped: false,
             network,
         };
         let plugins =

@@ -22,7 +22,11 @@ GUEST(guest,
       /* A string out and in: 1000 bytes, and 300 words. */
       "push %ds\n pop %es\n mov $0x5000, %si\n mov $1000, %cx\n rep outsb\n"
       "mov $0x6000, %di\n mov $300, %cx\n rep insw\n"
-      "mov $5, %al\n out %al, %dx\n hlt");
+      "mov $5, %al\n out %al, %dx\n"
+      /* Sixteen bytes of memory, out and in. */
+      "mov %cr4, %eax\n or $0x200, %eax\n mov %eax, %cr4\n mov %bx, %es\n"
+      "movdqu 0x4000, %xmm0\n movdqu %xmm0, %es:0x20\n movdqu %es:0x20, %xmm1\n"
+      "movdqu %xmm1, 0x4100\n out %al, %dx\n hlt");
 
 int main(void) {
   struct crosvm *vm = connect_vm();
@@ -95,5 +99,16 @@ int main(void) {
   CHECK(events <= 3);
   expect_write(vcpu, PORT, 0x300, 1, 5);
   for (int i = 0; i < 600; i++) SAME(memory[0x6000 + i], (uint8_t)(i * 3));
+  /* In pieces of eight, each an event. */
+  for (int i = 0; i < 16; i += 8) {
+    uint64_t wanted;
+    memcpy(&wanted, memory + 0x4000 + i, 8);
+    expect_write(vcpu, MMIO, 0xf0020 + i, 8, wanted);
+  }
+  answer_read(vcpu, MMIO, 0xf0020, 8, 0x0102030405060708);
+  answer_read(vcpu, MMIO, 0xf0028, 8, 0x1112131415161718);
+  expect_access(vcpu, PORT, 0x300, true, 1);
+  SAME(memory[0x4100], 8);
+  SAME(memory[0x4108], 0x18);
   return 0;
 }

@@ -1,7 +1,9 @@
 //! The plugin's side: [`Vm`], a connection, and [`Vcpu`].
 
+mod memory;
 mod vcpu;
 mod vm;
 
+pub use memory::GuestMemory;
 pub use vcpu::Vcpu;
 pub use vm::{IoEvent, IrqEvent, Memory, SOCKET_VARIABLE, Vm};

@@ -17,7 +17,7 @@ use super::vcpu::Vcpu;
 use crate::error::{Error, refused};
 use crate::plain::Plain;
 use crate::slot::Slots;
-use crate::types::{Hint, IrqRoute, MemoryAccess, NetConfig, RamRegion, Rights, Space};
+use crate::types::{Hint, IrqRoute, NetConfig, Rights, Space};
 use crate::wire::{
     Answer, Handle, Object, Payload, Reply, Request, VERSION, VmState, routes_to_bytes,
 };
@@ -496,19 +496,6 @@ impl Vm {
         self.done("destroying an irq event", &Request::Destroy(Object::IrqEvent, event.handle))
     }
 
-    /// The guest's memory, in a VM that was attached to: a memfd and what of it lies where.
-    ///
-    /// # Errors
-    /// EPERM where the VM does not hand it out.
-    pub fn memory(&self) -> Result<(OwnedFd, MemoryAccess, Vec<RamRegion>), Error> {
-        match self.ask("getting guest memory", &Request::Memory, &[])? {
-            (Answer::Memory { access, regions }, mut fds) => {
-                Ok((fds.pop().ok_or(STRANGE)?, access, regions))
-            }
-            _ => Err(STRANGE),
-        }
-    }
-
     fn state<T: Plain>(&self, what: &'static str, state: VmState) -> Result<T, Error> {
         T::from_bytes(&self.bytes(what, &Request::GetState(state))?).ok_or(STRANGE)
     }
@@ -517,7 +504,7 @@ impl Vm {
         self.done(what, &Request::SetState(of, to.bytes().to_vec()))
     }
 
-    fn bytes(&self, what: &'static str, request: &Request) -> Result<Vec<u8>, Error> {
+    pub(super) fn bytes(&self, what: &'static str, request: &Request) -> Result<Vec<u8>, Error> {
         match self.ask(what, request, &[])? {
             (Answer::Bytes(payload), fds) => {
                 payload.take(fds.last().map(|fd| fd.as_fd())).map_err(|_| STRANGE)
@@ -526,7 +513,7 @@ impl Vm {
         }
     }
 
-    fn done(&self, what: &'static str, request: &Request) -> Result<(), Error> {
+    pub(super) fn done(&self, what: &'static str, request: &Request) -> Result<(), Error> {
         self.ask(what, request, &[]).map(drop)
     }
 
@@ -534,7 +521,7 @@ impl Vm {
         self.ask(what, request, &[])?.1.pop().ok_or(STRANGE)
     }
 
-    fn ask(
+    pub(super) fn ask(
         &self,
         what: &'static str,
         request: &Request,
@@ -546,7 +533,8 @@ impl Vm {
     }
 }
 
-const STRANGE: Error = Error::Protocol("the VMM answered something else than it was asked");
+pub(super) const STRANGE: Error =
+    Error::Protocol("the VMM answered something else than it was asked");
 
 fn ask(
     channel: &Channel,

@@ -11,7 +11,7 @@ pub use self::payload::{MAX_PAYLOAD, Payload, PayloadError};
 use crate::types::{Hint, IrqRoute, MemoryAccess, RamRegion, Rights, Space};
 
 /// Rises with every change of the messages or of the slot.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Names what a plugin has made.
 pub type Handle = u64;
@@ -130,7 +130,21 @@ pub enum Request {
     /// Undoes a creation.
     Destroy(Object, Handle),
     /// Guest memory of a VM that is attached to; its memfd comes with the answer.
-    Memory,
+    Memory {
+        /// Every write to it will be told of by [`Request::Writing`].
+        tells: bool,
+    },
+    /// That memory is going to be written to; [`Request::Destroy`] says that it has been.
+    Writing {
+        /// Where in the memfd.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// Has pages of that memory noted that are written from now on, or no more.
+    LogMemory(bool),
+    /// Those pages, since the last time: a bit each.
+    MemoryLog,
 }
 
 /// What can be destroyed.
@@ -142,6 +156,8 @@ pub enum Object {
     Memory,
     /// Of [`Request::CreateIrqEvent`].
     IrqEvent,
+    /// Of [`Request::Writing`].
+    Writing,
 }
 
 /// State of the VM that is no vCPU's.

@@ -295,6 +295,12 @@ impl Source {
         &self.chain
     }
 
+    /// For who may use memory only when all of it has come.
+    pub fn completion(&self) -> impl Fn() -> bool + Send + use<> {
+        let shared = self.shared.clone();
+        move || shared.complete.load(Ordering::Acquire)
+    }
+
     /// Registers `ram`, in which nothing may be yet, and starts the pager.
     pub fn start<C>(self, ram: &GuestRam, config: Config<C>) -> Result<Pager, PagerError>
     where

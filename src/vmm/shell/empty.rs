@@ -152,6 +152,8 @@ pub(super) fn assemble(
         lazy: inviter.map(|inviter| &*Box::leak(inviter)),
         writes: Some(assemble::write_logs(ram.len())),
     };
+    // Nobody attaches to it.
+    let guests = Guests::restored(None, &ram, None).map_err(vmm)?;
     phases.end("open");
     let parts = Parts {
         phases,
@@ -166,7 +168,7 @@ pub(super) fn assemble(
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
         hold: Arc::new(Hold::new(false)),
-        guests: Guests::none(),
+        guests,
         plugin_socket: None,
         confine_later: true,
     };

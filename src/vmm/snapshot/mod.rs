@@ -106,6 +106,12 @@ impl Vm {
                 Some("take snapshots of VMs without --plugin"),
             ));
         }
+        if self.plugins.as_ref().is_some_and(|(hub, _)| hub.has_memory()) {
+            return Response::Now(Reply::error(
+                "no snapshot: a program that attached has given the guest memory of its own",
+                Some("have it take that memory away again, or end it, and try again"),
+            ));
+        }
         if self.snapshots.held.is_some() {
             return Response::Now(Reply::error("another snapshot holds the VM", Some("try again")));
         }

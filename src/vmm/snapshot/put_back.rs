@@ -74,14 +74,20 @@ pub(super) fn known(
     Ok(pages)
 }
 
-/// Makes memory what the snapshot has, writing only what differs; how many pages did.
-pub(super) fn all(chain: &Chain, ram: &GuestRam, pager: Option<&Pager>) -> Result<u64, ResetError> {
+/// Makes memory what the snapshot has, writing only what differs: it is added to `written`, a word
+/// for each chunk. Returns how many pages did.
+pub(super) fn all(
+    chain: &Chain,
+    ram: &GuestRam,
+    pager: Option<&Pager>,
+    written: &mut [u64],
+) -> Result<u64, ResetError> {
     if let Some(pager) = pager {
         pager.settle();
     }
     let mut pages = 0;
     let (mut was, mut is) = (vec![0; CHUNK], vec![0; CHUNK]);
-    for index in 0..chain.chunks() {
+    for (index, written) in written.iter_mut().enumerate().take(chain.chunks()) {
         // What has not come yet nobody has written to.
         if pager.is_some_and(|pager| !pager.presence().has(index)) {
             continue;
@@ -101,6 +107,7 @@ pub(super) fn all(chain: &Chain, ram: &GuestRam, pager: Option<&Pager>) -> Resul
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             fallocate(ram.fd(), flags, offset as i64, CHUNK as i64).map_err(ResetError::Look)?;
             pages += (CHUNK / PAGE) as u64;
+            *written = u64::MAX;
             continue;
         }
         chain.read_chunk(index, &mut was).map_err(FillError::from)?;
@@ -110,6 +117,7 @@ pub(super) fn all(chain: &Chain, ram: &GuestRam, pager: Option<&Pager>) -> Resul
             if was != is {
                 let at = GuestAddress(at.0 + (page * PAGE) as u64);
                 ram.memory().write_slice(was, at).map_err(FillError::from)?;
+                *written |= 1 << page;
                 pages += 1;
             }
         }

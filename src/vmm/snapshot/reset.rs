@@ -141,10 +141,14 @@ impl Vm {
             self.rings_were_written();
             let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
             let pages = put_back::known(&origin.chain, &self.ram, &since, &mut origin.kept)?;
+            self.snapshots.tracker.put_back(&since);
             self.snapshots.tracker.keep(id);
             pages
         } else {
-            let pages = put_back::all(&origin.chain, &self.ram, self.pager.as_ref())?;
+            let mut written = vec![0; self.snapshots.tracker.chunks()];
+            let pager = self.pager.as_ref();
+            let pages = put_back::all(&origin.chain, &self.ram, pager, &mut written)?;
+            self.snapshots.tracker.put_back(&written);
             // From now on it is known what is written: the next time is short.
             self.track_since(id)?;
             pages

@@ -1,0 +1,299 @@
+//! What is written to guest memory, by whomever, for all who want to know.
+//!
+//! KVM's log empties as it is read, so whoever reads it reads it for everyone: each reader has a
+//! set of pages that it has not asked for yet, and what comes from KVM, or is noted by somebody
+//! who wrote, goes into all of them. One lock is held from the reading of KVM's log to the
+//! clearing of it: two that did so at a time would clear what the other has not seen.
+//!
+//! Device processes have a log each, which cannot be emptied while they run: a page is marked
+//! before it is written. Its marks are in what every reader is told, until
+//! [`WriteLogs::at_rest`] clears them.
+//!
+//! | reader | since when |
+//! |---|---|
+//! | snapshots ([`Tracker`](super::dirty::Tracker)) | the first that needs it, to the VM's end |
+//! | a plugin with the right to control | from when it asks to when it leaves |
+//!
+//! KVM logs while there is a reader.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cellblock_devices::protocol::write_log::WriteLog;
+use cellblock_wire::ShmError;
+
+use super::format::{CHUNK, PAGE};
+use crate::vm::kvm::{KvmError, Machine};
+use crate::vm::memory::GuestRam;
+
+/// Names a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Reader(u64);
+
+/// Names a write that has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Writing(u64);
+
+/// All logs of a VM's memory. Sets of pages have a word for each chunk of a snapshot, in the order
+/// of guest memory's file.
+#[derive(Debug)]
+pub struct WriteLogs {
+    pub(super) memory: u64,
+    /// Of all device processes, those that are gone included.
+    devices: Mutex<Vec<WriteLog>>,
+    readers: Mutex<Readers>,
+    /// Somebody may write who does not say so.
+    untold: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Readers {
+    next: u64,
+    /// What each has not asked for yet.
+    unread: BTreeMap<Reader, Vec<u64>>,
+    /// Writes that have begun and have not ended: bytes of guest memory's file.
+    open: BTreeMap<Writing, (u64, u64)>,
+}
+
+impl WriteLogs {
+    /// For a VM with so many bytes of memory.
+    pub fn new(memory: u64) -> WriteLogs {
+        WriteLogs {
+            memory,
+            devices: Mutex::default(),
+            readers: Mutex::default(),
+            untold: AtomicBool::new(false),
+        }
+    }
+
+    /// Number of chunks, which is the length of every set of pages.
+    pub fn chunks(&self) -> usize {
+        (self.memory / CHUNK as u64) as usize
+    }
+
+    /// Makes the log of one more device process: how much memory it is for, and what it maps.
+    pub fn issue(&self) -> Result<(u64, OwnedFd), ShmError> {
+        let (log, fd) = WriteLog::new(self.memory)?;
+        self.devices().push(log);
+        Ok((self.memory, fd))
+    }
+
+    /// One more reader, for which nothing was written before. KVM logs from the first on.
+    pub fn join(&self, machine: &Machine) -> Result<Reader, KvmError> {
+        let mut readers = self.readers();
+        if readers.unread.is_empty() {
+            machine.log_dirty_pages(true)?;
+        }
+        // KVM has all pages in its log at first; and what comes from before is for the others.
+        let read = machine.take_dirty_pages().inspect(|pages| readers.note(pages));
+        if let Err(error) = read {
+            readers.stop_if_alone(machine)?;
+            return Err(error);
+        }
+        let reader = Reader(readers.number());
+        readers.unread.insert(reader, vec![0; self.chunks()]);
+        Ok(reader)
+    }
+
+    /// A reader goes. With the last one KVM's log ends.
+    pub fn leave(&self, machine: &Machine, reader: Reader) -> Result<(), KvmError> {
+        let mut readers = self.readers();
+        match readers.unread.remove(&reader) {
+            Some(_) => readers.stop_if_alone(machine),
+            None => Ok(()),
+        }
+    }
+
+    /// What was written since the reader last asked, device processes left out.
+    pub(super) fn take(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
+        self.readers().take(&machine.take_dirty_pages()?, reader, self.chunks())
+    }
+
+    /// All that was written since the reader last asked. What device processes wrote is in it once
+    /// more each time, until they stand still.
+    pub fn read(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
+        let mut readers = self.readers();
+        let mut pages = readers.take(&machine.take_dirty_pages()?, reader, self.chunks())?;
+        self.devices().iter().for_each(|log| log.add_to(&mut pages));
+        Ok(pages)
+    }
+
+    /// Adds what device processes wrote since they last stood still.
+    pub(super) fn add_devices(&self, pages: &mut [u64]) {
+        self.devices().iter().for_each(|log| log.add_to(pages));
+    }
+
+    /// Device processes stand still, and `reader` has what they wrote: their logs begin anew.
+    pub(super) fn at_rest(&self, reader: Reader) {
+        let mut readers = self.readers();
+        let mut pages = vec![0; self.chunks()];
+        let devices = self.devices();
+        devices.iter().for_each(|log| log.add_to(&mut pages));
+        readers.note_others(&pages, Some(reader));
+        devices.iter().for_each(WriteLog::clear);
+    }
+
+    /// These pages were written, all but `reader` have to know.
+    pub(super) fn note(&self, pages: &[u64], reader: Option<Reader>) {
+        self.readers().note_others(pages, reader);
+    }
+
+    /// The VMM wrote `len` bytes at guest-physical `gpa`.
+    pub fn wrote(&self, ram: &GuestRam, gpa: u64, len: u64) {
+        let region = ram.regions().iter().find(|r| gpa >= r.gpa && gpa - r.gpa < r.len);
+        let Some(region) = region else { return };
+        let start = region.offset + (gpa - region.gpa);
+        self.readers().note_bytes(start, len.min(region.offset + region.len - start));
+    }
+
+    /// Somebody is going to write `len` bytes at `offset` of guest memory's file. Until
+    /// [`WriteLogs::written`] they are in all that is read: a write that is seen by nobody at the
+    /// time of a look is seen by the next.
+    pub fn writing(&self, offset: u64, len: u64) -> Writing {
+        let mut readers = self.readers();
+        let writing = Writing(readers.number());
+        readers.open.insert(writing, (offset, len));
+        writing
+    }
+
+    /// It has, or is gone.
+    pub fn written(&self, writing: Writing) {
+        let mut readers = self.readers();
+        if let Some((offset, len)) = readers.open.remove(&writing) {
+            readers.note_bytes(offset, len);
+        }
+    }
+
+    /// From now on there may be writes that nobody tells of.
+    pub fn lose_track(&self) {
+        self.untold.store(true, Ordering::Release);
+    }
+
+    /// Whether every write is told of.
+    pub fn is_complete(&self) -> bool {
+        !self.untold.load(Ordering::Acquire)
+    }
+
+    fn devices(&self) -> MutexGuard<'_, Vec<WriteLog>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn readers(&self) -> MutexGuard<'_, Readers> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Readers {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn note(&mut self, pages: &[u64]) {
+        self.note_others(pages, None);
+    }
+
+    fn note_others(&mut self, pages: &[u64], but: Option<Reader>) {
+        let others = self.unread.iter_mut().filter(|(reader, _)| Some(**reader) != but);
+        others.for_each(|(_, unread)| add(unread, pages));
+    }
+
+    fn note_bytes(&mut self, offset: u64, len: u64) {
+        self.unread.values_mut().for_each(|unread| mark(unread, offset, len));
+    }
+
+    /// `pages` come from KVM; the reader gets its own.
+    fn take(&mut self, pages: &[u64], reader: Reader, chunks: usize) -> Result<Vec<u64>, KvmError> {
+        self.note(pages);
+        let empty = vec![0; chunks];
+        let mut own = match self.unread.get_mut(&reader) {
+            Some(unread) => std::mem::replace(unread, empty),
+            None => empty,
+        };
+        self.open.values().for_each(|(offset, len)| mark(&mut own, *offset, *len));
+        Ok(own)
+    }
+
+    fn stop_if_alone(&self, machine: &Machine) -> Result<(), KvmError> {
+        if self.unread.is_empty() { machine.log_dirty_pages(false) } else { Ok(()) }
+    }
+}
+
+/// Adds a set of pages to another.
+pub(super) fn add(to: &mut [u64], pages: &[u64]) {
+    to.iter_mut().zip(pages).for_each(|(to, new)| *to |= *new);
+}
+
+/// Adds the pages of `len` bytes at `offset` of guest memory's file.
+pub(super) fn mark(pages: &mut [u64], offset: u64, len: u64) {
+    let Some(last) = len.checked_sub(1) else { return };
+    let end = (pages.len() as u64 * 64).saturating_sub(1);
+    let last = offset.saturating_add(last) / PAGE as u64;
+    for page in offset / PAGE as u64..=last.min(end) {
+        pages[(page / 64) as usize] |= 1 << (page % 64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two readers of a log of 128 pages.
+    fn two() -> (Readers, Reader, Reader) {
+        let mut readers = Readers::default();
+        let (one, two) = (Reader(readers.number()), Reader(readers.number()));
+        for reader in [one, two] {
+            readers.unread.insert(reader, vec![0; 2]);
+        }
+        (readers, one, two)
+    }
+
+    #[test]
+    fn what_one_reads_the_other_still_gets() {
+        let (mut readers, one, two) = two();
+        let mut take = |pages: [u64; 2], reader| readers.take(&pages, reader, 2).unwrap();
+        assert_eq!(take([0b1, 0], one), [0b1, 0]);
+        assert_eq!(take([0b10, 1], one), [0b10, 1]);
+        assert_eq!(take([0, 0], one), [0, 0]);
+        assert_eq!(take([0b100, 0], two), [0b111, 1]);
+        assert_eq!(take([0, 0], one), [0b100, 0]);
+        assert_eq!(take([1, 1], Reader(99)), [0, 0]);
+    }
+
+    #[test]
+    fn what_somebody_notes_is_everybodys_but_the_one_that_is_left_out() {
+        let (mut readers, one, two) = two();
+        readers.note_others(&[0b1000, 0], Some(one));
+        readers.note_bytes(4095, 2);
+        assert_eq!(readers.take(&[0, 0], one, 2).unwrap(), [0b11, 0]);
+        assert_eq!(readers.take(&[0, 0], two, 2).unwrap(), [0b1011, 0]);
+    }
+
+    /// Between its begin and its end a write can be on either side of a look.
+    #[test]
+    fn a_write_under_way_is_in_every_look() {
+        let logs = WriteLogs::new(2 * CHUNK as u64);
+        let (readers, one, _) = two();
+        *logs.readers() = readers;
+        let writing = logs.writing(65 * PAGE as u64, 1);
+        let take = || logs.readers().take(&[0, 0], one, 2).unwrap();
+        assert_eq!((take(), take()), (vec![0, 2], vec![0, 2]));
+        logs.written(writing);
+        assert_eq!((take(), take()), (vec![0, 2], vec![0, 0]));
+        logs.written(writing);
+        assert_eq!(take(), [0, 0]);
+    }
+
+    #[test]
+    fn pages_stay_within_memory() {
+        let mut pages = [0; 2];
+        mark(&mut pages, 63 << 12, 4097);
+        assert_eq!(pages, [1 << 63, 1]);
+        mark(&mut pages, 127 << 12, u64::MAX);
+        mark(&mut pages, u64::MAX, 9);
+        mark(&mut pages, 5, 0);
+        assert_eq!(pages, [1 << 63, 1 | 1 << 63]);
+    }
+}

@@ -143,6 +143,16 @@ fn ranges_and_interrupts_are_there_for_who_attaches_and_devices_keep_theirs() {
     assert_eq!(second.vcpu(0).unwrap().wait().unwrap(), Event::Paused { user: 1 });
     third.pause_vcpus(3, 2).unwrap();
     assert_eq!(third.vcpu(1).unwrap().wait().unwrap(), Event::Paused { user: 2 });
+    // One at a time debugs a vCPU.
+    let step = GuestDebug { single_step: true, ..GuestDebug::default() };
+    let third_one = third.vcpu(1).unwrap();
+    third_one.set_guest_debug(&step).unwrap();
+    second.pause_vcpus(2, 1).unwrap();
+    third_one.resume().unwrap();
+    let second_one = second.vcpu(1).unwrap();
+    assert_eq!(second_one.wait().unwrap(), Event::Paused { user: 1 });
+    assert_eq!(errno(second_one.set_guest_debug(&step)), libc::EBUSY);
+    second_one.resume().unwrap();
     let other = third.vcpu(0).unwrap();
     assert_eq!(other.wait_timeout(Duration::from_millis(20)).unwrap(), None);
     drop(second);

@@ -328,3 +328,30 @@ fn what_changed_is_in_the_log_whoever_wrote_it() {
     vm.wait_for("pause: ok");
     vm.ends_well();
 }
+
+/// Whoever attaches is no process that the pager knows: it would find zeros where memory has not
+/// come, and what it wrote would stay where memory belongs.
+#[test]
+fn memory_that_is_still_to_come_is_waited_for() {
+    const TOUCHED: usize = 100 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20 touch=100").memory("128M").start();
+    vm.wait_for_line("pause: n=20 ");
+    done(snapshot(&vm, &at, &["--stop"]));
+    vm.wait_exit();
+    let mut vm = Vm::restore(&at)
+        .arg("--memory-mode")
+        .arg("lazy")
+        .arg("--plugin-socket")
+        .arg("plugin")
+        .start();
+    let memory = attach(&vm).guest_memory().unwrap();
+    let mut all = vec![0; 128 << 20];
+    memory.read(0, &mut all).unwrap();
+    let used = all.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
+    assert!(used >= TOUCHED / PAGE, "{used} pages have something in them");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}

@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits, ToCell};
+use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -23,7 +23,7 @@ use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
 use super::triggers::Triggers;
-use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
+use super::{STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
@@ -431,6 +431,9 @@ impl Vm {
                         return Flow::Break(end);
                     }
                     self.process_ended(epoll, pid, status);
+                    if self.asked_to_stop {
+                        return Flow::Break(Ok(VmEnd::Stopped));
+                    }
                 }
                 Ok(Some(SpawnerEvent::Started { ticket, pid, pidfd })) => {
                     self.process_started(ticket, pid, pidfd);
@@ -460,13 +463,13 @@ impl Vm {
     fn process_ended(&mut self, epoll: &Epoll, pid: i32, status: ExitStatus) {
         let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
+        // What it said last still counts.
+        for _ in 0..ROUND {
+            let Some(message) = self.cells[n].next_message() else { break };
+            self.cell_message(n, message);
+        }
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if role == "serial"
-            && let Some(ring) = &self.ring
-        {
-            ring.set_dead(true);
-        }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
                 process: format!("{role} {id}"),
@@ -536,7 +539,7 @@ impl Vm {
                 );
             }
         }
-        self.drain_console();
+        self.deliver_consoles();
         let (reason, message) = match end {
             Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
@@ -555,49 +558,6 @@ impl Vm {
         }
         if let Some(control) = self.control.take() {
             control.finish(CLIENTS_LIMIT).at_exit();
-        }
-    }
-
-    fn drain_console(&mut self) {
-        const EPOCH: u64 = 1;
-        let end = Instant::now() + DRAIN_LIMIT;
-        let limit_ms = DRAIN_LIMIT.as_millis() as u32;
-        for n in 0..self.cells.len() {
-            let cell = &mut self.cells[n];
-            if cell.role() != "serial" || !cell.is_open() {
-                continue;
-            }
-            // One that does not even read its messages is not waited for.
-            let drain = ToCell::Drain { epoch: EPOCH, limit_ms };
-            if !matches!(cell.channel().try_send(&drain, &[]), Ok(true)) {
-                tracing::warn!(device = cell.id(), "console process does not take messages");
-                continue;
-            }
-            let grace = end + Duration::from_millis(500);
-            // Counted by the process, and not trusted to add up.
-            let mut lost: Option<u64> = None;
-            while lost.is_none()
-                && let Some(message) = self.cells[n].wait_message(grace)
-            {
-                match message {
-                    FromCell::Drained { epoch: EPOCH, dropped, unread } => {
-                        lost = Some(dropped.saturating_add(unread));
-                    }
-                    other => self.cell_message(n, other),
-                }
-            }
-            let device = self.cells[n].id();
-            match lost {
-                Some(0) => {}
-                Some(bytes) => {
-                    tracing::warn!(
-                        device,
-                        bytes,
-                        "console reader did not keep up; output was dropped"
-                    );
-                }
-                None => tracing::warn!(device, "console process did not finish in time"),
-            }
         }
     }
 }

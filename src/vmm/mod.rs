@@ -22,6 +22,7 @@
 
 mod assemble;
 mod event_loop;
+mod farewell;
 mod hardware;
 mod hold;
 mod notice;

@@ -9,17 +9,17 @@ target remote /tmp/gdb
 info threads
 
 define look
-    printf "%s %#lx %#lx %d\n", $arg0, $pc, $rsp, $cs & 3
+    printf "look %d: %#lx %#lx %d\n", $arg0, $pc, $rsp, $cs & 3
     if ($cs & 3) == 0
-        printf "%s in the kernel %d\n", $arg0, (unsigned long) $rsp >= 0xffff800000000000
+        printf "look %d: in the kernel %d\n", $arg0, (unsigned long) $rsp >= 0xffff800000000000
     else
-        printf "%s in a program %d\n", $arg0, $rsp != 0 && (unsigned long) $rsp < 0x800000000000
+        printf "look %d: in a program %d\n", $arg0, $rsp != 0 && (unsigned long) $rsp < 0x800000000000
     end
 end
 thread 1
-look "one"
+look 1
 thread 2
-look "two"
+look 2
 printf "banner %s", (char *) $banner
 
 # An instruction that repeats itself stays where it is, and counts.
@@ -39,7 +39,7 @@ printf "moved in %d of %d steps\n", $moved, $steps
 shell (sleep 3; kill -INT $PPID) &
 continue
 thread 1
-look "again"
+look 3
 set var *(int *) $panic_timeout = 77
 printf "timeout %d\n", *(int *) $panic_timeout
 detach

@@ -59,9 +59,18 @@ int main(void) {
   OK(crosvm_set_irq(vm, 30, false));
   expect_write(vcpu, PORT, 0x80, 1, 0x45);
   struct crosvm_irq *gone = thirty;
+  int old = dup(crosvm_irq_event_get_fd(thirty));
   OK(crosvm_destroy_irq_event(vm, &thirty));
   CHECK(!thirty);
   ERR(crosvm_destroy_irq_event(vm, &gone), ENOENT);
+  /* It raises nothing any more: of the two, only what is the other's comes. */
+  CHECK(write(old, &one, 8) == 8);
+  for (int i = 0; i < 3; i++) {
+    CHECK(write(crosvm_irq_event_get_fd(four), &one, 8) == 8);
+    expect_write(vcpu, PORT, 0x80, 1, 0x44);
+    resample = crosvm_irq_event_get_resample_fd(four);
+    CHECK(readable(resample, 10000) && read(resample, &value, 8) == 8);
+  }
   OK(crosvm_destroy_irq_event(vm, &four));
   return 0;
 }

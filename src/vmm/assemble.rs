@@ -74,6 +74,9 @@ pub(super) struct Parts {
     pub(super) guests: Guests,
     /// Where programs attach.
     pub(super) plugin_socket: Option<PathBuf>,
+    /// The main thread is confined by the caller, once nothing is left to be opened; before
+    /// that the guest must not run.
+    pub(super) confine_later: bool,
 }
 
 /// A machine that boots a kernel.
@@ -130,6 +133,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         hold,
         guests,
         plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
+        confine_later: false,
     };
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let mut vm = build(parts, |machine, model, _, slots| {
@@ -176,6 +180,7 @@ pub(super) fn build(
         hold,
         mut guests,
         plugin_socket,
+        confine_later,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -230,7 +235,7 @@ pub(super) fn build(
     let snapshots = Snapshots::new(host, boot_id, Tracker::new(logs));
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
     let vmgenid = VmGenId::new(&machine)?;
-    vmgenid.set(&ram, vmgenid.fresh()?)?;
+    vmgenid.new_life(&ram, None, Vec::new())?;
 
     phases.end("guest");
     // The two halves meet.
@@ -287,7 +292,9 @@ pub(super) fn build(
         guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, logs, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
-    confine(Policy::VmmMain, seccomp)?;
+    if !confine_later {
+        confine(Policy::VmmMain, seccomp)?;
+    }
     phases.end("threads");
     let vm = Vm {
         phases,
@@ -322,6 +329,7 @@ pub(super) fn build(
         triggers: None,
         origin: None,
         to_load: None,
+        shell: None,
     };
     vm.watch_links();
     Ok(vm)

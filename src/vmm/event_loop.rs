@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::phases::Phases;
+use super::shell::Shell;
 use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
@@ -86,6 +87,8 @@ pub(super) struct Vm {
     pub(super) origin: Option<Origin>,
     /// Of a restored machine that waits for its plugins: its state.
     pub(super) to_load: Option<Arc<MicrovmState>>,
+    /// Of a pool's machine: what it waits for, and for whom.
+    pub(super) shell: Option<Box<Shell>>,
 }
 
 /// A back end that is another program.
@@ -138,6 +141,7 @@ enum Source {
     Links,
     Triggers,
     Pager,
+    Shell,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -157,6 +161,7 @@ impl Source {
             Source::Pager => 8,
             Source::Plugin => 9,
             Source::PluginFilter => 10,
+            Source::Shell => 11,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -177,6 +182,7 @@ impl Source {
             (0, 8) => Some(Source::Pager),
             (0, 9) => Some(Source::Plugin),
             (0, 10) => Some(Source::PluginFilter),
+            (0, 11) => Some(Source::Shell),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -191,8 +197,8 @@ const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 
 /// Whether the machine goes on.
-type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
-const ON: Flow = Flow::Continue(());
+pub(super) type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
+pub(super) const ON: Flow = Flow::Continue(());
 
 impl Vm {
     /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
@@ -222,7 +228,7 @@ impl Vm {
         }
     }
 
-    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+    pub(super) fn run_vcpus(&mut self) -> Result<(), VmmError> {
         self.vcpus.run()?;
         self.phases.end("run");
         if let Some(pager) = &self.pager {
@@ -251,12 +257,12 @@ impl Vm {
         if let Some(triggers) = &self.triggers {
             add(triggers.as_fd(), Source::Triggers)?;
         }
-        if let Some(pager) = &self.pager {
-            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
-        }
+        self.watch_pager(epoll)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(shell) = &self.shell {
+            add(shell.as_fd(), Source::Shell)?;
         }
         if let Some(plugin) = &self.plugin {
             add(plugin.as_fd(), Source::Plugin)?;
@@ -319,6 +325,7 @@ impl Vm {
                     return Flow::Break(Err(VmmError::Pager(error)));
                 }
             }
+            Source::Shell => return self.pool_request(epoll),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -397,7 +404,7 @@ impl Vm {
                 }
                 Notice::Made => {
                     if let Some(state) = self.to_load.take() {
-                        self.go_on_from(&state)?;
+                        self.go_on_from(&state, true)?;
                     }
                     self.run_vcpus()?;
                 }
@@ -484,6 +491,13 @@ impl Vm {
         self.process_over(epoll, n);
     }
 
+    /// Hears when guest memory does not come any more.
+    pub(super) fn watch_pager(&self, epoll: &Epoll) -> nix::Result<()> {
+        let Some(pager) = &self.pager else { return Ok(()) };
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+        epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))
+    }
+
     /// Hears when a back end goes.
     pub(super) fn watch_back_end(&self, epoll: &Epoll, n: usize) {
         // Not what it says, which is for the front end's thread, but that it is gone.
@@ -563,6 +577,9 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Some(refused) = self.0.refuse_unclaimed(&request) {
+            return Response::Now(refused);
+        }
         if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
             return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }

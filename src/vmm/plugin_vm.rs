@@ -112,6 +112,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         pager: None,
         origin: None,
         to_load: None,
+        shell: None,
         cells: Vec::new(),
         devices: Vec::new(),
         disks: Vec::new(),

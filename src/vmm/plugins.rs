@@ -44,6 +44,12 @@ pub(super) struct Served {
 }
 
 impl Guests {
+    /// A machine that no plugin takes part in.
+    pub(super) fn none() -> Guests {
+        let (attach, process, network, program) = (None, None, None, None);
+        Guests { attach, process, network, program, memory_is_mapped: false, states: Vec::new() }
+    }
+
     /// A machine that goes on from a snapshot: programs may attach to it. `arrived` says when its
     /// memory is there.
     pub(super) fn restored(

@@ -78,6 +78,8 @@ pub(super) struct Backend {
     failed: bool,
     /// The last transfer of its state went well.
     transferred: bool,
+    /// Where a state comes from that is still to be taken.
+    incoming: Option<File>,
 }
 
 impl Backend {
@@ -107,6 +109,7 @@ impl Backend {
             refused: false,
             failed: false,
             transferred: false,
+            incoming: None,
             disk,
         }
     }

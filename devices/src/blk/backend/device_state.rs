@@ -18,13 +18,14 @@ const BYTES: usize = 24;
 const PATIENCE: u16 = 1000;
 
 impl Backend {
-    /// Transfers the state over `pipe`. Only while no ring runs.
+    /// Gives the state over `pipe`, or will take it from there when the front end asks whether all
+    /// went well: it writes only once it has the answer to this. Only while no ring runs.
     pub(super) fn transfer(
         &mut self,
         direction: VhostTransferStateDirection,
         pipe: File,
     ) -> Result<()> {
-        self.transferred = false;
+        (self.transferred, self.incoming) = (false, None);
         if !self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE) {
             return Err(Error::InvalidOperation("device state was not agreed on"));
         }
@@ -33,10 +34,28 @@ impl Backend {
         }
         match direction {
             VhostTransferStateDirection::SAVE => self.save(pipe)?,
-            VhostTransferStateDirection::LOAD => self.load(pipe)?,
+            VhostTransferStateDirection::LOAD => {
+                self.incoming = Some(pipe);
+                return Ok(());
+            }
         }
         self.transferred = true;
         Ok(())
+    }
+
+    /// Whether the state was transferred, all of it.
+    pub(super) fn check_transfer(&mut self) -> Result<()> {
+        if let Some(pipe) = self.incoming.take() {
+            if self.any_running() {
+                return Err(Error::InvalidOperation("a ring is running"));
+            }
+            self.load(pipe)?;
+            self.transferred = true;
+        }
+        match self.transferred {
+            true => Ok(()),
+            false => Err(Error::InvalidOperation("no state was transferred")),
+        }
     }
 
     fn encoded(&self) -> [u8; BYTES] {

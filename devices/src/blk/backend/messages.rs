@@ -192,10 +192,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        match self.transferred {
-            true => Ok(()),
-            false => Err(Error::InvalidOperation("no state was transferred")),
-        }
+        self.check_transfer()
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

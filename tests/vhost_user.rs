@@ -459,6 +459,7 @@ fn a_back_end_that_gives_its_state_goes_along_with_a_snapshot() {
     assert!(line.contains("cannot take part in lazy memory"), "{line}");
     server.ends_well(Signal::SIGTERM);
     // One that does not give it is the reason why there is no snapshot.
+    fs::remove_dir_all(&at).unwrap();
     let image = image_dir();
     let _daemon = StorageDaemon::start(image.path());
     let mut vm = vm_on(&image.path().join("socket"), "mode=pause every=20").start();

@@ -17,6 +17,7 @@ use cellblock_seccomp::spawner::{self, Event, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::cell::counters::BlkCounters;
 use crate::cell::launch::{Common, wait_ready};
 use crate::cell::{Cell, CellError, blk};
 use crate::control::socket::{ListeningSocket, SocketError};
@@ -93,7 +94,9 @@ pub fn run(config: &Config) -> Result<(), ServeError> {
         lazy: None,
         writes: None,
     };
-    let mut server = Server { spawner, signals, common, disk: &config.disk, image, now: None };
+    let disk = &config.disk;
+    let counters = blk::page(disk.id(), queues(disk))?;
+    let mut server = Server { spawner, signals, common, disk, image, counters, now: None };
     server.try_out()?;
     let (listener, _node) = listen(config)?;
     if config.sandbox {
@@ -121,12 +124,19 @@ fn listen(config: &Config) -> Result<(UnixListener, impl Drop + use<>), ServeErr
     Ok((listener, node))
 }
 
+/// Without a VM there are no vCPUs to count: one queue unless more are asked for.
+fn queues(disk: &DiskSpec) -> u16 {
+    disk.queues(1)
+}
+
 struct Server<'a> {
     spawner: Spawner,
     signals: Signals,
     common: Common,
     disk: &'a DiskSpec,
     image: OpenedDisk,
+    /// Its throttle's balance too: no front end gets a full one by connecting again.
+    counters: BlkCounters,
     /// The process of the front end that is served.
     now: Option<Cell>,
 }
@@ -151,11 +161,11 @@ impl Server<'_> {
     }
 
     fn start(&mut self, front_end: UnixStream) -> Result<(), CellError> {
-        let mut cell = {
-            // Without a VM there are no vCPUs to count: one queue unless more are asked for.
-            let queues = self.disk.queues(1);
-            blk::process(&mut self.spawner, self.common, self.disk, &self.image, queues, front_end)?
-        };
+        let (disk, image, counters) = (self.disk, &self.image, &self.counters);
+        let queues = queues(disk);
+        let spawner = &mut self.spawner;
+        let mut cell =
+            blk::process(spawner, self.common, disk, image, counters, queues, front_end)?;
         wait_ready(&mut [&mut cell], &mut self.spawner)?;
         self.now = Some(cell);
         Ok(())

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use cellblock::control::client::ClientError;
 use cellblock::control::protocol::{DeviceState, EventKind, Reply, Request};
-use common::deaths::{Dice, kill_and_wait};
+use common::deaths::{Dice, kill_and_wait, replaced};
 use common::output::Output;
 use common::{LIMIT, Options, Vm, poll, proc, send};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -350,6 +350,30 @@ fn a_death_while_a_cut_is_held_is_a_replacement() {
     vm.say(b"typed while it was held;");
     vm.ask(Request::Resume);
     vm.wait_for("typed while it was held;");
+    vm.say(b"quit");
+    vm.wait_for("echo: ok");
+    vm.ends_well();
+}
+
+/// A disk's process that dies meanwhile has its successor when the cut is over, not under
+/// whoever copies memory and disks; the machine does not wait for it.
+#[test]
+fn a_disk_waits_for_the_end_of_a_cut_with_its_replacement() {
+    let mut vm = Vm::with("mode=echo irq").disk(8).start();
+    vm.wait_for_line("echo: ready");
+    let events = vm.events();
+    let request = Request::Snapshot { hold: true, live: false, timeout_us: None, trigger: None };
+    assert!(matches!(vm.try_ask(request), Ok(Reply::Snapshot(_))));
+    send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    let mut gone = || vm.ps().iter().all(|process| process.role != "blk");
+    assert!(poll(LIMIT, || gone().then_some(())).is_some());
+    // A successor takes some 10 ms where nothing is in its way.
+    thread::sleep(Duration::from_millis(300));
+    assert!(gone(), "a successor under a cut");
+    let begun = Instant::now();
+    vm.ask(Request::Resume);
+    assert!(begun.elapsed() < Duration::from_secs(3), "it was waited for");
+    replaced(&mut vm, &events, "disk0", 1);
     vm.say(b"quit");
     vm.wait_for("echo: ok");
     vm.ends_well();

@@ -172,11 +172,7 @@ impl Recipe {
         common: Common,
         socket: UnixStream,
     ) -> Result<Cell, CellError> {
-        let counters = BlkCounters::new(self.start.queues).map_err(|source| CellError::Shm {
-            role: "blk",
-            id: self.id.clone(),
-            source,
-        })?;
+        let counters = page(&self.id, self.start.queues)?;
         let throttle = self.start.throttle;
         let mut cell = self.launch(spawner, common, &counters, throttle, false, socket)?;
         cell.counters = Some(counters);
@@ -184,16 +180,29 @@ impl Recipe {
     }
 }
 
-/// Asks for a process that serves `disk` to the front end at the other end of `socket`.
+/// A page for the processes of the disk `id` to count in.
+pub fn page(id: &str, queues: u16) -> Result<BlkCounters, CellError> {
+    BlkCounters::new(queues).map_err(|source| CellError::Shm {
+        role: "blk",
+        id: id.to_string(),
+        source,
+    })
+}
+
+/// Asks for a process that serves `disk` to the front end at the other end of `socket`. It
+/// goes on with what `counters`, a page for as many queues, have and with the throttle's
+/// balance beside them.
 pub fn process(
     spawner: &mut Spawner,
     common: Common,
     spec: &DiskSpec,
     disk: &OpenedDisk,
+    counters: &BlkCounters,
     queues: u16,
     socket: UnixStream,
 ) -> Result<Cell, CellError> {
-    Recipe::new(spec, disk, queues)?.begin(spawner, common, socket)
+    let recipe = Recipe::new(spec, disk, queues)?;
+    recipe.launch(spawner, common, counters, spec.throttle, false, socket)
 }
 
 /// Whether somebody has the other end of a pipe, until then.

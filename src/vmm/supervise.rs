@@ -46,6 +46,8 @@ const GRACE: Duration = Duration::from_millis(200);
 pub(super) const START_LIMIT: Duration = Duration::from_secs(5);
 /// How often a failed device gets another process.
 const REST: Duration = Duration::from_secs(1);
+/// How long until it is looked again whether a cut still holds the VM.
+const HELD: Duration = Duration::from_millis(20);
 
 /// What front ends report of their connections, to the main thread.
 #[derive(Debug)]
@@ -269,6 +271,12 @@ impl Vm {
 
     /// Asks for a process in the place of one that has ended.
     fn start_successor(&mut self, epoll: &Epoll, w: usize) {
+        let held = self.is_held();
+        if held && matches!(self.supervisor.watched[w].kind, Kind::Blk { .. }) {
+            // Its rings would go on, under whoever copies memory and disks.
+            self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + HELD);
+            return;
+        }
         let watched = &self.supervisor.watched[w];
         let (id, failed) = (watched.id.clone(), watched.failed);
         let result = match &watched.kind {

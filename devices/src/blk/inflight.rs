@@ -245,11 +245,13 @@ impl Record {
         }
         self.forget_published(header.last_head, published, ring);
         tracker.show(header.last_head);
+        crash::point();
         let unfinished = self.unfinished(ring)?;
         let mut tracker = tracker;
         // Counted anew from zero, which keeps their order even if it ends half-way.
         for head in unfinished.iter().rev() {
             tracker.count(*head);
+            crash::point();
         }
         Ok(Recovery { tracker, unfinished, known: true })
     }
@@ -273,11 +275,17 @@ impl Record {
             if head >= ring {
                 return;
             }
-            let mark = self.mark(head);
-            let next = (mark.load(Ordering::Relaxed) >> 48) as u16;
-            mark.store(0, Ordering::Release);
-            head = next;
+            head = self.clear_mark(head);
+            crash::point();
         }
+    }
+
+    /// Takes the mark of a descriptor away; returns the one before in its batch. The link
+    /// stays for whoever has to go through the batch again after a death in the middle.
+    fn clear_mark(&self, head: u16) -> u16 {
+        let word = self.mark(head).load(Ordering::Relaxed);
+        self.mark(head).store(word & !0xff, Ordering::Release);
+        (word >> 48) as u16
     }
 
     /// The descriptors marked, latest first.
@@ -359,7 +367,7 @@ impl Tracker {
     pub fn published(&mut self, batch: &[u16], used: u16) {
         crash::point();
         for head in batch {
-            self.record.mark(*head).store(0, Ordering::Release);
+            self.record.clear_mark(*head);
             crash::point();
         }
         self.used = used;

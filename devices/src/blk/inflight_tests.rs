@@ -225,6 +225,24 @@ fn every_answer_appears_once_wherever_a_process_dies() {
     }
 }
 
+/// A batch behind a request that stays in flight, and deaths while its marks are cleared and
+/// while what they left is read.
+#[test]
+fn a_batch_is_forgotten_once_and_nothing_beside_it() {
+    use Step::{Pop, Publish, Push, Submit};
+    let story: Vec<Step> =
+        [vec![Submit; 6], vec![Pop; 5], vec![Push(1); 3], vec![Publish]].concat();
+    let idle = vec![Pop; 6];
+    for first in 0..40 {
+        for second in 0..20 {
+            for third in [0, 1, 2, 3, 5, 8, 100] {
+                let lives = [(story.clone(), first), (idle.clone(), second), (idle.clone(), third)];
+                live_and_die(3, &lives);
+            }
+        }
+    }
+}
+
 proptest! {
     /// Any stories, any deaths.
     #[test]

@@ -209,7 +209,8 @@ pub fn prepare(
                 counters: counters.queue(index),
                 throttle: throttle.clone(),
                 poll,
-                engine: config.engine,
+                // One that gives only errors needs none.
+                engine: config.engine.filter(|_| !config.failed),
                 hold: hold.clone(),
             },
         );
@@ -240,6 +241,9 @@ fn open(
         Some(id) if config.serial.is_ascii() => id.copy_from_slice(config.serial.as_bytes()),
         _ => return Err(BlkError::Serial(config.serial.clone())),
     }
+    if config.failed {
+        return failed(config, File::from(fd), id);
+    }
     let file = check(fd, config.read_only || config.cow, config.size)?;
     let overlay = match layer {
         Some((fd, map)) => {
@@ -249,12 +253,7 @@ fn open(
         }
         None => None,
     };
-    // A power of two on every file system; a guest is told nothing else.
-    let block_size = file.metadata().map_err(BlkError::Examine)?.blksize();
-    let block_size = match u32::try_from(block_size) {
-        Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
-        _ => SECTOR as u32,
-    };
+    let block_size = block_size(&file)?;
     let direct = Direct::of(&file).map_err(BlkError::Direct)?;
     if let Some(block) = direct.as_ref().map(|direct| direct.block)
         && !config.size.is_multiple_of(block)
@@ -262,13 +261,26 @@ fn open(
         return Err(BlkError::CutShort { size: config.size, block });
     }
     let (size, read_only) = (config.size, config.read_only);
-    if config.failed {
-        // Looked at for what the guest was told of it, and not to be touched.
-        let none = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?;
-        let file = none.into();
-        return Ok(Disk { file, block_size, size, read_only, id, direct: None, overlay: None });
-    }
     Ok(Disk { file, block_size, size, read_only, id, direct, overlay })
+}
+
+/// A disk that gives nothing but errors: whatever is wrong with its image, which is only
+/// looked at for what the guest was told of it.
+fn failed(config: &BlkStart, image: File, id: [u8; ID_BYTES]) -> Result<Disk, BlkError> {
+    let block_size = block_size(&image)?;
+    let file = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?.into();
+    let (size, read_only) = (config.size, config.read_only);
+    Ok(Disk { file, block_size, size, read_only, id, direct: None, overlay: None })
+}
+
+/// What the guest is told of the image's blocks.
+fn block_size(file: &File) -> Result<u32, BlkError> {
+    // A power of two on every file system; a guest is told nothing else.
+    let bytes = file.metadata().map_err(BlkError::Examine)?.blksize();
+    Ok(match u32::try_from(bytes) {
+        Ok(bytes) if bytes.is_power_of_two() => bytes.clamp(SECTOR as u32, 1 << 20),
+        _ => SECTOR as u32,
+    })
 }
 
 /// A file for `size` bytes of a disk, opened as it is to be used.

@@ -168,9 +168,10 @@ impl Buckets {
         let store = |word, value| self.page.throttle(word).store(value, Ordering::Relaxed);
         let balance =
             |bucket: &Option<Bucket>| bucket.as_ref().map_or(i64::MAX, Bucket::balance) as u64;
+        // First: a balance with an older stamp would be refilled twice.
+        store(STAMP, now);
         store(BYTES, balance(&self.bytes));
         store(REQUESTS, balance(&self.requests));
-        store(STAMP, now);
     }
 }
 

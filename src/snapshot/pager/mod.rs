@@ -33,6 +33,7 @@ use cellblock_devices::protocol::FaultWindow;
 use cellblock_devices::protocol::presence::{self, Presence, PresenceOwner};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_wire::{Channel, ChannelError, ShmError, Uffd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::format::{Chain, FormatError};
@@ -342,7 +343,11 @@ impl Inviter {
     /// Invites a process.
     pub fn invite(&self) -> Result<Invitation, PagerError> {
         let (near, far) = Channel::pair().map_err(PagerError::Channel)?;
-        lock(&self.shared.joined).push(near);
+        let mut joined = lock(&self.shared.joined);
+        // Nobody takes them out any more once all memory is there.
+        joined.retain(|channel| !is_closed(channel));
+        joined.push(near);
+        drop(joined);
         // It fails only when it is rung already.
         let _ = self.shared.bell.write(1);
         Ok(Invitation {
@@ -352,6 +357,12 @@ impl Inviter {
             chunks: self.shared.presence.presence().chunks(),
         })
     }
+}
+
+/// Whether the process at the other end is gone.
+fn is_closed(channel: &Channel) -> bool {
+    let mut fds = [PollFd::new(channel.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO) == Ok(1)
 }
 
 impl Pager {

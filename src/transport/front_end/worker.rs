@@ -100,7 +100,7 @@ impl Worker {
                 Job::Abandon => self.abandon(),
                 job => match self.state {
                     State::Connected => self.work(job),
-                    State::Lost => self.waiting.push_back(job),
+                    State::Lost => self.keep(job),
                     State::Over => self.refuse(job),
                 },
             }
@@ -130,11 +130,13 @@ impl Worker {
                 let result = self.freeze();
                 self.settle(result, answer, Job::Freeze);
             }
-            Job::Thaw(answer) => {
-                let result = self.thaw();
-                // A reconnect sets it up.
-                self.settle(result, answer, Job::Resume);
-            }
+            Job::Thaw(answer) => match self.thaw() {
+                Err(error) if self.watcher.is_some() && is_fatal(&error) => {
+                    self.lose();
+                    self.keep(Job::Thaw(answer));
+                }
+                result => answer.complete(result),
+            },
             Job::Transfer(direction, fd, answer) => self.transfer(direction, fd, &answer),
             Job::CheckState(answer) => self.check_state(&answer),
             Job::Reset(answer) => {
@@ -142,6 +144,15 @@ impl Worker {
                 self.settle(result, answer, Job::Reset);
             }
             Job::Watch(_) | Job::Reconnect(..) | Job::Abandon => {}
+        }
+    }
+
+    /// Keeps a job for another connection. Not a thaw: a reconnect sets all rings up running,
+    /// and whoever thaws is the one to bring it about.
+    fn keep(&mut self, job: Job) {
+        match job {
+            Job::Thaw(answer) => answer.complete(Ok(())),
+            job => self.waiting.push_back(job),
         }
     }
 

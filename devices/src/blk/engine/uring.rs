@@ -341,7 +341,8 @@ impl<'m> Engine<'m> for UringEngine<'_, 'm> {
         // The kernel puts an answer there and then looks whether to signal.
         fence(Ordering::SeqCst);
         drop(completions);
-        self.has_done()
+        // What the kernel did not take yet ends no sleep.
+        self.has_done() || !self.uring.ring.submission().is_empty()
     }
 
     fn disarm(&mut self) {

@@ -187,6 +187,10 @@ fn output_file(path: &Path) -> Result<OwnedFd, ConsoleError> {
         file.set_len(0).map_err(system(format!("emptying {}", path.display()), None))?;
     } else if kind.is_block_device() {
         return Err(ConsoleError::InUse(path.to_owned()));
+    } else {
+        // What is no file has no end to append to, and what appends cannot be spliced to.
+        let flags = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+        fcntl(&file, flags).map_err(|e| system(doing(), None)(e.into()))?;
     }
     Ok(file.into())
 }

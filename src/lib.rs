@@ -13,6 +13,7 @@ pub mod guest;
 pub mod logging;
 pub mod plugin;
 pub mod plugin_process;
+pub mod pool;
 pub mod remedy;
 pub mod snapshot;
 pub mod spec;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cellblock::snapshot::format::{CHUNK, Chain, Contents, PAGE, Writer};
-use cellblock::snapshot::pager::{Config, Pager, PagerError, STALL_LIMIT, Source};
+use cellblock::snapshot::pager::{Config, Pager, PagerError, Prefetch, STALL_LIMIT, Source};
 use cellblock::vm::memory::GuestRam;
 use cellblock_devices::protocol::presence::{self, Presence};
 use cellblock_devices::protocol::{FaultWindow, Registered};
@@ -54,8 +54,9 @@ fn source(path: &Path) -> Source {
     Source::new(Chain::open(path).unwrap().into(), device.into()).unwrap()
 }
 
-fn restore(path: &Path, prefetch: bool, stall_limit: Duration) -> Restored {
+fn restore(path: &Path, all: bool, stall_limit: Duration) -> Restored {
     let ram = GuestRam::new(RAM).unwrap();
+    let prefetch = if all { Prefetch::All } else { Prefetch::Nothing };
     let config = Config { confine: || Ok(()), prefetch, stall_limit, last_resort: None };
     let pager = source(path).start(&ram, config).unwrap();
     Restored { ram, pager }

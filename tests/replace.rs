@@ -1,4 +1,4 @@
-//! Device processes that die while their guest uses them: nothing is lost, nothing
+//! Block processes that die while their guest uses them: nothing is lost, nothing
 //! happens twice, and a process that dies too often fails its device and not the VM.
 //!
 //! `CELLBLOCK_STORM=1000000x100 cargo test --release --test replace storm` runs the storms
@@ -11,7 +11,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::{DeviceState, EventKind, Request};
-use common::output::Events;
+use common::deaths::{Dice, kill_and_wait, replaced};
 use common::{LIMIT, Options, Vm, poll, proc, send};
 use nix::sys::signal::Signal;
 
@@ -22,55 +22,11 @@ fn size() -> (u64, u32) {
     (requests.parse().unwrap(), kills.parse().unwrap())
 }
 
-/// Where kills fall is different every time, and printed.
-struct Dice(u64);
-
-impl Dice {
-    fn new() -> Dice {
-        let seed = std::env::var("CELLBLOCK_SEED").ok().and_then(|seed| seed.parse().ok());
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        let seed = seed.unwrap_or(now.as_nanos() as u64);
-        println!("CELLBLOCK_SEED={seed}");
-        Dice(seed | 1)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
-
 fn storm(words: &str, requests: u64, disk: &str) -> Options {
     Vm::with(&format!("mode=storm n={requests} qd=32 queues=4 mib=16 {words}"))
         .disk_with(16 << 20, &format!(",queues=4{disk}"))
         .arg("--max-deaths")
         .arg("1000")
-}
-
-/// Kills the process of a device and waits until another has taken over.
-fn kill_and_wait(vm: &mut Vm, events: &Events, role: &str, id: &str) -> u64 {
-    let before = restarts(vm, id);
-    send(vm.pid_of(role, id), Signal::SIGKILL);
-    replaced(vm, events, id, before + 1)
-}
-
-fn restarts(vm: &mut Vm, device: &str) -> u64 {
-    let stats = vm.stats();
-    let disks = stats.disks.iter().map(|disk| (&disk.id, disk.restarts));
-    let mut all = disks.chain(stats.serials.iter().map(|serial| (&serial.id, serial.restarts)));
-    all.find(|(id, _)| *id == device).unwrap().1
-}
-
-/// Waits until so many processes were replaced; says how long the last took.
-fn replaced(vm: &mut Vm, events: &Events, device: &str, times: u64) -> u64 {
-    let event = vm.wait_for_event(events, |kind| {
-        matches!(kind, EventKind::DeviceReplaced { id, restarts, .. }
-            if id == device && *restarts == times)
-    });
-    let EventKind::DeviceReplaced { took_us, .. } = event.kind else { unreachable!() };
-    took_us
 }
 
 /// Kills disk0's process at random moments, spread over the storm as far as `kills` goes.

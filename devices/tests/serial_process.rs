@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::ring::{Counters, Interrupted, Producer, RING_BYTES};
 use cellblock_devices::protocol::{
-    CellStats, FromCell, Hello, LogLevel, Marker, SeccompMode, SerialEndpoint, SerialStart, Start,
-    ToCell,
+    CellStats, FromCell, Hello, JOURNAL_BYTES, LogLevel, Marker, SeccompMode, SerialEndpoint,
+    SerialStart, Start, ToCell,
 };
 use cellblock_seccomp::spawner::{self, Event, ExitStatus, Request, Spawner};
 use cellblock_seccomp::violation;
@@ -66,6 +66,8 @@ struct Wiring {
     memory: OwnedFd,
     doorbell: OwnedFd,
     interrupt: OwnedFd,
+    /// What outlives a process: its journal, and its pipes.
+    kept: [OwnedFd; 5],
 }
 
 struct Vm {
@@ -107,7 +109,11 @@ impl Wiring {
         let doorbell = event();
         let mapping = Mapping::new(&memory, RING_BYTES, Access::ReadWrite).unwrap();
         let ring = Producer::new(mapping, doorbell.try_clone().unwrap(), 2).unwrap();
-        Wiring { ring, memory, doorbell, interrupt: event() }
+        let journal = sealed_memfd("journal", JOURNAL_BYTES as u64).unwrap();
+        let pipe = || nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap();
+        let (output, input) = (pipe(), pipe());
+        let kept = [journal, output.0, output.1, input.0, input.1];
+        Wiring { ring, memory, doorbell, interrupt: event(), kept }
     }
 }
 
@@ -140,6 +146,7 @@ fn launch(
         wiring.doorbell.as_fd(),
         wiring.interrupt.as_fd(),
     ];
+    all.extend(wiring.kept.iter().map(|fd| fd.as_fd()));
     all.extend(fds);
     cell.send(&hello, &all).unwrap();
     let request = Request { role: role.into(), id: "com1".into(), sandbox: true };

@@ -103,6 +103,7 @@ pub fn launch(
         lines: Throttle::default(),
         counters: None,
         held: None,
+        client: None,
     })
 }
 

@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`launch`] | asking the spawner for a jailed process and waiting until it serves |
+//! | [`com1`] | what its process is made of, and made again |
 //! | [`serial`] | COM1: the VMM's end of a serial cell |
 //! | [`blk`] | a virtio disk: the VMM's end of a block cell |
 //! | [`counters`] | the page a block cell counts in |
@@ -13,6 +14,7 @@
 //! event, never a hang.
 
 pub mod blk;
+pub mod com1;
 pub mod counters;
 pub mod launch;
 pub mod overlay;
@@ -29,6 +31,7 @@ use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
 use cellblock_wire::{Channel, ChannelError, Mapping, ShmError};
 use counters::BlkCounters;
+use nix::sys::stat::{SFlag, fstat};
 
 use crate::throttle::Throttle;
 
@@ -61,8 +64,8 @@ pub enum CellError {
         #[source]
         source: ShmError,
     },
-    /// The image's descriptor could not be kept, or a pipe not be made.
-    #[error("keeping the image of {id}")]
+    /// A descriptor could not be kept for another process, or a pipe not be made.
+    #[error("keeping what the process of {id} is given")]
     Image {
         /// Device id.
         id: String,
@@ -121,6 +124,8 @@ pub struct Cell {
     counters: Option<BlkCounters>,
     /// Tells when the kernel has nothing of the process in flight any more.
     held: Option<Arc<Held>>,
+    /// The client that a console's process has on its socket, for the next one.
+    client: Option<OwnedFd>,
 }
 
 impl Cell {
@@ -136,15 +141,13 @@ impl Cell {
 
     /// Becomes the process that `launch` asks for, which goes on counting where this one
     /// stopped. Unchanged where that fails.
-    pub fn succeed<E>(
-        &mut self,
-        launch: impl FnOnce(Option<&BlkCounters>) -> Result<Cell, E>,
-    ) -> Result<(), E> {
-        let next = launch(self.counters.as_ref())?;
+    pub fn succeed<E>(&mut self, launch: impl FnOnce(&Cell) -> Result<Cell, E>) -> Result<(), E> {
+        let next = launch(self)?;
         let before = std::mem::replace(self, next);
         self.counters = before.counters;
         self.stats = before.stats;
         self.lines = before.lines;
+        self.client = before.client;
         Ok(())
     }
 
@@ -173,6 +176,11 @@ impl Cell {
         &self.channel
     }
 
+    /// It was found that the channel has ended.
+    pub fn close(&mut self) {
+        self.open = false;
+    }
+
     /// False once the channel has ended.
     pub fn is_open(&self) -> bool {
         self.open
@@ -184,8 +192,11 @@ impl Cell {
     pub fn next_message(&mut self) -> Option<FromCell> {
         for _ in 0..ROUND {
             match self.channel.try_recv::<FromCell>() {
-                Ok(Some((FromCell::Log { level, message }, _))) => self.log(level, &message),
-                Ok(Some((message, _))) => return Some(message),
+                Ok(Some((message, fds))) => {
+                    if let Some(message) = self.keep(message, fds) {
+                        return Some(message);
+                    }
+                }
                 Ok(None) => return None,
                 Err(ChannelError::Closed) => {
                     self.open = false;
@@ -215,8 +226,11 @@ impl Cell {
                 return None;
             }
             match self.channel.recv_timeout::<FromCell>(left) {
-                Ok((FromCell::Log { level, message }, _)) => self.log(level, &message),
-                Ok((message, _)) => return Some(message),
+                Ok((message, fds)) => {
+                    if let Some(message) = self.keep(message, fds) {
+                        return Some(message);
+                    }
+                }
                 Err(ChannelError::TimedOut(_)) => return None,
                 Err(_) => {
                     self.open = false;
@@ -224,6 +238,19 @@ impl Cell {
                 }
             }
         }
+    }
+
+    /// Does what concerns nobody else; gives the rest.
+    fn keep(&mut self, message: FromCell, fds: Vec<OwnedFd>) -> Option<FromCell> {
+        match message {
+            FromCell::Log { level, message } => self.log(level, &message),
+            // It is only ever given to a process of the same device.
+            FromCell::Client if self.role == "serial" => {
+                self.client = fds.into_iter().next().filter(is_socket);
+            }
+            other => return Some(other),
+        }
+        None
     }
 
     /// The counters it last reported.
@@ -234,6 +261,11 @@ impl Cell {
     /// The page a block cell counts in.
     pub fn counters(&self) -> Option<&BlkCounters> {
         self.counters.as_ref()
+    }
+
+    /// The client on its console's socket.
+    pub fn client(&self) -> Option<&OwnedFd> {
+        self.client.as_ref()
     }
 
     /// Keeps counters it reported.
@@ -297,4 +329,10 @@ impl Cell {
             LogLevel::Trace => tracing::trace!(role, device, "{text}"),
         }
     }
+}
+
+fn is_socket(fd: &OwnedFd) -> bool {
+    fstat(fd).is_ok_and(|stat| {
+        SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK
+    })
 }

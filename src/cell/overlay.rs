@@ -15,12 +15,13 @@ use std::sync::atomic::Ordering;
 use cellblock_devices::protocol::overlay::{BLOCK, Bitmap, CHUNK, Extent, overlay_bytes};
 use cellblock_wire::{Access, ShmError, sealed_memfd};
 use nix::fcntl::{FallocateFlags, fallocate};
+use serde::{Deserialize, Serialize};
 
 /// Bytes copied at once.
 const COPY: usize = CHUNK as usize;
 
 /// Where the writes to a `cow` disk are kept.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
     /// In memory, as much of it as the guest writes.
     #[default]

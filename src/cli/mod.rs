@@ -13,6 +13,8 @@ mod merge;
 mod output;
 mod pause;
 mod plugin_args;
+mod pool;
+mod pool_shell;
 mod ps;
 mod reset;
 mod restore;
@@ -81,6 +83,9 @@ enum Command {
     Verify(verify::Verify),
     Gdb(gdb::Gdb),
     VhostUserBlk(vhost_user_blk::VhostUserBlk),
+    Pool(pool::Pool),
+    #[command(hide = true)]
+    PoolShell(pool_shell::PoolShell),
 }
 
 /// A command that did not succeed.
@@ -146,6 +151,8 @@ impl Cli {
             Command::Verify(verify) => verify.execute(),
             Command::Gdb(gdb) => gdb.execute(),
             Command::VhostUserBlk(serve) => serve.execute(level),
+            Command::Pool(pool) => pool.execute(level),
+            Command::PoolShell(shell) => shell.execute(),
         }
     }
 }

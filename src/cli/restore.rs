@@ -8,7 +8,6 @@ use clap::{Args, ValueEnum};
 
 use super::run::die_with_parent;
 use super::{Failure, output};
-use crate::cell::overlay::Place;
 use crate::config;
 use crate::spec::{PluginSocketSpec, SerialSpec};
 use crate::vmm::restore::{DiskOverride, MemoryMode, Progress, RestoreConfig};
@@ -35,7 +34,7 @@ pub(super) struct Restore {
     directory: PathBuf,
     /// Change a disk: id=ID, then path=F for another image (that says that it is the right
     /// one, as it is), cow or cow=DIR to leave the image alone; again for more
-    #[arg(long, value_name = "id=ID[,path=F][,cow]", value_parser = disk)]
+    #[arg(long, value_name = "id=ID[,path=F][,cow]")]
     disk: Vec<DiskOverride>,
     /// Where the serial console goes, as for 'run' [default: stdout]
     #[arg(long, value_name = "SPEC")]
@@ -81,6 +80,7 @@ impl Restore {
                 Memory::Eager => MemoryMode::Eager,
             },
             track: self.track,
+            shell: None,
             sandbox: !self.disable_sandbox,
             seccomp: self.seccomp.unwrap_or_default(),
             log,
@@ -116,45 +116,5 @@ impl Progress for Bar {
 
     fn end(&self) {
         self.with(|progress, _, _| progress.end());
-    }
-}
-
-fn disk(text: &str) -> Result<DiskOverride, String> {
-    let wrong = || "say which disk and what of it: id=ID,path=F or id=ID,cow".to_string();
-    let (mut id, mut path, mut cow) = (None, None, None);
-    for part in crate::spec::split(text) {
-        let (key, value) = part.split_once('=').unwrap_or((&part, ""));
-        match (key, value) {
-            ("id", id_of) if !id_of.is_empty() && id.is_none() => id = Some(id_of.to_string()),
-            ("path", file) if !file.is_empty() && path.is_none() => path = Some(file.into()),
-            ("cow", "" | "true") if cow.is_none() => cow = Some(Place::Memory),
-            ("cow", directory) if cow.is_none() => cow = Some(Place::Directory(directory.into())),
-            _ => return Err(wrong()),
-        }
-    }
-    match id {
-        Some(id) if path.is_some() || cow.is_some() => Ok(DiskOverride { id, path, cow }),
-        _ => Err(wrong()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_is_an_id_and_a_path() {
-        let other = |path: Option<&str>, cow| DiskOverride {
-            id: "disk0".into(),
-            path: path.map(PathBuf::from),
-            cow,
-        };
-        assert_eq!(disk("id=disk0,path=/a,,b"), Ok(other(Some("/a,b"), None)));
-        assert_eq!(disk("id=disk0,cow"), Ok(other(None, Some(Place::Memory))));
-        let at = Some(Place::Directory("/tmp".into()));
-        assert_eq!(disk("cow=/tmp,path=a,id=disk0"), Ok(other(Some("a"), at)));
-        for text in ["disk0=/a", "id=,path=/a", "id=a,path=", "id=a", "id=a,id=b,cow", ""] {
-            assert!(disk(text).is_err(), "{text}");
-        }
     }
 }

@@ -229,6 +229,13 @@ impl ControlServer {
         event
     }
 
+    /// Lets every client go, and forgets what has happened: who comes next is to see nothing
+    /// of it.
+    pub fn part(&mut self) {
+        self.clients.clear();
+        self.history.clear();
+    }
+
     /// Number of connections.
     pub fn clients(&self) -> usize {
         self.clients.len()

@@ -13,6 +13,7 @@ use cellblock_devices::protocol::counters::MAX_QUEUES;
 use cellblock_devices::protocol::{EngineKind, ThrottleLimits};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::{Deserialize, Serialize};
 
 use super::throttle::Throttle;
 use super::{SpecError, back_end, fields};
@@ -51,7 +52,7 @@ const SECTOR: u64 = 512;
 const RESERVED: &[&str] = &["com1"];
 
 /// A disk SPEC: `PATH[,key=value]...`, or `vhost-user=SOCKET[,id=NAME]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// The image: a regular file or a block device. Empty with `vhost_user`.
     pub path: PathBuf,

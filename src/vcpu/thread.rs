@@ -41,6 +41,8 @@ pub(super) struct VcpuThread {
     pub(super) exit: ExitNotifier,
     pub(super) cell: Arc<StateCell>,
     pub(super) commands: Receiver<Command<Work>>,
+    /// The first of them, if it was taken already.
+    pub(super) early: Option<Command<Work>>,
     pub(super) events: Sender<Event>,
     /// Plugins.
     pub(super) attendant: Option<Box<dyn Attendant>>,
@@ -107,17 +109,7 @@ impl Recruit {
         if failed {
             return;
         }
-        let (vcpu, page) = match self.delivery.try_recv() {
-            Ok(delivery) => delivery,
-            // Nothing but an end can be asked of a thread without its vCPU.
-            Err(_) => select! {
-                recv(self.delivery) -> delivery => match delivery {
-                    Ok(delivery) => delivery,
-                    Err(_) => return,
-                },
-                recv(self.commands) -> _ => return,
-            },
-        };
+        let Some(((vcpu, page), early)) = self.receive() else { return };
         self.kicks.attach(self.id, page.clone());
         let Recruit { id, kicks, pio, mmio, exit, cell, commands, events, attendant, .. } = self;
         let pending = false;
@@ -131,11 +123,24 @@ impl Recruit {
             exit,
             cell,
             commands,
+            early,
             events,
             attendant,
             pending,
         }
         .main();
+    }
+}
+
+impl Recruit {
+    /// Waits for the vCPU; nothing where the thread is to end without one. A command that came
+    /// after the vCPU may be seen before it, and is kept.
+    fn receive(&self) -> Option<(Delivery, Option<Command<Work>>)> {
+        select! {
+            recv(self.delivery) -> delivery => Some((delivery.ok()?, None)),
+            // Nothing but an end can be asked of a thread without its vCPU.
+            recv(self.commands) -> command => Some((self.delivery.try_recv().ok()?, command.ok())),
+        }
     }
 }
 
@@ -312,7 +317,7 @@ impl Seat for VcpuThread {
     }
 
     fn command(&mut self) -> Option<Command<Work>> {
-        self.commands.recv().ok()
+        self.early.take().or_else(|| self.commands.recv().ok())
     }
 
     fn work(&mut self, work: Work) {

@@ -14,6 +14,7 @@
 //! | [`cpu`] | CPUID, registers, MSRs and local APIC of each vCPU |
 //! | [`boot`] | kernel files: ELF, PVH and bzImage, initrd, command line, e820 |
 //! | [`vmgenid`] | the id that tells a guest that it is a copy |
+//! | [`metadata`] | what a VM is told about itself |
 //! | [`acpi`] | the tables by which an unmodified kernel finds CPUs and devices |
 //!
 //! # Trust
@@ -28,4 +29,5 @@ pub mod cpu;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod metadata;
 pub mod vmgenid;

@@ -7,12 +7,14 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kvm::{KvmError, Machine};
 use super::layout::{VMGENID, VMGENID_GSI};
 use super::memory::{GuestRam, MemoryError};
+use super::metadata::Metadata;
 use crate::event::event;
 
 /// A generation id.
@@ -64,6 +66,25 @@ impl VmGenId {
     /// Makes `id` the machine's, before it runs or while it stands still.
     pub fn set(&self, ram: &GuestRam, id: Id) -> Result<(), VmGenIdError> {
         ram.write(VMGENID, &id).map_err(VmGenIdError::Memory)
+    }
+
+    /// Gives the machine a new id, and new [`Metadata`]: of the VM `id`, or of one without a
+    /// name, with `data`.
+    pub fn new_life(
+        &self,
+        ram: &GuestRam,
+        id: Option<Id>,
+        data: Vec<u8>,
+    ) -> Result<(), VmGenIdError> {
+        self.set(ram, self.fresh()?)?;
+        let mut random = [[0; 32]; 2];
+        for half in &mut random {
+            (&self.random).read_exact(half).map_err(VmGenIdError::Random)?;
+        }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let real_ns = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        let id = id.map_or_else(|| self.fresh(), Ok)?;
+        Metadata { id, random, real_ns, data }.write(ram).map_err(VmGenIdError::Memory)
     }
 
     /// Tells a guest that was running before that the id has changed.

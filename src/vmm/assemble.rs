@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cellblock_devices::protocol::ring::{self, Producer};
-use cellblock_devices::protocol::{SeccompMode, SerialStart, Start};
+use cellblock_devices::protocol::{OUTPUT_MAX, SeccompMode, SerialStart};
 use cellblock_seccomp::filter::Policy;
 use cellblock_seccomp::plugin::Plan;
 use cellblock_seccomp::spawner::{SpawnError, Spawner};
@@ -33,9 +33,9 @@ use super::snapshot::Snapshots;
 use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
 use crate::bus::{Bus, BusError};
-use crate::cell::launch::{Common, launch, wait_ready};
+use crate::cell::launch::{Common, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
-use crate::cell::{Cell, blk};
+use crate::cell::{blk, com1};
 use crate::config::{OpenError, Opened, VmConfig};
 use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
@@ -54,9 +54,6 @@ use crate::vm::layout::VirtioSlot;
 use crate::vm::memory::GuestRam;
 use crate::vm::vmgenid::VmGenId;
 use crate::vm::{acpi, boot, layout};
-
-/// Guest output kept for a slow console reader, in bytes.
-const CONSOLE_BUFFER: u32 = 1 << 20;
 
 /// What a machine is made of, open.
 pub(super) struct Parts {
@@ -77,6 +74,9 @@ pub(super) struct Parts {
     pub(super) guests: Guests,
     /// Where programs attach.
     pub(super) plugin_socket: Option<PathBuf>,
+    /// The main thread is confined by the caller, once nothing is left to be opened; before
+    /// that the guest must not run.
+    pub(super) confine_later: bool,
 }
 
 /// A machine that boots a kernel.
@@ -133,6 +133,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         hold,
         guests,
         plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
+        confine_later: false,
     };
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let mut vm = build(parts, |machine, model, _, slots| {
@@ -172,13 +173,14 @@ pub(super) fn build(
         specs,
         disks,
         control,
-        console,
+        mut console,
         hardware,
         ram,
         max_deaths,
         hold,
         mut guests,
         plugin_socket,
+        confine_later,
     } = parts;
     let seccomp = filter_mode(common);
     let logs = common.writes.unwrap_or_else(|| write_logs(ram.len()));
@@ -187,7 +189,8 @@ pub(super) fn build(
     // Every cell is asked for, and its jail is built beside what follows.
     let cpus = hardware.cpus;
     let com1 = SerialEnds::new()?;
-    let mut serial = start_console(&mut spawner, common, &com1, &console)?;
+    let console_recipe = console_recipe(&com1, &mut console)?;
+    let mut serial = console_recipe.launch(&mut spawner, common, None)?;
     let mut starting = Vec::new();
     let mut back_ends = Vec::new();
     for (spec, disk) in specs.iter().zip(&disks) {
@@ -224,7 +227,7 @@ pub(super) fn build(
     let snapshots = Snapshots::new(host, boot_id, Tracker::new(logs));
     machine.irqfd(&com1.irq, layout::SERIAL_GSI)?;
     let vmgenid = VmGenId::new(&machine)?;
-    vmgenid.set(&ram, vmgenid.fresh()?)?;
+    vmgenid.new_life(&ram, None, Vec::new())?;
 
     phases.end("guest");
     // The two halves meet.
@@ -251,6 +254,7 @@ pub(super) fn build(
     }
     let mut supervisor = Supervisor::new(common, max_deaths.into())
         .map_err(|e| VmmError::System { what: "creating an event", source: e.into() })?;
+    supervisor.add(com1::ID, Kind::Serial { recipe: console_recipe });
     for (device, recipe) in recipes.into_iter().enumerate() {
         let kind = match recipe {
             Some(recipe) => Kind::Blk { device, recipe: Box::new(recipe) },
@@ -280,7 +284,9 @@ pub(super) fn build(
         guests.start_vcpus(vcpu_fds, &machine, vcpu_config, &notifier, logs, seccomp)?;
 
     // Last, because threads inherit the filter of the thread that starts them.
-    confine(Policy::VmmMain, seccomp)?;
+    if !confine_later {
+        confine(Policy::VmmMain, seccomp)?;
+    }
     phases.end("threads");
     let vm = Vm {
         phases,
@@ -314,6 +320,7 @@ pub(super) fn build(
         pager: None,
         triggers: None,
         origin: None,
+        shell: None,
     };
     vm.watch_links();
     Ok(vm)
@@ -347,20 +354,17 @@ fn fork_spawner(
     spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
-fn start_console(
-    spawner: &mut Spawner,
-    common: Common,
+fn console_recipe(
     com1: &SerialEnds,
-    console: &OpenedConsole,
-) -> Result<Cell, VmmError> {
-    let start = Start::Serial(SerialStart {
+    console: &mut OpenedConsole,
+) -> Result<com1::Recipe, VmmError> {
+    let start = SerialStart {
         endpoint: console.endpoint,
         escape: console.terminal.is_some(),
-        buffer: CONSOLE_BUFFER,
-    });
-    let mut fds = vec![com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
-    fds.extend(console.fds.iter().map(|fd| fd.as_fd()));
-    Ok(launch(spawner, common, "com1", start, &fds, None)?)
+        buffer: OUTPUT_MAX,
+    };
+    let ring = [com1.memfd.as_fd(), com1.doorbell.as_fd(), event::fd(&com1.irq)];
+    Ok(com1::Recipe::new(start, ring, std::mem::take(&mut console.fds))?)
 }
 
 /// Gives up capabilities, and has refused system calls reported by name.

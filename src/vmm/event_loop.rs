@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
-use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits, ToCell};
+use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -18,11 +18,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
 use super::phases::Phases;
+use super::shell::Shell;
 use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
 use super::triggers::Triggers;
-use super::{DRAIN_LIMIT, STOP_LIMIT, VmEnd, VmmError, requests};
+use super::{STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
@@ -83,6 +84,8 @@ pub(super) struct Vm {
     pub(super) pager: Option<Pager>,
     /// Of a restored machine: what it can be put back to.
     pub(super) origin: Option<Origin>,
+    /// Of a pool's machine: what it waits for, and for whom.
+    pub(super) shell: Option<Box<Shell>>,
 }
 
 /// A back end that is another program.
@@ -133,6 +136,7 @@ enum Source {
     Links,
     Triggers,
     Pager,
+    Shell,
     Cell(usize),
     Device(usize),
     BackEnd(usize),
@@ -152,6 +156,7 @@ impl Source {
             Source::Pager => 8,
             Source::Plugin => 9,
             Source::PluginFilter => 10,
+            Source::Shell => 11,
             Source::Cell(n) => 1 << 32 | n as u64,
             Source::Device(n) => 2 << 32 | n as u64,
             Source::BackEnd(n) => 3 << 32 | n as u64,
@@ -172,6 +177,7 @@ impl Source {
             (0, 8) => Some(Source::Pager),
             (0, 9) => Some(Source::Plugin),
             (0, 10) => Some(Source::PluginFilter),
+            (0, 11) => Some(Source::Shell),
             (1, n) => Some(Source::Cell(n)),
             (2, n) => Some(Source::Device(n)),
             (3, n) => Some(Source::BackEnd(n)),
@@ -186,8 +192,8 @@ const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 
 /// Whether the machine goes on.
-type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
-const ON: Flow = Flow::Continue(());
+pub(super) type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
+pub(super) const ON: Flow = Flow::Continue(());
 
 impl Vm {
     /// Runs until something ends the machine. [`Vm::shut_down`] must follow.
@@ -217,7 +223,7 @@ impl Vm {
         }
     }
 
-    fn run_vcpus(&mut self) -> Result<(), VmmError> {
+    pub(super) fn run_vcpus(&mut self) -> Result<(), VmmError> {
         self.vcpus.run()?;
         self.phases.end("run");
         if let Some(pager) = &self.pager {
@@ -246,12 +252,12 @@ impl Vm {
         if let Some(triggers) = &self.triggers {
             add(triggers.as_fd(), Source::Triggers)?;
         }
-        if let Some(pager) = &self.pager {
-            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-            epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))?;
-        }
+        self.watch_pager(epoll)?;
         if let Some(control) = &self.control {
             add(control.as_fd(), Source::Control)?;
+        }
+        if let Some(shell) = &self.shell {
+            add(shell.as_fd(), Source::Shell)?;
         }
         if let Some(plugin) = &self.plugin {
             add(plugin.as_fd(), Source::Plugin)?;
@@ -314,6 +320,7 @@ impl Vm {
                     return Flow::Break(Err(VmmError::Pager(error)));
                 }
             }
+            Source::Shell => return self.pool_request(epoll),
             Source::Cell(n) => return self.cell_messages(epoll, n),
             Source::BackEnd(n) => self.back_end_gone(n),
             Source::Device(n) => {
@@ -424,6 +431,9 @@ impl Vm {
                         return Flow::Break(end);
                     }
                     self.process_ended(epoll, pid, status);
+                    if self.asked_to_stop {
+                        return Flow::Break(Ok(VmEnd::Stopped));
+                    }
                 }
                 Ok(Some(SpawnerEvent::Started { ticket, pid, pidfd })) => {
                     self.process_started(ticket, pid, pidfd);
@@ -453,13 +463,13 @@ impl Vm {
     fn process_ended(&mut self, epoll: &Epoll, pid: i32, status: ExitStatus) {
         let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
+        // What it said last still counts.
+        for _ in 0..ROUND {
+            let Some(message) = self.cells[n].next_message() else { break };
+            self.cell_message(n, message);
+        }
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
-        if role == "serial"
-            && let Some(ring) = &self.ring
-        {
-            ring.set_dead(true);
-        }
         if let Some(violation) = self.cells[n].violation() {
             self.event(EventKind::Violation {
                 process: format!("{role} {id}"),
@@ -469,6 +479,13 @@ impl Vm {
         }
         self.event(EventKind::DeviceDied { role: role.to_string(), id, pid, how });
         self.process_over(epoll, n);
+    }
+
+    /// Hears when guest memory does not come any more.
+    pub(super) fn watch_pager(&self, epoll: &Epoll) -> nix::Result<()> {
+        let Some(pager) = &self.pager else { return Ok(()) };
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+        epoll.add(pager.notice(), EpollEvent::new(flags, Source::Pager.token()))
     }
 
     /// Hears when a back end goes.
@@ -522,7 +539,7 @@ impl Vm {
                 );
             }
         }
-        self.drain_console();
+        self.deliver_consoles();
         let (reason, message) = match end {
             Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
             Ok(VmEnd::Reset) => (Shutdown::Reset, None),
@@ -543,49 +560,6 @@ impl Vm {
             control.finish(CLIENTS_LIMIT).at_exit();
         }
     }
-
-    fn drain_console(&mut self) {
-        const EPOCH: u64 = 1;
-        let end = Instant::now() + DRAIN_LIMIT;
-        let limit_ms = DRAIN_LIMIT.as_millis() as u32;
-        for n in 0..self.cells.len() {
-            let cell = &mut self.cells[n];
-            if cell.role() != "serial" || !cell.is_open() {
-                continue;
-            }
-            // One that does not even read its messages is not waited for.
-            let drain = ToCell::Drain { epoch: EPOCH, limit_ms };
-            if !matches!(cell.channel().try_send(&drain, &[]), Ok(true)) {
-                tracing::warn!(device = cell.id(), "console process does not take messages");
-                continue;
-            }
-            let grace = end + Duration::from_millis(500);
-            // Counted by the process, and not trusted to add up.
-            let mut lost: Option<u64> = None;
-            while lost.is_none()
-                && let Some(message) = self.cells[n].wait_message(grace)
-            {
-                match message {
-                    FromCell::Drained { epoch: EPOCH, dropped, unread } => {
-                        lost = Some(dropped.saturating_add(unread));
-                    }
-                    other => self.cell_message(n, other),
-                }
-            }
-            let device = self.cells[n].id();
-            match lost {
-                Some(0) => {}
-                Some(bytes) => {
-                    tracing::warn!(
-                        device,
-                        bytes,
-                        "console reader did not keep up; output was dropped"
-                    );
-                }
-                None => tracing::warn!(device, "console process did not finish in time"),
-            }
-        }
-    }
 }
 
 /// Carries control requests out on the machine.
@@ -593,6 +567,9 @@ struct Requests<'a>(&'a mut Vm);
 
 impl Handler for Requests<'_> {
     fn handle(&mut self, request: Request, token: Token) -> Response {
+        if let Some(refused) = self.0.refuse_unclaimed(&request) {
+            return Response::Now(refused);
+        }
         if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
             return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }

@@ -10,6 +10,7 @@
 //! | `plugins` | who takes part in a machine that boots a kernel |
 //! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `restore` | from a snapshot to a machine that is ready to run |
+//! | `shell` | a machine that waits in a pool for its claim |
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
@@ -21,6 +22,7 @@
 
 mod assemble;
 mod event_loop;
+mod farewell;
 mod hardware;
 mod hold;
 mod notice;
@@ -33,6 +35,7 @@ mod reconnect;
 mod remedy;
 mod requests;
 pub mod restore;
+pub mod shell;
 pub(crate) mod signals;
 mod snapshot;
 mod supervise;

@@ -3,6 +3,8 @@
 //! Everything is opened and checked first, then the shell is built: processes start in their
 //! jails while memory is filled and KVM set up. Last, what the state says is set in it.
 
+mod overrides;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
+use serde::{Deserialize, Serialize};
 
 use super::assemble::{self, Parts};
 use super::event_loop::Vm;
@@ -28,7 +31,7 @@ use crate::plugin::Arrived;
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
-use crate::snapshot::pager::{self, Pager, PagerError, Source};
+use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
@@ -53,6 +56,8 @@ pub struct RestoreConfig {
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
     pub track: bool,
+    /// It is a pool's and waits for its claim: its `cow` disks have this serial number.
+    pub shell: Option<String>,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -73,7 +78,7 @@ pub enum MemoryMode {
 }
 
 /// What is to be different about a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskOverride {
     /// Its id.
     pub id: String,
@@ -162,7 +167,7 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
     end
 }
 
-fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
+pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let mut phases = Phases::begin();
     let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
     let path = &config.snapshot;
@@ -172,10 +177,13 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
     if (ram.len(), hardware.cpus) != (state.vm_info.memory, state.vm_info.cpus) {
         return Err(RestoreError::Other(path.clone()).into());
     }
-    let (specs, disks) = open_disks(&state, &chain, &config.disks)?;
+    let (specs, disks) = open_disks(&state, &chain, &config.disks, config.shell.as_deref())?;
     let control = config.control.as_deref().map(ControlServer::bind).transpose();
     let control = control.map_err(OpenError::Control)?;
-    let console = console::open(&config.serial).map_err(OpenError::Console)?;
+    let mut console = console::open(&config.serial).map_err(OpenError::Console)?;
+    if config.shell.is_some() {
+        console.note = None; // whoever claims it is told
+    }
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
     let arrived = lazy.as_ref().map(|source| -> Arrived { Box::new(source.completion()) });
     let guests = Guests::restored(config.plugin_socket.as_ref(), &ram, arrived)?;
@@ -203,6 +211,7 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         hold: Arc::new(Hold::new(false)),
         guests,
         plugin_socket: config.plugin_socket.map(|spec| spec.path),
+        confine_later: false,
     };
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
@@ -211,7 +220,12 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         let compatible = state.verify_compatible(host);
         compatible.map_err(|e| RestoreError::Host(path.clone(), e))?;
         match lazy {
-            Some(source) => pager = Some(start_pager(source, machine.ram(), common)?),
+            Some(source) => {
+                // Of a shell nobody knows yet whether it will run.
+                let all = config.shell.is_none();
+                let ahead = if all { Prefetch::All } else { Prefetch::Recorded };
+                pager = Some(start_pager(source, machine.ram(), common, ahead)?);
+            }
             None => {
                 progress.begin(chain.chunks());
                 let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
@@ -234,7 +248,9 @@ fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmErr
         vm.track_since(chain.manifest().id)?;
     }
     vm.load(&state).map_err(RestoreError::from)?;
-    vm.nudge();
+    if config.shell.is_none() {
+        vm.nudge();
+    }
     vm.phases.end("state");
     vm.origin = Some(Origin { chain, state, written, kept: Kept::default() });
     Ok(vm)
@@ -279,11 +295,16 @@ fn lazy_source(
     }
 }
 
-fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, RestoreError> {
+pub(super) fn start_pager(
+    source: Source,
+    ram: &GuestRam,
+    common: Common,
+    prefetch: Prefetch,
+) -> Result<Pager, RestoreError> {
     let mode = assemble::filter_mode(common);
     let config = pager::Config {
         confine: move || assemble::confine(Policy::VmmPager, mode),
-        prefetch: true,
+        prefetch,
         stall_limit: pager::STALL_LIMIT,
         last_resort: Some(|why: &str| {
             // Whoever was to end the VM waits for memory itself.
@@ -295,7 +316,7 @@ fn start_pager(source: Source, ram: &GuestRam, common: Common) -> Result<Pager, 
 }
 
 /// What had been written to each `cow` disk, for a reset.
-fn written(
+pub(super) fn written(
     state: &MicrovmState,
     chain: &Chain,
 ) -> Result<Vec<(String, Vec<Extent>, File)>, RestoreError> {
@@ -312,7 +333,7 @@ fn written(
     Ok(all)
 }
 
-fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {
+pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, RestoreError> {
     let bytes = chain.snapshot().state()?;
     let state = MicrovmState::decode(&bytes).map_err(|e| RestoreError::State(path.into(), e))?;
     let (of_state, memory) = (state.vm_info.memory, chain.manifest().memory);
@@ -331,6 +352,7 @@ fn open_disks(
     state: &MicrovmState,
     chain: &Chain,
     named: &[DiskOverride],
+    clone_serial: Option<&str>,
 ) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
     let mut saved: Vec<(String, DiskState)> = Vec::new();
     for device in &state.device_states {
@@ -359,6 +381,10 @@ fn open_disks(
         // The snapshot is not to change with the guest.
         if copied.is_some() && by_user.is_none() && !spec.read_only {
             spec.cow.get_or_insert_default();
+        }
+        // From its first write on, a clone's disk is another one.
+        if let (Some(serial), Some(_)) = (clone_serial, &spec.cow) {
+            spec.serial = Some(serial.to_string());
         }
         let backing = spec.open_backing().map_err(OpenError::Disk)?;
         if let Backing::Image(image) = &backing {

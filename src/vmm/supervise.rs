@@ -32,9 +32,9 @@ use nix::sys::epoll::{Epoll, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::event_loop::Vm;
-use crate::cell::CellError;
 use crate::cell::blk::Recipe;
 use crate::cell::launch::Common;
+use crate::cell::{CellError, com1};
 use crate::control::protocol::EventKind;
 use crate::transport::front_end::{FrontEndError, Link, Watcher};
 
@@ -87,6 +87,8 @@ impl AsFd for Links {
 pub(super) enum Kind {
     /// Behind device `n` of the machine.
     Blk { device: usize, recipe: Box<Recipe> },
+    /// COM1.
+    Serial { recipe: com1::Recipe },
     /// The other program's back end number so many, behind device `n` of the machine.
     BackEnd { device: usize, place: usize },
 }
@@ -155,6 +157,11 @@ impl Supervisor {
     /// Successors that took over from a process of this device, and whether it failed.
     pub(super) fn history(&self, id: &str) -> (u64, bool) {
         self.find(id).map_or((0, false), |n| (self.watched[n].restarts, self.watched[n].failed))
+    }
+
+    /// Whether a process that is gone has yet to be reaped.
+    pub(super) fn awaits_end(&self, w: usize) -> bool {
+        !matches!(self.watched[w].phase, Phase::Resting(_))
     }
 
     /// Whether a process that is gone gets a successor that does what this one did.
@@ -266,6 +273,7 @@ impl Vm {
         let (id, failed) = (watched.id.clone(), watched.failed);
         let result = match &watched.kind {
             Kind::Blk { device, .. } => self.start_blk(w, *device, failed),
+            Kind::Serial { .. } => self.start_serial(w, failed),
             Kind::BackEnd { place, .. } => {
                 let place = *place;
                 return self.ask_back_end(w, place);
@@ -273,10 +281,12 @@ impl Vm {
         };
         let now = Instant::now();
         match result {
-            Ok(()) => {
+            // COM1 has failed; it needs no process for that.
+            Ok(false) => self.supervisor.watched[w].phase = Phase::Serving,
+            Ok(true) => {
                 let until = now + START_LIMIT;
-                self.supervisor.watched[w].phase =
-                    Phase::Starting { until, ready: false, linked: false };
+                let linked = matches!(self.supervisor.watched[w].kind, Kind::Serial { .. });
+                self.supervisor.watched[w].phase = Phase::Starting { until, ready: false, linked };
                 self.watch_cell(epoll, &id);
             }
             Err(error) => {
@@ -286,7 +296,7 @@ impl Vm {
         }
     }
 
-    fn start_blk(&mut self, w: usize, device: usize, failed: bool) -> Result<(), ReplaceError> {
+    fn start_blk(&mut self, w: usize, device: usize, failed: bool) -> Result<bool, ReplaceError> {
         let watched = &mut self.supervisor.watched[w];
         let Kind::Blk { recipe, .. } = &watched.kind else {
             return Err(ReplaceError::Unknown);
@@ -298,13 +308,31 @@ impl Vm {
         let (near, far) = UnixStream::pair().map_err(ReplaceError::Socket)?;
         let spawner = &mut self.spawner;
         let common = self.supervisor.common;
-        self.cells[n].succeed(|counters| {
-            let counters = counters.ok_or(ReplaceError::Unknown)?;
+        self.cells[n].succeed(|before| {
+            let counters = before.counters().ok_or(ReplaceError::Unknown)?;
             let cell = recipe.launch(spawner, common, counters, limits, failed, far);
             cell.map_err(ReplaceError::from)
         })?;
         watched.link = self.devices[device].1.reconnect(near)?;
-        Ok(())
+        Ok(true)
+    }
+
+    /// False where there is to be none any more.
+    pub(super) fn start_serial(&mut self, w: usize, failed: bool) -> Result<bool, ReplaceError> {
+        let watched = &self.supervisor.watched[w];
+        let Kind::Serial { recipe } = &watched.kind else { return Err(ReplaceError::Unknown) };
+        let ring = self.ring.clone().ok_or(ReplaceError::Unknown)?;
+        if failed {
+            ring.set_dead(true);
+            return Ok(false);
+        }
+        let n = self.cells.iter().position(|cell| cell.id() == watched.id);
+        let n = n.ok_or(ReplaceError::Unknown)?;
+        let (spawner, common) = (&mut self.spawner, self.supervisor.common);
+        self.cells[n].succeed(|before| recipe.launch(spawner, common, before.client()))?;
+        // Whatever the one before wrote there.
+        ring.set_dead(false);
+        Ok(true)
     }
 
     /// The spawner started a process.
@@ -407,13 +435,14 @@ impl Watched {
     fn role(&self) -> &'static str {
         match self.kind {
             Kind::Blk { .. } | Kind::BackEnd { .. } => "blk",
+            Kind::Serial { .. } => "serial",
         }
     }
 }
 
 /// Why no successor could be asked for.
 #[derive(Debug, thiserror::Error)]
-enum ReplaceError {
+pub(super) enum ReplaceError {
     #[error("there is no such process")]
     Unknown,
     #[error("making its vhost-user connection")]

@@ -6,6 +6,7 @@
 //! exit status. Dropping a [`Vm`] ends all of its processes.
 #![allow(dead_code, clippy::unwrap_used)] // every test uses a part of it; a test fails by panicking
 
+pub mod deaths;
 pub mod output;
 pub mod proc;
 
@@ -304,6 +305,11 @@ impl Vm {
         if let Err(error) = self.input.as_mut().expect("input is open").write_all(bytes) {
             self.fail(&format!("typing at the console: {error}"));
         }
+    }
+
+    /// The end at which the user types, for a thread of the test.
+    pub fn take_input(&mut self) -> File {
+        self.input.take().expect("input is open")
     }
 
     /// Ends the console's input.

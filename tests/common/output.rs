@@ -50,7 +50,8 @@ impl<T: Default> Shared<T> {
     }
 }
 
-/// A stream of text.
+/// A stream of text. A clone reads on from where this one is.
+#[derive(Clone)]
 pub struct Output {
     shared: Arc<Shared<Vec<u8>>>,
     /// Where the last thing waited for ended.

@@ -67,8 +67,10 @@ pub enum Start {
     /// in flight on the image, and those that its predecessors held, of which the process
     /// waits for the end before it begins.
     Blk(BlkStart),
-    /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, then, where
-    /// [`SerialStart`] says so, the input, the output, the listening socket.
+    /// fds: ring memfd, ring doorbell eventfd, interrupt eventfd, a sealed memfd of
+    /// [`JOURNAL_BYTES`], and both ends of two non-blocking pipes, one for output and one for
+    /// input (what is in all of these outlives the process), then, where [`SerialStart`] says
+    /// so, the input, the output, the listening socket and the client it had.
     Serial(SerialStart),
 }
 
@@ -123,6 +125,11 @@ pub struct Rate {
     pub burst: u64,
 }
 
+/// Bytes of the memory in which a serial process keeps what its successor needs.
+pub const JOURNAL_BYTES: usize = 8192 + (192 << 10) + OUTPUT_MAX as usize;
+/// Most guest output that is kept for a slow reader.
+pub const OUTPUT_MAX: u32 = 1 << 20;
+
 /// Configuration of a serial device process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SerialStart {
@@ -130,7 +137,8 @@ pub struct SerialStart {
     pub endpoint: SerialEndpoint,
     /// Watch the input for the escape sequence (ctrl-a x) that quits the VM.
     pub escape: bool,
-    /// Bytes of guest output kept for a slow reader before more is dropped and counted.
+    /// Bytes of guest output kept for a slow reader before more is dropped and counted; at
+    /// most [`OUTPUT_MAX`].
     pub buffer: u32,
 }
 
@@ -145,7 +153,8 @@ pub enum SerialEndpoint {
     File,
     /// One fd, both ways: the master side of a pseudo-terminal.
     Pty,
-    /// One fd: a listening Unix stream socket; one client at a time, the newest refused.
+    /// One fd: a listening Unix stream socket; one client at a time, the newest refused. A
+    /// second one where a process before this one had a client: that.
     Socket,
 }
 
@@ -245,6 +254,9 @@ pub enum FromCell {
     Quit,
     /// The guest printed a marker line `cellblock:NAME`.
     Marker(Marker),
+    /// A serial process has this client now, which comes with the message, or none: for its
+    /// successor.
+    Client,
 }
 
 /// Readiness markers a guest gives by port 0xCB0 or by a console line.

@@ -1,6 +1,6 @@
 //! The ends of the line: where output goes and where input comes from.
 
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockFlag, accept4};
 
 use super::SerialError;
-use super::input::Reader;
-use super::output::{OnError, Output};
+use super::input::{Pipe, Reader};
+use super::output::{Kept, OnError, Output, To};
 use crate::protocol::SerialEndpoint;
 
 /// How often a pseudo-terminal that nobody has open is looked at again.
 const PTY_RETRY: Duration = Duration::from_millis(100);
-const READ: usize = 4096;
 
 /// A console endpoint. Only [`Endpoint::Null`] has no [`Output`].
 pub(super) enum Endpoint {
@@ -38,6 +37,8 @@ pub(super) struct Pty {
 pub(super) struct Socket {
     listener: OwnedFd,
     client: Option<Client>,
+    /// There is another client than the VMM knows of, or none any more.
+    news: bool,
 }
 
 struct Client {
@@ -49,38 +50,47 @@ struct Client {
 }
 
 impl Endpoint {
-    /// Takes the fds that follow the first three, and starts the threads.
+    /// Takes the fds that follow those of the ring and of what outlives the process, and
+    /// starts the threads. `pipe` is where input goes.
     pub(super) fn new(
         kind: SerialEndpoint,
         buffer: usize,
+        kept: Kept,
+        pipe: &Arc<Pipe>,
         fds: Vec<OwnedFd>,
     ) -> Result<(Endpoint, Option<Output>), SerialError> {
-        let output = |on_error| Output::start(buffer, on_error).map_err(SerialError::Thread);
+        let output =
+            |on_error, to| Output::start(buffer, on_error, kept, to).map_err(SerialError::Thread);
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or(SerialError::MissingFd(kind));
         Ok(match kind {
             SerialEndpoint::Null => (Endpoint::Null, None),
             SerialEndpoint::Stdio => {
-                let reader = Reader::start(next()?).map_err(SerialError::Thread)?;
-                let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
-                (Endpoint::Stdio(reader), Some(output))
+                let (input, file) = (next()?, Arc::new(next()?));
+                let reader = Reader::start(input, pipe.clone()).map_err(SerialError::Thread)?;
+                (
+                    Endpoint::Stdio(reader),
+                    Some(output(OnError::Drop, Some(To { file, own: false }))?),
+                )
             }
             SerialEndpoint::File => {
-                let output = output(OnError::Drop)?;
-                output.attach(Arc::new(next()?));
-                (Endpoint::File, Some(output))
+                let to = To { file: Arc::new(next()?), own: true };
+                (Endpoint::File, Some(output(OnError::Drop, Some(to))?))
             }
             SerialEndpoint::Pty => {
                 let master = Arc::new(non_blocking(next()?)?);
-                let output = output(OnError::Keep)?;
+                let output = output(OnError::Keep, None)?;
                 output.attach(Arc::clone(&master));
                 (Endpoint::Pty(Pty { master, away_since: None }), Some(output))
             }
             SerialEndpoint::Socket => {
                 let listener = non_blocking(next()?)?;
-                let output = output(OnError::Keep)?;
-                (Endpoint::Socket(Socket { listener, client: None }), Some(output))
+                let output = output(OnError::Keep, None)?;
+                let mut socket = Socket { listener, client: None, news: false };
+                if let Ok(client) = next() {
+                    socket.take(client, &output);
+                }
+                (Endpoint::Socket(socket), Some(output))
             }
         })
     }
@@ -98,7 +108,7 @@ impl Endpoint {
             }
             Endpoint::Pty(pty) if pty.away_since.is_some() => [None, None],
             Endpoint::Pty(pty) => [Some(PollFd::new(pty.master.as_fd(), input)), None],
-            Endpoint::Socket(Socket { listener, client }) => [
+            Endpoint::Socket(Socket { listener, client, .. }) => [
                 Some(PollFd::new(listener.as_fd(), PollFlags::POLLIN)),
                 client.as_ref().and_then(|client| {
                     let events = if client.sends { input } else { PollFlags::empty() };
@@ -118,13 +128,36 @@ impl Endpoint {
         }
     }
 
-    /// Acts on what poll said of the fds of [`Endpoint::interest`].
-    pub(super) fn ready(&mut self, events: [PollFlags; 2], output: Option<&Output>) -> Vec<u8> {
+    /// Acts on what poll said of the fds of [`Endpoint::interest`]; how many bytes are in
+    /// the `pipe` then.
+    pub(super) fn ready(
+        &mut self,
+        events: [PollFlags; 2],
+        output: Option<&Output>,
+        pipe: &Pipe,
+    ) -> usize {
         match (self, output) {
             (Endpoint::Stdio(reader), _) if !events[0].is_empty() => reader.take(),
-            (Endpoint::Pty(pty), Some(output)) => pty.ready(events[0], output),
-            (Endpoint::Socket(socket), Some(output)) => socket.ready(events, output),
-            _ => Vec::new(),
+            (Endpoint::Pty(pty), Some(output)) => pty.ready(events[0], output, pipe),
+            (Endpoint::Socket(socket), Some(output)) => socket.ready(events, output, pipe),
+            _ => 0,
+        }
+    }
+
+    /// Where the VMM has to be told: the client there is, if there is one.
+    pub(super) fn client_news(&self) -> Option<Option<BorrowedFd<'_>>> {
+        match self {
+            Endpoint::Socket(Socket { client, news: true, .. }) => {
+                Some(client.as_ref().map(|client| client.stream.as_fd()))
+            }
+            _ => None,
+        }
+    }
+
+    /// The VMM was told.
+    pub(super) fn news_told(&mut self) {
+        if let Endpoint::Socket(socket) = self {
+            socket.news = false;
         }
     }
 
@@ -145,10 +178,10 @@ impl Endpoint {
 }
 
 impl Pty {
-    fn ready(&mut self, mut events: PollFlags, output: &Output) -> Vec<u8> {
+    fn ready(&mut self, mut events: PollFlags, output: &Output, pipe: &Pipe) -> usize {
         if let Some(since) = self.away_since {
             if since.elapsed() < PTY_RETRY {
-                return Vec::new();
+                return 0;
             }
             let mut fds = [PollFd::new(self.master.as_fd(), PollFlags::empty())];
             let _ = poll(&mut fds, PollTimeout::ZERO); // failing: tried again by time
@@ -159,15 +192,15 @@ impl Pty {
             } else {
                 self.away_since = Some(Instant::now());
             }
-            return Vec::new();
+            return 0;
         }
         // What was typed before the hang-up can still be read.
         let input = if events.contains(PollFlags::POLLIN) {
-            read(&self.master).ok().flatten().unwrap_or_default()
+            pipe.draw(&*self.master).unwrap_or(0)
         } else {
-            Vec::new()
+            0
         };
-        if input.is_empty() && events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
+        if input == 0 && events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.away_since = Some(Instant::now());
             output.detach();
         }
@@ -176,31 +209,35 @@ impl Pty {
 }
 
 impl Socket {
-    fn ready(&mut self, events: [PollFlags; 2], output: &Output) -> Vec<u8> {
-        let input = self.serve_client(events[1], output);
+    fn ready(&mut self, events: [PollFlags; 2], output: &Output, pipe: &Pipe) -> usize {
+        let input = self.serve_client(events[1], output, pipe);
         if !events[0].is_empty() {
             while let Some(stream) = self.accept() {
                 if self.client.as_ref().is_some_and(|client| !client.left) {
                     tracing::warn!("console client refused: another one is connected");
                     continue; // closed by drop
                 }
-                let stream = Arc::new(stream);
-                output.attach(Arc::clone(&stream));
-                self.client = Some(Client { stream, sends: true, left: false });
+                self.take(stream, output);
+                self.news = true;
                 tracing::debug!("console client connected");
             }
         }
         input
     }
 
-    fn serve_client(&mut self, events: PollFlags, output: &Output) -> Vec<u8> {
-        let Some(client) = &mut self.client else { return Vec::new() };
-        let mut input = Vec::new();
+    fn take(&mut self, stream: OwnedFd, output: &Output) {
+        let stream = Arc::new(stream);
+        output.attach(Arc::clone(&stream));
+        self.client = Some(Client { stream, sends: true, left: false });
+    }
+
+    fn serve_client(&mut self, events: PollFlags, output: &Output, pipe: &Pipe) -> usize {
+        let Some(client) = &mut self.client else { return 0 };
+        let mut input = 0;
         if client.sends && events.contains(PollFlags::POLLIN) {
-            match read(&client.stream) {
-                Ok(bytes) if bytes.as_ref().is_none_or(|bytes| !bytes.is_empty()) => {
-                    input = bytes.unwrap_or_default();
-                }
+            match pipe.draw(&*client.stream) {
+                Ok(count) if count > 0 => input = count,
+                Err(Errno::EAGAIN) => {}
                 _ => client.sends = false,
             }
         }
@@ -211,6 +248,7 @@ impl Socket {
         }
         if client.left && !client.sends {
             self.client = None;
+            self.news = true;
         }
         input
     }
@@ -222,22 +260,6 @@ impl Socket {
             // SAFETY: the kernel just made this fd, for nobody else.
             Ok(fd) => Some(unsafe { OwnedFd::from_raw_fd(fd) }),
             Err(_) => None, // none waits, or it has left already
-        }
-    }
-}
-
-/// Reads from a non-blocking fd; `None` where nothing waits.
-fn read(fd: impl AsFd) -> Result<Option<Vec<u8>>, Errno> {
-    let mut bytes = vec![0; READ];
-    loop {
-        match nix::unistd::read(&fd, &mut bytes) {
-            Ok(count) => {
-                bytes.truncate(count);
-                return Ok(Some(bytes));
-            }
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(error) => return Err(error),
         }
     }
 }

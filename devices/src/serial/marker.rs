@@ -2,11 +2,11 @@
 
 use crate::protocol::Marker;
 
-const LONGEST: usize = "cellblock:heartbeat\r".len();
+pub(super) const LONGEST: usize = "cellblock:heartbeat\r".len();
 
 /// Watches guest output for marker lines. A line ends with a line feed, which a
 /// carriage return may precede.
-#[derive(Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Lines {
     line: [u8; LONGEST],
     /// Bytes of the line so far, also those that did not fit.
@@ -28,6 +28,16 @@ impl Lines {
             let _ = lines.push(*byte); // no line ends here
         });
         lines
+    }
+
+    /// The line so far, and its length, which may be beyond it.
+    pub(super) fn parts(&self) -> (&[u8; LONGEST], usize) {
+        (&self.line, self.len)
+    }
+
+    /// What [`Lines::parts`] gave, whatever that was.
+    pub(super) fn from_parts(line: [u8; LONGEST], len: usize) -> Lines {
+        Lines { line, len }
     }
 
     /// Takes one byte of output; gives the marker whose line it ends.

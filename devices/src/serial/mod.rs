@@ -13,6 +13,11 @@
 //! the oldest bytes are dropped and counted. What the user types waits until the
 //! guest takes it.
 //!
+//! All of that is kept in a [`journal`] that outlives the process: its successor goes on
+//! with the first access that was not carried out. Output and input cross the border of the
+//! process through a pipe each, which outlives it too; a client of a socket is handed to the
+//! VMM, for the successor.
+//!
 //! | endpoint | output while nobody reads | input |
 //! |---|---|---|
 //! | `Null` | discarded | none |
@@ -23,6 +28,7 @@
 
 mod endpoint;
 mod input;
+mod journal;
 mod marker;
 mod outbox;
 mod output;
@@ -41,11 +47,12 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
 use crate::protocol::ring::{Consumer, Corrupt, RING_BYTES, RingError};
-use crate::protocol::{SerialEndpoint, SerialStart};
+use crate::protocol::{OUTPUT_MAX, SerialEndpoint, SerialStart};
 use endpoint::Endpoint;
-use input::Input;
+use input::{Input, Pipe};
+use journal::{Journal, State};
 use outbox::Outbox;
-use output::Output;
+use output::{Kept, Output};
 use serve::Drain;
 use uart::Uart;
 
@@ -65,6 +72,12 @@ pub enum SerialError {
     /// The ring cannot be used.
     #[error("setting up the register ring")]
     Ring(#[source] RingError),
+    /// The journal could not be mapped.
+    #[error("mapping the journal")]
+    Journal(#[source] ShmError),
+    /// More output to be kept than there is room for.
+    #[error("{0} bytes of output are more than the {OUTPUT_MAX} that can be kept")]
+    Buffer(u32),
     /// A thread of the process, or its event, could not be made.
     #[error("starting a console thread")]
     Thread(#[source] io::Error),
@@ -91,34 +104,69 @@ pub struct Serial {
     input: Input,
     outbox: Outbox,
     drains: Vec<Drain>,
+    journal: Journal,
+    /// What input comes by.
+    pipe: Arc<Pipe>,
+    /// Where the output ends, and as far as `serial-out` knows, as the journal counts.
+    end: u64,
+    handed: u64,
+    line_ended: bool,
+    /// Bytes the guest transmitted.
+    transmitted: u64,
     /// Bytes the guest was given.
     received: u64,
+    /// vCPU, ticket and value of the answer given last.
+    answer: Option<(u8, u32, u8)>,
     /// The quiesce it stands still for.
     quiesced: Option<u64>,
     poll: Duration,
+    /// Where a process before this one was, and the input that it left in the pipe.
+    before: Option<State>,
+    left: usize,
 }
 
 /// Makes the device from the fds of [`crate::protocol::Start::Serial`] and starts
-/// its threads. Nothing that a guest wrote is read.
+/// its threads. Nothing that a guest wrote is read but what a process before this one left,
+/// which is bounded.
 pub fn prepare(config: SerialStart, fds: Vec<OwnedFd>) -> Result<Serial, SerialError> {
     let kind = config.endpoint;
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or(SerialError::MissingFd(kind));
     let (memory, doorbell, interrupt) = (next()?, next()?, next()?);
+    let (journal, output, input) = (next()?, (next()?, next()?), (next()?, next()?));
+    if config.buffer > OUTPUT_MAX {
+        return Err(SerialError::Buffer(config.buffer));
+    }
     let mapping = Mapping::new(memory, RING_BYTES, Access::ReadWrite).map_err(SerialError::Map)?;
     let ring = Consumer::new(mapping, doorbell).map_err(SerialError::Ring)?;
-    let (endpoint, output) = Endpoint::new(kind, config.buffer as usize, fds.collect())?;
+    let journal = Journal::map(journal).map_err(SerialError::Journal)?;
+    let before = journal.state();
+    let end = before.as_ref().map_or(0, |state| state.end);
+    let pipe = Arc::new(Pipe::new(input.0, input.1));
+    let left = pipe.left().map_err(SerialError::Thread)?;
+    let kept = Kept { journal: journal.clone(), pipe: output, end };
+    let buffer = config.buffer as usize;
+    let (endpoint, output) = Endpoint::new(kind, buffer, kept, &pipe, fds.collect())?;
     Ok(Serial {
         ring,
         uart: Uart::new(interrupt),
         endpoint,
         output,
-        input: Input::new(config.escape),
+        input: Input::new(config.escape, journal.clone(), pipe.clone()),
         outbox: Outbox::default(),
         drains: Vec::new(),
+        journal,
+        pipe,
+        end,
+        handed: end,
+        line_ended: false,
+        transmitted: 0,
         received: 0,
+        answer: None,
         quiesced: None,
         poll: if has_one_cpu() { Duration::ZERO } else { POLL },
+        before,
+        left,
     })
 }
 

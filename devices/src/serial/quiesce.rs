@@ -10,6 +10,7 @@ use cellblock_wire::Channel;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
+use super::marker::Lines;
 use super::{Serial, SerialError};
 use crate::protocol::FromCell;
 use crate::protocol::state::{CellLoad, CellState, SerialState};
@@ -26,9 +27,15 @@ impl Serial {
         self.hand_over();
         self.report_markers(cell)?;
         self.quiesced = Some(epoch);
-        let state =
-            SerialState { input: self.input.save(), received: self.received, ..self.uart.save() };
-        let state = Box::new(CellState::Serial(state));
+        let (registers, fifo, line) = self.uart.state();
+        let state = Box::new(CellState::Serial(SerialState {
+            registers,
+            fifo,
+            input: self.input.save(),
+            line: line.save(),
+            output: self.transmitted,
+            received: self.received,
+        }));
         self.send(FromCell::Quiesced { epoch, state }, cell)
     }
 
@@ -44,19 +51,24 @@ impl Serial {
         // to the one that goes on here. At a reset it was for the guest that is gone.
         let sent = match self.is_quiesced() {
             true => Vec::new(),
-            false => [self.uart.save().fifo, self.input.save()].concat(),
+            false => [self.uart.state().1, self.input.save()].concat(),
         };
         let loaded = match load {
-            CellLoad::Serial(state) if state.is_possible() && self.uart.load(&state) => {
-                self.received = state.received;
-                self.input.load([state.input, sent].concat());
-                true
+            CellLoad::Serial(state) if state.is_possible() => {
+                let SerialState { registers, fifo, input, line, output, received } = state;
+                let loaded = self.uart.load(registers, fifo, Lines::load(&line));
+                if loaded {
+                    (self.transmitted, self.received) = (output, received);
+                    self.input.load(&[input, sent].concat());
+                }
+                loaded
             }
             _ => false,
         };
         if !self.is_quiesced() {
             self.feed();
         }
+        self.commit();
         self.send(FromCell::Loaded(loaded), cell)
     }
 

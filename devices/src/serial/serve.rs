@@ -1,13 +1,17 @@
 //! The main loop of the serial process.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::journal::{BATCH, RAW, State};
 use super::{Serial, SerialError};
+use crate::protocol::ring::Reply;
+use crate::protocol::state::FIFO;
 use crate::protocol::{CellStats, FromCell, ToCell};
 
 /// Accesses taken before everything else is looked at.
@@ -42,6 +46,7 @@ struct Events {
 
 impl Serial {
     pub(super) fn run(&mut self, cell: &Channel) -> Result<(), SerialError> {
+        self.resume(cell)?;
         let now = Instant::now();
         let mut last = Last { access: now, look: now };
         loop {
@@ -64,7 +69,7 @@ impl Serial {
             last.access = now;
         }
         let watching = busy || now - last.access < self.poll;
-        if !watching || self.uart.is_worth_taking() {
+        if !watching || self.line_ended || self.end - self.handed >= 1024 {
             self.hand_over();
             self.report_markers(cell)?;
         }
@@ -79,8 +84,36 @@ impl Serial {
         last.look = Instant::now();
         if asleep && events.is_quiet() && self.uart.needs_reminder() {
             self.uart.remind();
+            self.commit();
         }
         self.handle(&events, cell)
+    }
+
+    /// Goes on where a process before this one was.
+    fn resume(&mut self, cell: &Channel) -> Result<(), SerialError> {
+        let mut quit = false;
+        if let Some(state) = self.before.take() {
+            self.ring.resume(state.position);
+            quit = self.input.resume(&state, self.left);
+            self.uart.load(state.registers, state.fifo, state.lines);
+            self.transmitted = state.transmitted;
+            self.received = state.received;
+            // A vCPU may wait for it still; one that does not, does not believe it.
+            self.answer = state.answer;
+            if let Some((vcpu, ticket, value)) = state.answer
+                && let Some(reply) = Reply::from_parts(vcpu.into(), ticket)
+            {
+                self.ring.reply(reply, value);
+            }
+        }
+        while self.left > 0 {
+            let part = self.left.min(RAW);
+            quit |= self.input.fetch(part);
+            self.left -= part;
+        }
+        self.feed();
+        self.commit();
+        if quit { self.send(FromCell::Quit, cell) } else { Ok(()) }
     }
 
     /// Carries out what is in the ring, up to a burst; returns how much it was.
@@ -89,34 +122,84 @@ impl Serial {
         while count < BURST
             && let Some(access) = self.ring.next()?
         {
-            self.uart.access(access, &mut self.ring);
+            let answer = self.uart.access(access);
             count += 1;
+            self.take_transmitted();
             self.feed();
+            if let Some((reply, value)) = &answer {
+                let (vcpu, ticket) = reply.parts();
+                self.answer = Some((vcpu as u8, ticket, *value));
+            }
+            self.commit();
+            if let Some((reply, value)) = answer {
+                self.ring.reply(reply, value);
+            }
         }
         Ok(count)
     }
 
-    /// Gives the guest what input it has room for.
-    pub(super) fn feed(&mut self) {
+    /// From here on a successor knows of all that was done.
+    pub(super) fn commit(&mut self) {
+        let (registers, fifo, lines) = self.uart.state();
+        let mut state = State {
+            position: self.ring.position(),
+            registers,
+            fifo,
+            lines: lines.clone(),
+            end: self.end,
+            transmitted: self.transmitted,
+            received: self.received,
+            answer: self.answer,
+            ..State::default()
+        };
+        self.input.keep(&mut state);
+        self.journal.commit(&state);
+    }
+
+    /// Keeps what the last access transmitted.
+    fn take_transmitted(&mut self) {
+        let bytes = self.uart.transmitted();
+        if bytes.is_empty() {
+            return;
+        }
+        for &byte in bytes.iter() {
+            self.line_ended |= byte == b'\n';
+            self.journal.put_output(self.end, byte);
+            self.end += 1;
+        }
+        self.transmitted = self.transmitted.wrapping_add(bytes.len() as u64);
+        bytes.clear();
+        // What `serial-out` knows of is committed.
+        if self.end - self.handed >= BATCH as u64 {
+            self.commit();
+            self.hand_over();
+        }
+    }
+
+    /// Gives the guest what input it has room for; true if that was anything.
+    pub(super) fn feed(&mut self) -> bool {
+        let mut any = false;
         loop {
-            let count = self.uart.receive(self.input.front());
+            let mut bytes = [0; FIFO];
+            let waiting = self.input.front(&mut bytes);
+            let count = self.uart.receive(&bytes[..waiting]);
             if count == 0 {
-                return;
+                return any;
             }
-            self.input.taken(count);
-            self.received += count as u64;
+            self.input.take(count);
+            self.received = self.received.wrapping_add(count as u64);
+            any = true;
         }
     }
 
     /// Gives `serial-out` what the guest has transmitted.
     pub(super) fn hand_over(&mut self) {
-        let bytes = self.uart.transmitted();
-        if let Some(output) = &self.output
-            && !bytes.is_empty()
-        {
-            output.push(bytes);
+        if self.end != self.handed {
+            if let Some(output) = &self.output {
+                output.advance(self.end);
+            }
+            (self.handed, self.line_ended) = (self.end, false);
         }
-        bytes.clear();
     }
 
     pub(super) fn report_markers(&mut self, cell: &Channel) -> Result<(), SerialError> {
@@ -176,11 +259,20 @@ impl Serial {
 
     /// Acts on everything but the ring. `Closed` when the VMM is gone.
     fn handle(&mut self, events: &Events, cell: &Channel) -> Result<(), SerialError> {
-        let input = self.endpoint.ready(events.endpoint, self.output.as_ref());
-        if self.input.push(&input) {
+        let drawn = self.endpoint.ready(events.endpoint, self.output.as_ref(), &self.pipe);
+        let quit = drawn > 0 && self.input.fetch(drawn);
+        if self.feed() || drawn > 0 {
+            self.commit();
+        }
+        if quit {
             self.send(FromCell::Quit, cell)?;
         }
-        self.feed();
+        if let Some(client) = self.endpoint.client_news() {
+            let fds: Vec<_> = client.into_iter().collect();
+            if cell.try_send(&FromCell::Client, &fds).map_err(SerialError::Channel)? {
+                self.endpoint.news_told();
+            }
+        }
         if let Some(output) = &self.output
             && !events.output.is_empty()
         {
@@ -214,7 +306,7 @@ impl Serial {
             ToCell::Load(load) => self.load(*load, cell),
             ToCell::Stats => {
                 let stats = CellStats::Serial {
-                    output: self.uart.total(),
+                    output: self.transmitted,
                     input: self.received,
                     dropped: self.dropped(),
                 };
@@ -268,7 +360,7 @@ impl Serial {
     }
 
     fn dropped(&self) -> u64 {
-        self.output.as_ref().map_or(0, |output| output.dropped())
+        self.journal.dropped().load(Ordering::Relaxed)
     }
 
     pub(super) fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), SerialError> {

@@ -11,8 +11,8 @@ use vm_superio::serial::{NoEvents, Serial, SerialState as Registers};
 
 use super::marker::Lines;
 use crate::protocol::Marker;
-use crate::protocol::ring::{Access, Consumer};
-use crate::protocol::state::{FIFO, SerialState};
+use crate::protocol::ring::{Access, Reply};
+use crate::protocol::state::FIFO;
 
 /// IER and IIR bits of "received data available" (16550 data sheet).
 const IER_RDA: u8 = 1;
@@ -36,19 +36,15 @@ impl Trigger for Interrupt {
 #[derive(Default)]
 struct Transmitted {
     bytes: Vec<u8>,
-    total: u64,
     lines: Lines,
-    line_ended: bool,
     markers: Vec<Marker>,
 }
 
 impl Write for Transmitted {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for &byte in bytes {
-            self.line_ended |= byte == b'\n';
             self.markers.extend(self.lines.push(byte));
         }
-        self.total += bytes.len() as u64;
         self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }
@@ -72,17 +68,15 @@ impl Uart {
         Uart { device, interrupt }
     }
 
-    /// Carries out one access.
-    pub(super) fn access(&mut self, access: Access, ring: &mut Consumer) {
+    /// Carries out one access; what a read gives, and whom.
+    pub(super) fn access(&mut self, access: Access) -> Option<(Reply, u8)> {
         match access {
             Access::Write { offset, value } => {
                 // Neither the interrupt nor `Transmitted` can fail.
                 let _ = self.device.write(offset, value);
+                None
             }
-            Access::Read { offset, reply } => {
-                let value = self.device.read(offset);
-                ring.reply(reply, value);
-            }
+            Access::Read { offset, reply } => Some((reply, self.device.read(offset))),
         }
     }
 
@@ -122,32 +116,28 @@ impl Uart {
         }
     }
 
-    /// Where the device stands; the input in front of it is not its own.
-    pub(super) fn save(&mut self) -> SerialState {
+    /// Where the device stands: its registers in the order of
+    /// [`crate::protocol::state::SerialState`], its FIFO, and the line begun.
+    pub(super) fn state(&self) -> ([u8; 9], Vec<u8>, &Lines) {
         let state = self.device.state();
-        let transmitted = self.device.writer_mut();
-        SerialState {
-            registers: [
-                state.baud_divisor_low,
-                state.baud_divisor_high,
-                state.interrupt_enable,
-                state.interrupt_identification,
-                state.line_control,
-                state.line_status,
-                state.modem_control,
-                state.modem_status,
-                state.scratch,
-            ],
-            fifo: state.in_buffer,
-            line: transmitted.lines.save(),
-            output: transmitted.total,
-            ..SerialState::default()
-        }
+        let registers = [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ];
+        (registers, state.in_buffer, &self.device.writer().lines)
     }
 
-    /// Goes on from `state`. False where no device stands like that.
-    pub(super) fn load(&mut self, state: &SerialState) -> bool {
-        let [dll, dlm, ier, iir, lcr, lsr, mcr, msr, scr] = state.registers;
+    /// Goes on from what [`Uart::state`] gave, and raises the interrupt for what is pending.
+    /// False where no device stands like that.
+    pub(super) fn load(&mut self, registers: [u8; 9], fifo: Vec<u8>, lines: Lines) -> bool {
+        let [dll, dlm, ier, iir, lcr, lsr, mcr, msr, scr] = registers;
         let registers = Registers {
             baud_divisor_low: dll,
             baud_divisor_high: dlm,
@@ -158,10 +148,9 @@ impl Uart {
             modem_control: mcr,
             modem_status: msr,
             scratch: scr,
-            in_buffer: state.fifo.clone(),
+            in_buffer: fifo,
         };
-        let lines = Lines::load(&state.line);
-        let transmitted = Transmitted { total: state.output, lines, ..Transmitted::default() };
+        let transmitted = Transmitted { lines, ..Transmitted::default() };
         match Serial::from_state(&registers, self.interrupt.clone(), NoEvents, transmitted) {
             Ok(device) => {
                 self.device = device;
@@ -171,27 +160,13 @@ impl Uart {
         }
     }
 
-    /// What the guest transmitted, to be taken out.
+    /// What the last access transmitted, to be taken out.
     pub(super) fn transmitted(&mut self) -> &mut Vec<u8> {
-        let transmitted = self.device.writer_mut();
-        transmitted.line_ended = false;
-        &mut transmitted.bytes
-    }
-
-    /// Whether a line has ended, or much has come together, since the last
-    /// [`Uart::transmitted`].
-    pub(super) fn is_worth_taking(&mut self) -> bool {
-        let transmitted = self.device.writer_mut();
-        transmitted.line_ended || transmitted.bytes.len() >= 1024
+        &mut self.device.writer_mut().bytes
     }
 
     /// Marker lines since the last call.
     pub(super) fn markers(&mut self) -> std::vec::Drain<'_, Marker> {
         self.device.writer_mut().markers.drain(..)
-    }
-
-    /// Bytes the guest transmitted so far.
-    pub(super) fn total(&mut self) -> u64 {
-        self.device.writer_mut().total
     }
 }

@@ -129,6 +129,8 @@ struct Shared {
     ended: AtomicBool,
     stop: AtomicBool,
     prefetch: AtomicBool,
+    /// What the record names is there.
+    recorded: AtomicBool,
     /// Somebody waits for all of it.
     hurry: AtomicBool,
     /// The guest has begun to run.
@@ -148,6 +150,13 @@ struct Shared {
 pub struct Source {
     shared: Arc<Shared>,
     chain: Arc<Chain>,
+    device: OwnedFd,
+}
+
+/// The same before it is known which snapshot that is: processes can be invited already.
+#[derive(Debug)]
+pub struct Prospect {
+    shared: Arc<Shared>,
     device: OwnedFd,
 }
 
@@ -187,12 +196,23 @@ impl Invitation {
     }
 }
 
+/// What a pager brings that nobody asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefetch {
+    /// Nothing.
+    Nothing,
+    /// What was asked for in an earlier restore; the rest from [`Pager::prefetch`] on.
+    Recorded,
+    /// Everything.
+    All,
+}
+
 /// How a pager is to work.
 pub struct Config<C> {
     /// Runs first on each of its threads.
     pub confine: C,
     /// Bring what nobody asks for as well.
-    pub prefetch: bool,
+    pub prefetch: Prefetch,
     /// Give up after so long without a step: [`STALL_LIMIT`].
     pub stall_limit: Duration,
     /// Ends the process, if a failure, which it is told, has not ended it [`LAST_RESORT`]
@@ -200,17 +220,10 @@ pub struct Config<C> {
     pub last_resort: Option<fn(&str)>,
 }
 
-impl Source {
-    /// `device` is an open `/dev/userfaultfd`.
-    pub fn new(chain: Arc<Chain>, device: OwnedFd) -> Result<Source, PagerError> {
-        let presence = PresenceOwner::new(chain.chunks())?;
-        let mut absent = 0;
-        for index in 0..chain.chunks() {
-            match chain.is_zero(index) {
-                true => presence.set(index),
-                false => absent += 1,
-            }
-        }
+impl Prospect {
+    /// For memory of so many chunks. `device` is an open `/dev/userfaultfd`.
+    pub fn new(chunks: usize, device: OwnedFd) -> Result<Prospect, PagerError> {
+        let presence = PresenceOwner::new(chunks)?;
         let event = || {
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             EventFd::from_flags(flags).map_err(|e| step("creating an event")(e.into()))
@@ -227,6 +240,7 @@ impl Source {
             ended: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             prefetch: AtomicBool::new(false),
+            recorded: AtomicBool::new(false),
             hurry: AtomicBool::new(false),
             runs: AtomicBool::new(false),
             steps: AtomicU64::new(0),
@@ -234,9 +248,41 @@ impl Source {
             faults: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             prefetched: AtomicU64::new(0),
-            absent: AtomicU64::new(absent),
+            absent: AtomicU64::new(0),
         });
-        Ok(Source { shared, chain, device })
+        Ok(Prospect { shared, device })
+    }
+
+    /// Who invites processes that will map guest memory.
+    pub fn inviter(&self) -> Result<Inviter, PagerError> {
+        inviter(&self.shared, &self.device)
+    }
+
+    /// It is this snapshot. No process has mapped guest memory yet.
+    pub fn settle(self, chain: Arc<Chain>) -> Source {
+        let Prospect { shared, device } = self;
+        let mut absent = 0;
+        for index in 0..chain.chunks() {
+            match chain.is_zero(index) {
+                true => shared.presence.set(index),
+                false => absent += 1,
+            }
+        }
+        shared.absent.store(absent, Ordering::Relaxed);
+        Source { shared, chain, device }
+    }
+
+    /// It is none: memory is there before any process maps it.
+    pub fn nothing_to_come(self) {
+        let presence = self.shared.presence.presence();
+        (0..presence.chunks()).for_each(|index| self.shared.presence.set(index));
+    }
+}
+
+impl Source {
+    /// `device` is an open `/dev/userfaultfd`.
+    pub fn new(chain: Arc<Chain>, device: OwnedFd) -> Result<Source, PagerError> {
+        Ok(Prospect::new(chain.chunks(), device)?.settle(chain))
     }
 
     /// Who invites processes that will map guest memory.
@@ -273,8 +319,10 @@ impl Source {
             .collect();
         presence::register(&uffd, &windows, shared.presence.presence())
             .map_err(step("registering guest memory with userfaultfd"))?;
-        shared.prefetch.store(config.prefetch, Ordering::Relaxed);
-        let worker = Worker::new(shared.clone(), chain.clone(), Target::new(uffd, windows));
+        shared.prefetch.store(config.prefetch == Prefetch::All, Ordering::Relaxed);
+        let target = Target::new(uffd, windows);
+        let record = config.prefetch != Prefetch::Nothing;
+        let worker = Worker::new(shared.clone(), chain.clone(), target, record);
         thread::spawn(worker, config.confine.clone())?;
         let watch = Watch { limit: config.stall_limit, last_resort: config.last_resort };
         watch::spawn(shared.clone(), watch, config.confine)?;
@@ -360,6 +408,12 @@ impl Pager {
         self.shared.hurry.store(true, Ordering::Relaxed);
         self.shared.prefetch.store(true, Ordering::Relaxed);
         let _ = self.shared.bell.write(1);
+    }
+
+    /// Whether all that the record of an earlier restore names is there; it is at once where
+    /// there is none.
+    pub fn has_recorded(&self) -> bool {
+        self.shared.recorded.load(Ordering::Acquire) || self.is_complete()
     }
 
     /// What it did so far.

@@ -53,7 +53,7 @@ pub(super) struct Worker {
     vmm: Target,
     devices: Vec<Device>,
     buffer: Vec<u8>,
-    /// Chunks to bring early, the next last.
+    /// Chunks to bring early, the next last; whether or not anything else is.
     order: Vec<u32>,
     record: Record,
     next: usize,
@@ -118,9 +118,10 @@ impl Drop for End<'_> {
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, chain: Arc<Chain>, vmm: Target) -> Worker {
+    /// `early`: bring what the record names without being asked.
+    pub(super) fn new(shared: Arc<Shared>, chain: Arc<Chain>, vmm: Target, early: bool) -> Worker {
         let mut record = Record::open(&chain);
-        let order = record.take_order();
+        let order = if early { record.take_order() } else { Vec::new() };
         Worker {
             shared,
             chain,
@@ -293,15 +294,16 @@ impl Worker {
 
     /// What to bring next if nobody waits.
     fn prefetch_next(&mut self) -> Ahead {
-        if !self.shared.prefetch.load(Ordering::Relaxed) {
-            return Ahead::Never;
-        }
         let presence = self.shared.presence.presence();
         while let Some(index) = self.order.last().map(|index| *index as usize) {
             if index < self.chain.chunks() && !presence.has(index) {
                 return Ahead::Now(index);
             }
             self.order.pop();
+        }
+        self.shared.recorded.store(true, Ordering::Release);
+        if !self.shared.prefetch.load(Ordering::Relaxed) {
+            return Ahead::Never;
         }
         while let (index, more @ 1..) = self.likely {
             if index < self.chain.chunks() && !presence.has(index) {

@@ -164,7 +164,7 @@ impl Vm {
             }
         }
         if let Some(vmgenid) = &self.vmgenid {
-            vmgenid.set(&self.ram, vmgenid.fresh()?)?;
+            vmgenid.new_life(&self.ram, None, Vec::new())?;
             self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
         }
         for ((_, device), begun) in self.devices.iter().zip(&forgotten) {

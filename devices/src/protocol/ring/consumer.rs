@@ -33,6 +33,19 @@ pub struct Reply {
     ticket: u32,
 }
 
+impl Reply {
+    /// The vCPU and the ticket.
+    pub fn parts(&self) -> (usize, u32) {
+        (self.vcpu, self.ticket)
+    }
+
+    /// What [`Reply::parts`] gave; `None` for what it cannot have given.
+    pub fn from_parts(vcpu: usize, ticket: u32) -> Option<Reply> {
+        let fits = vcpu < MAX_VCPUS && (1..TICKETS).contains(&ticket);
+        fits.then_some(Reply { vcpu, ticket })
+    }
+}
+
 /// The ring holds something that no VMM of ours writes.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Corrupt {
@@ -100,6 +113,22 @@ impl Consumer {
         };
         self.busy = true;
         Ok(Some(access))
+    }
+
+    /// Accesses carried out so far, that taken out last among them.
+    pub fn position(&self) -> u32 {
+        self.head.wrapping_add(self.busy.into())
+    }
+
+    /// Goes on behind the access that a process before this one had carried out when it
+    /// died. Only the first one can be that.
+    pub fn resume(&mut self, position: u32) {
+        let published = self.page.tail().load(Ordering::Acquire).wrapping_sub(self.head);
+        if position == self.head.wrapping_add(1) && (1..=SLOTS).contains(&published) {
+            self.tail = position;
+            self.busy = true;
+            self.commit();
+        }
     }
 
     /// Answers a read.

@@ -20,6 +20,7 @@
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |
 //! | `touch` | writes and checks memory | `mib=` (16) `high` |
+//! | `clone` | stops for a snapshot; whoever goes on from it says who it is and writes that everywhere, then commands: `c` `s` `m` `q` | `mib=` (1) `blocks=` (64) |
 //! | `snap` | prints dots and does as it is told, to be measured: `t` touches 64 MiB, `w` writes 1 MiB, `q` | `touch=` (16, MiB) |
 //! | `demo` | a short tour, then commands: `t` `w` `q` | `mib=` (8) |
 //!

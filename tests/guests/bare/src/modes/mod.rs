@@ -5,6 +5,7 @@ mod bench_plan;
 mod blk;
 mod blk_errors;
 mod blk_features;
+mod clone;
 mod demo;
 mod echo;
 mod idle;
@@ -48,6 +49,7 @@ pub fn run(boot: &Boot) {
         "spin" => idle::spin(boot),
         "halt" => idle::halt(boot),
         "touch" => touch::run(boot),
+        "clone" => clone::run(boot),
         "snap" => snap::run(boot),
         "demo" => demo::run(boot),
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),

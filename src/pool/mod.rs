@@ -1,0 +1,262 @@
+//! Restore pools: VMs from a snapshot, on demand, in a millisecond.
+//!
+//! ```text
+//!  program with a RestorePool             cellblock pool-shell (one process group each)
+//!   engine: who waits, who makes  ──────▶  VMM ── spawner ── serial, blk ...   waits
+//!   (threads of the pool)          socket  VMM ── spawner ── serial, blk ...   waits
+//!                                          VMM ── spawner ── serial, blk ...   somebody's
+//! ```
+//! A clone is as well isolated as any VM: it is a VMM process of its own with its device
+//! processes in their jails. What a pool saves is the time it takes to make them. They are made
+//! before anybody wants them, and a claim is one message to one of them.
+//!
+//! * **primed** shells have one snapshot loaded, with the memory that its VMs need first;
+//! * shells of a **shape** have everything but a state, and serve any snapshot of such a machine.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`ledger`] | the books: every change and what must always be true |
+//! | [`engine`] | who waits, who makes, who destroys; for any kind of shell |
+//! | [`config`] | what a pool is made of |
+//! | [`shell`] | a shell's process, seen from the pool |
+//! | [`protocol`] | what the two say to each other |
+//! | [`vm`] | a VM that somebody has |
+//! | [`parts`] | a VM as bytes: guest memory and state |
+//! | [`stats`] | how a pool is, as JSON and for Prometheus |
+//! | [`service`] | a pool for other programs, at a socket |
+//!
+//! The other end of a shell is `crate::vmm::shell`.
+
+pub mod config;
+pub mod engine;
+pub mod ledger;
+pub mod parts;
+pub mod protocol;
+pub mod service;
+pub mod shell;
+pub mod stats;
+pub mod vm;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use config::{BaseConfig, Machine, PoolConfig, PoolError};
+pub use engine::Release;
+pub use protocol::Shape;
+pub use vm::PooledRestoreVm;
+
+use crate::snapshot::format::{SnapshotId, describe};
+use crate::vm::metadata::MAX_DATA;
+use crate::vmm::restore::DiskOverride;
+use config::Prepared;
+use engine::{Engine, Options, Wish};
+use protocol::{Claim, Origin, Stage};
+use shell::{Recipe, ShellError};
+use stats::PoolStats;
+
+/// How often a claim takes another shell after one that had died.
+const TRIES: usize = 3;
+/// How long the end of a pool waits for its idle shells.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// Shells that wait to become VMs. Clones are the same pool, for as many threads as there are.
+/// With the last one its idle shells end; VMs live until they are dropped.
+#[derive(Clone, Debug)]
+pub struct RestorePool(Arc<Pool>);
+
+#[derive(Debug)]
+struct Pool {
+    engine: Engine<Recipe>,
+    config: PoolConfig,
+    charge: u64,
+    memory: u64,
+    /// What primed shells are primed with.
+    primed: Option<(PathBuf, SnapshotId)>,
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if !self.engine.drain(false, END_LIMIT) {
+            tracing::warn!("idle shells are slow to end");
+        }
+    }
+}
+
+/// What is wanted of a claim.
+#[derive(Clone, Default)]
+pub struct ClaimOrder<'a> {
+    /// What the guest finds in its metadata ([`crate::vm::metadata`]).
+    pub data: Vec<u8>,
+    /// Disks that are to be others than those of the pool. No shell can wait with these: the VM
+    /// is made on demand then.
+    pub disks: Vec<DiskOverride>,
+    /// How long to wait; the pool's `acquire_timeout` where not given.
+    pub patience: Option<Duration>,
+    /// Looked at from time to time while it waits: whether somebody still wants it.
+    pub wanted: Option<&'a dyn Fn() -> bool>,
+}
+
+impl RestorePool {
+    /// Makes a pool, whose shells are then made in the background.
+    ///
+    /// # Errors
+    /// Limits that make no sense, and a snapshot that no VM can go on from.
+    pub fn new(base: BaseConfig, config: PoolConfig) -> Result<RestorePool, PoolError> {
+        let Prepared { recipe, limits, primed } = config::prepare(base, &config)?;
+        let makers = std::thread::available_parallelism().map_or(2, usize::from).clamp(1, 4);
+        let options = Options { limits, release: config.release, makers, enders: makers };
+        let engine = Engine::new(recipe, options).map_err(PoolError::Thread)?;
+        let (charge, memory) = (limits.charge, limits.memory);
+        Ok(RestorePool(Arc::new(Pool { engine, config, charge, memory, primed })))
+    }
+
+    /// A VM with this memory, whose bytes are guest RAM from its start on, and this state, as
+    /// [`crate::snapshot::state::MicrovmState::encode`] gives it. Memory is copied: for large
+    /// guests a snapshot is better.
+    pub fn restore(&self, memory: &[u8], vcpu_state: &[u8]) -> Result<PooledRestoreVm, PoolError> {
+        let files = parts::files(memory, vcpu_state).map_err(PoolError::Parts)?;
+        self.claim_from(Some(Origin::Parts), &files, &ClaimOrder::default())
+    }
+
+    /// A VM from what [`parts::pack`] made.
+    pub fn restore_from_bytes(&self, data: &[u8]) -> Result<PooledRestoreVm, PoolError> {
+        let (memory, state) = parts::unpack(data).map_err(PoolError::Parts)?;
+        self.restore(memory, state)
+    }
+
+    /// A VM that goes on from a snapshot's directory, without reading what it does not need. In
+    /// a primed pool it has to be the one that it is primed with.
+    pub fn restore_snapshot(
+        &self,
+        snapshot: impl AsRef<Path>,
+    ) -> Result<PooledRestoreVm, PoolError> {
+        self.restore_snapshot_with(snapshot.as_ref(), &ClaimOrder::default())
+    }
+
+    /// As [`RestorePool::restore_snapshot`], with wishes.
+    pub fn restore_snapshot_with(
+        &self,
+        snapshot: &Path,
+        order: &ClaimOrder<'_>,
+    ) -> Result<PooledRestoreVm, PoolError> {
+        let Some((path, wanted)) = &self.0.primed else {
+            let origin = Origin::Snapshot(config::absolute(snapshot)?);
+            return self.claim_from(Some(origin), &[], order);
+        };
+        if path != snapshot {
+            let found = describe(snapshot)?.manifest.map(|manifest| manifest.id);
+            if found != Some(*wanted) {
+                return Err(PoolError::OtherSnapshot {
+                    path: snapshot.into(),
+                    primed: path.clone(),
+                });
+            }
+        }
+        self.claim_from(None, &[], order)
+    }
+
+    /// A VM of a primed pool.
+    pub fn claim(&self, order: &ClaimOrder<'_>) -> Result<PooledRestoreVm, PoolError> {
+        self.claim_from(None, &[], order)
+    }
+
+    fn claim_from(
+        &self,
+        from: Option<Origin>,
+        files: &[OwnedFd],
+        order: &ClaimOrder<'_>,
+    ) -> Result<PooledRestoreVm, PoolError> {
+        let pool = &*self.0;
+        match (&pool.primed, &from) {
+            (Some((path, _)), Some(_)) => return Err(PoolError::Primed(path.clone())),
+            (None, None) => return Err(PoolError::NotPrimed),
+            _ => {}
+        }
+        if order.data.len() > MAX_DATA {
+            return Err(PoolError::Data(order.data.len()));
+        }
+        let begun = Instant::now();
+        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        let patience = order.patience.unwrap_or(pool.config.acquire_timeout);
+        for again in 0.. {
+            let left = patience.saturating_sub(begun.elapsed());
+            let wish = Wish { patience: left, first: again > 0, wanted: order.wanted };
+            let mut lease = pool.engine.claim(wish)?;
+            let claim = Claim { from: from.clone(), data: order.data.clone() };
+            let done = self.with_disks(&mut lease, &order.disks).and_then(|()| {
+                let shell = lease.shell().ok_or(ShellError::Died(None))?;
+                shell.claim(claim, &fds).map_err(PoolError::from)
+            });
+            match done {
+                Ok(()) => {
+                    pool.engine.note_duration(begun.elapsed());
+                    return Ok(PooledRestoreVm::new(lease));
+                }
+                // Not the claim's fault: another one may live.
+                Err(PoolError::Shell(ShellError::Died(_) | ShellError::Silent))
+                    if again + 1 < TRIES =>
+                {
+                    lease.spoilt();
+                }
+                Err(error) => {
+                    lease.spoilt();
+                    return Err(error);
+                }
+            }
+        }
+        unreachable!("the last try ends in one way or the other")
+    }
+
+    /// Has the shell exchanged for one with other disks, if they are to be others.
+    fn with_disks(
+        &self,
+        lease: &mut engine::Lease<Recipe>,
+        disks: &[DiskOverride],
+    ) -> Result<(), PoolError> {
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let Stage::Primed { snapshot, id, disks: own, track } =
+            self.0.engine.factory().stage.clone()
+        else {
+            return Err(PoolError::DisksOfShape);
+        };
+        let others = own.into_iter().filter(|own| disks.iter().all(|disk| disk.id != own.id));
+        let disks = others.chain(disks.iter().cloned()).collect();
+        let stage = Stage::Primed { snapshot, id, disks, track };
+        Ok(lease.exchange(move |recipe, shell| {
+            drop(shell);
+            recipe.make(&stage)
+        })?)
+    }
+
+    /// Number of idle shells.
+    pub fn idle_count(&self) -> usize {
+        self.0.engine.idle_count()
+    }
+
+    /// Makes idle shells until there are `target`, or `max_size` if that is less; waits for them.
+    /// Returns how many there are: fewer, where one could not be made.
+    pub fn warm(&self, target: usize) -> usize {
+        self.0.engine.warm(target)
+    }
+
+    /// How the pool is.
+    pub fn stats(&self) -> PoolStats {
+        PoolStats::new(&self.0.engine.stats(), &self.0.config, self.0.memory, self.0.charge)
+    }
+
+    /// Takes no more claims and ends all idle shells; returns when they are gone. VMs that
+    /// somebody has stay theirs.
+    pub fn drain(&self) {
+        self.0.engine.drain(false, END_LIMIT);
+    }
+
+    /// As [`RestorePool::drain`], and waits for all VMs to be given back, for `limit` at most.
+    /// False if they were not.
+    pub fn drain_all(&self, limit: Duration) -> bool {
+        self.0.engine.drain(true, limit)
+    }
+}

@@ -1,0 +1,261 @@
+//! The pool's end of its shells: a process each, and the socket that is its life.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_devices::protocol::{LogLevel, SeccompMode};
+use cellblock_wire::{Channel, ChannelError};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::engine::Factory;
+use super::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
+use crate::remedy::{Remedy, printable};
+use crate::snapshot::format::SnapshotId;
+
+/// The subcommand that is a shell.
+pub(crate) const COMMAND: &str = "pool-shell";
+/// How long a shell may take to be ready.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+/// How long a claim or a reset may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// How long one may take to end by itself.
+const END_LIMIT: Duration = Duration::from_secs(2);
+
+/// A shell that is none, or did not become a VM.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum ShellError {
+    #[error("making the id of a VM")]
+    Id(#[source] io::Error),
+    #[error("starting {}", .0.display())]
+    Start(PathBuf, #[source] io::Error),
+    #[error("talking to a shell")]
+    Channel(#[source] ChannelError),
+    /// The shell is gone: whatever was asked of it was none of its business.
+    #[error("the shell has died{}", how(.0))]
+    Died(Option<ExitStatus>),
+    #[error("the shell does not answer")]
+    Silent,
+    #[error("{message}")]
+    Refused { message: String, remedy: Option<String> },
+}
+
+fn how(status: &Option<ExitStatus>) -> String {
+    status.map_or(String::new(), |status| format!(": {status}"))
+}
+
+impl Remedy for ShellError {
+    fn remedy(&self) -> Option<String> {
+        match self {
+            ShellError::Refused { remedy, .. } => remedy.clone(),
+            ShellError::Died(_) => Some("its standard error, which is the pool's, says why".into()),
+            _ => None,
+        }
+    }
+}
+
+/// What all shells of a pool have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Recipe {
+    /// The `cellblock` program.
+    pub(super) program: PathBuf,
+    /// Where their sockets are.
+    pub(super) directory: PathBuf,
+    pub(super) stage: Stage,
+    pub(super) sandbox: bool,
+    pub(super) seccomp: SeccompMode,
+    pub(super) log: LogLevel,
+    /// The directory, if it is to go with the last of them.
+    pub(super) _keep: Option<Arc<tempfile::TempDir>>,
+}
+
+/// A shell, or the VM it became. Dropped, it is ended, and nothing of it is left.
+#[derive(Debug)]
+pub struct Shell {
+    id: SnapshotId,
+    child: Child,
+    channel: Channel,
+    control: PathBuf,
+    console: PathBuf,
+}
+
+impl Recipe {
+    /// Makes one. To be called on a thread that outlives it: the kernel ends a shell with the
+    /// thread that started it.
+    pub(super) fn make(&self, stage: &Stage) -> Result<Shell, ShellError> {
+        let id = SnapshotId::random().map_err(ShellError::Id)?;
+        let name: String = id.to_string().chars().take(16).collect();
+        let (control, console) =
+            (self.directory.join(&name), self.directory.join(format!("{name}.console")));
+        let (near, far) = Channel::pair().map_err(ShellError::Channel)?;
+        let child = Command::new(&self.program)
+            .arg(COMMAND)
+            .stdin(Stdio::from(far.into_fd()))
+            .stdout(Stdio::null())
+            // The terminal's signals are for the pool.
+            .process_group(0)
+            .spawn()
+            .map_err(|error| ShellError::Start(self.program.clone(), error))?;
+        // From here on the drop of it ends the process.
+        let mut shell = Shell { id, child, channel: near, control, console };
+        let preparation = Preparation {
+            id: id.0,
+            control: shell.control.clone(),
+            console: shell.console.clone(),
+            stage: stage.clone(),
+            sandbox: self.sandbox,
+            seccomp: self.seccomp,
+            log: self.log,
+        };
+        shell.say(&ToShell::Prepare(Box::new(preparation)), &[])?;
+        match shell.hear(READY_LIMIT)? {
+            FromShell::Ready => Ok(shell),
+            _ => Err(ShellError::Silent),
+        }
+    }
+}
+
+impl Factory for Recipe {
+    type Shell = Shell;
+    type Error = ShellError;
+
+    fn make(&self, _id: u64) -> Result<Shell, ShellError> {
+        self.make(&self.stage)
+    }
+
+    fn is_alive(&self, shell: &mut Shell) -> bool {
+        shell.is_idle()
+    }
+
+    fn reset(&self, shell: &mut Shell) -> Result<(), ShellError> {
+        shell.say(&ToShell::Reset, &[])?;
+        match shell.hear(ANSWER_LIMIT)? {
+            FromShell::Ready => Ok(()),
+            _ => Err(ShellError::Silent),
+        }
+    }
+
+    fn destroy(&self, shell: Shell) {
+        drop(shell);
+    }
+}
+
+impl Shell {
+    /// Becomes a VM that runs.
+    pub(super) fn claim(&mut self, claim: Claim, fds: &[BorrowedFd<'_>]) -> Result<(), ShellError> {
+        self.say(&ToShell::Claim(Box::new(claim)), fds)?;
+        match self.hear(ANSWER_LIMIT)? {
+            FromShell::Claimed => Ok(()),
+            _ => Err(ShellError::Silent),
+        }
+    }
+
+    fn say(&mut self, message: &ToShell, fds: &[BorrowedFd<'_>]) -> Result<(), ShellError> {
+        match self.channel.try_send(message, fds) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ShellError::Silent),
+            Err(ChannelError::Closed) => Err(self.died()),
+            Err(error) => Err(ShellError::Channel(error)),
+        }
+    }
+
+    fn hear(&mut self, limit: Duration) -> Result<FromShell, ShellError> {
+        match self.channel.recv_timeout::<FromShell>(limit) {
+            Ok((FromShell::Failed { message, remedy }, _)) => {
+                // It is ours, but who knows by now.
+                let (message, remedy) = (printable(&message), remedy.map(|text| printable(&text)));
+                Err(ShellError::Refused { message, remedy })
+            }
+            Ok((answer, _)) => Ok(answer),
+            Err(ChannelError::Closed) => Err(self.died()),
+            Err(ChannelError::TimedOut(_)) => Err(ShellError::Silent),
+            Err(error) => Err(ShellError::Channel(error)),
+        }
+    }
+
+    /// Its end of the channel is closed, which nothing but its end does.
+    fn died(&mut self) -> ShellError {
+        ShellError::Died(self.wait(END_LIMIT))
+    }
+
+    /// Names the VM.
+    pub(super) fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// The VMM's process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(super) fn control(&self) -> &Path {
+        &self.control
+    }
+
+    pub(super) fn console(&self) -> &Path {
+        &self.console
+    }
+
+    /// One that waits says nothing, so that whatever there is to hear is its end.
+    fn is_idle(&self) -> bool {
+        self.hangs_up(Duration::ZERO, PollFlags::POLLIN) == Some(false)
+    }
+
+    /// Whether its end comes within `limit`.
+    pub(super) fn ends_within(&self, limit: Duration) -> bool {
+        self.hangs_up(limit, PollFlags::empty()) == Some(true)
+    }
+
+    fn hangs_up(&self, limit: Duration, also: PollFlags) -> Option<bool> {
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let time = PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000) as u64);
+            let mut fds = [PollFd::new(self.channel.as_fd(), also)];
+            match poll(&mut fds, time.unwrap_or(PollTimeout::MAX)) {
+                Ok(0) if left.is_zero() => return Some(false),
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => return Some(true),
+                Err(_) => return None,
+            }
+        }
+    }
+
+    fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        // The socket closes a moment before the process can be waited for.
+        let end = Instant::now() + limit;
+        self.ends_within(limit);
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if Instant::now() < end => std::thread::sleep(Duration::from_micros(100)),
+                _ => return None,
+            }
+        }
+    }
+}
+
+impl AsFd for Shell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        let _ = self.channel.try_send(&ToShell::End, &[]); // it may have ended
+        if self.wait(END_LIMIT).is_none() {
+            tracing::warn!(pid = self.child.id(), "a VM does not end, and is killed");
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        // It removes them itself if it can.
+        let _ = std::fs::remove_file(&self.control);
+        let _ = std::fs::remove_file(&self.console);
+    }
+}

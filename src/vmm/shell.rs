@@ -1,0 +1,305 @@
+//! A machine that waits in a pool for its claim.
+//!
+//! It is a VMM like any other, with its spawner, its jails and its filters, and comes as far as
+//! it can before anybody wants it. A **primed** one has a snapshot loaded, with the memory that
+//! it needs first: a claim sets the clock, tells the guest who it is, and lets it run. One of a
+//! **shape** has processes, memory and vCPUs, and gets the state at the claim ([`empty`]).
+//!
+//! While it waits its main loop runs, as for a VM whose vCPUs are still to be started: a device
+//! process that dies is replaced, and the end of the pool is the end of the shell.
+
+mod empty;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use cellblock_wire::{Channel, ChannelError};
+use nix::sys::epoll::Epoll;
+
+use super::event_loop::{Flow, ON, Vm};
+use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
+use super::{VmEnd, VmmError};
+use crate::control::protocol::{Reply, Request};
+use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
+use crate::remedy::{Remedy, chain};
+use crate::snapshot::format::{PAGE, SnapshotId};
+use crate::spec::SerialSpec;
+use crate::vm::layout;
+use empty::Empty;
+pub use empty::EmptyError;
+
+/// How long the pool may take to say what is wanted.
+const WORD_LIMIT: Duration = Duration::from_secs(10);
+/// How long the memory that an earlier VM needed first may take to come.
+const RECORD_LIMIT: Duration = Duration::from_secs(10);
+/// How long the vCPUs may take to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// How long the spawner may take to end every device process.
+const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
+
+/// A shell that does not become a VM.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say what each is
+pub enum ShellError {
+    #[error("hearing from the pool")]
+    Channel(#[from] ChannelError),
+    #[error("the pool asks for something else than to prepare a shell")]
+    Order,
+    #[error("the snapshot is {found} by now, and the pool was made for {wanted}")]
+    OtherSnapshot { found: SnapshotId, wanted: SnapshotId },
+    #[error("the memory that the guest needs first did not come within {} s", RECORD_LIMIT.as_secs())]
+    Memory,
+    #[error("a claim came twice")]
+    Twice,
+    #[error("the claim says from which snapshot, and the shell is primed with one")]
+    Primed,
+    #[error("the claim does not say from which snapshot")]
+    NoOrigin,
+    #[error(transparent)]
+    Empty(#[from] EmptyError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    #[error("{0}")]
+    Reset(String),
+}
+
+impl Remedy for ShellError {
+    fn remedy(&self) -> Option<String> {
+        match self {
+            ShellError::OtherSnapshot { .. } => Some("start the pool again".into()),
+            ShellError::Empty(error) => error.remedy(),
+            ShellError::Restore(error) => error.remedy(),
+            ShellError::Vmm(error) => error.remedy(),
+            _ => None,
+        }
+    }
+}
+
+/// A machine's place in a pool.
+pub(super) struct Shell {
+    channel: Channel,
+    id: [u8; 16],
+    stage: Waiting,
+    /// Nobody wants to see how it ends.
+    discarded: bool,
+}
+
+/// What a claim finds.
+enum Waiting {
+    /// Everything.
+    Primed,
+    /// A machine without state.
+    Empty(Box<Empty>),
+    /// Somebody's VM.
+    Claimed,
+}
+
+impl AsFd for Shell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+/// Nobody looks.
+struct Quiet;
+
+impl Progress for Quiet {
+    fn begin(&self, _: usize) {}
+    fn advance(&self, _: usize) {}
+    fn end(&self) {}
+}
+
+/// Becomes what the pool at the other end of `channel` says, waits to be claimed, and runs to its
+/// end. The caller must still be single-threaded.
+pub fn run(channel: Channel) -> Result<(), ShellError> {
+    let (order, _) = channel.recv_timeout::<ToShell>(WORD_LIMIT)?;
+    let ToShell::Prepare(preparation) = order else { return Err(ShellError::Order) };
+    let mut vm = match prepare(*preparation) {
+        Ok((vm, id, stage)) => {
+            channel.send(&FromShell::Ready, &[])?;
+            let mut vm = vm;
+            vm.shell = Some(Box::new(Shell { channel, id, stage, discarded: false }));
+            vm
+        }
+        Err(error) => {
+            channel.send(&failed(&error), &[])?;
+            return Err(error);
+        }
+    };
+    let end = vm.run();
+    if vm.shell.as_ref().is_some_and(|shell| shell.discarded) {
+        vm.discard();
+        return Ok(());
+    }
+    vm.shut_down(&end);
+    end.map(|_| ()).map_err(ShellError::from)
+}
+
+fn failed(error: &ShellError) -> FromShell {
+    FromShell::Failed { message: chain(error), remedy: error.remedy() }
+}
+
+fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
+    let id = order.id;
+    // 20 characters are what a disk's serial number can have.
+    let serial: String = SnapshotId(id).to_string().chars().take(20).collect();
+    let (mut vm, stage) = match order.stage {
+        Stage::Shape(shape) => {
+            let places = (order.control, order.console);
+            let switches = (order.sandbox, order.seccomp, order.log);
+            let (vm, empty) = empty::assemble(shape, places, switches, &serial)?;
+            (vm, Waiting::Empty(Box::new(empty)))
+        }
+        Stage::Primed { snapshot, id: wanted, disks, track } => {
+            let config = RestoreConfig {
+                snapshot,
+                disks,
+                serial: SerialSpec::Socket(order.console),
+                control: Some(order.control),
+                memory: MemoryMode::Auto,
+                track,
+                shell: Some(serial),
+                plugin_socket: None,
+                sandbox: order.sandbox,
+                seccomp: order.seccomp,
+                log: order.log,
+            };
+            let vm = restore::assemble(config, &Quiet)?;
+            let found = vm.origin.as_ref().map(|origin| origin.chain.manifest().id);
+            let (found, wanted) = (found.unwrap_or(SnapshotId([0; 16])), SnapshotId(wanted));
+            if found != wanted {
+                vm.discard();
+                return Err(ShellError::OtherSnapshot { found, wanted });
+            }
+            await_record(&vm)?;
+            (vm, Waiting::Primed)
+        }
+    };
+    vm.starts_later = true;
+    Ok((vm, id, stage))
+}
+
+/// Waits until the memory is there that an earlier VM needed first.
+fn await_record(vm: &Vm) -> Result<(), ShellError> {
+    let Some(pager) = &vm.pager else { return Ok(()) };
+    let end = Instant::now() + RECORD_LIMIT;
+    while !pager.has_recorded() {
+        if Instant::now() > end {
+            return Err(ShellError::Memory);
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    Ok(())
+}
+
+impl Vm {
+    /// Does what the pool asks for. Its end is ours.
+    pub(super) fn pool_request(&mut self, epoll: &Epoll) -> Flow {
+        let Some(shell) = &mut self.shell else { return ON };
+        let done = match shell.channel.try_recv::<ToShell>() {
+            Ok(None) => return ON,
+            Ok(Some((ToShell::Claim(claim), fds))) => {
+                self.claim(*claim, fds, epoll).map(|()| FromShell::Claimed)
+            }
+            Ok(Some((ToShell::Reset, _))) => self.unclaim().map(|()| FromShell::Ready),
+            Ok(Some((ToShell::Prepare(_), _))) => Err(ShellError::Order),
+            Ok(Some((ToShell::End, _))) | Err(_) => {
+                shell.discarded = true;
+                return Flow::Break(Ok(VmEnd::Stopped));
+            }
+        };
+        let answer = match &done {
+            Ok(answer) => answer.clone(),
+            Err(error) => failed(error),
+        };
+        let Some(shell) = &mut self.shell else { return ON };
+        // A pool that does not listen is one that has ended, which comes next.
+        let _ = shell.channel.try_send(&answer, &[]);
+        if done.is_err() {
+            shell.discarded = true;
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
+        ON
+    }
+
+    /// A machine that is nobody's yet can be looked at, and ended, and that is all.
+    pub(super) fn refuse_unclaimed(&self, request: &Request) -> Option<Reply> {
+        let shell = self.shell.as_ref()?;
+        let looks = matches!(request, Request::Stats | Request::Ps | Request::Stop);
+        let refused = !looks && !matches!(shell.stage, Waiting::Claimed);
+        refused.then(|| {
+            Reply::error("the VM waits in a pool and is nobody's yet", Some("claim one first"))
+        })
+    }
+
+    /// Becomes somebody's VM, and runs.
+    fn claim(&mut self, claim: Claim, fds: Vec<OwnedFd>, epoll: &Epoll) -> Result<(), ShellError> {
+        let Some(shell) = &mut self.shell else { return Err(ShellError::Order) };
+        let id = shell.id;
+        match (std::mem::replace(&mut shell.stage, Waiting::Claimed), claim.from) {
+            (Waiting::Claimed, _) => return Err(ShellError::Twice),
+            (Waiting::Primed, Some(_)) => return Err(ShellError::Primed),
+            (Waiting::Primed, None) => {
+                if let Some(origin) = &self.origin {
+                    origin
+                        .state
+                        .irqchip_state
+                        .load_clock(self.machine.vm())
+                        .map_err(VmmError::from)?;
+                }
+            }
+            (Waiting::Empty(_), None) => return Err(ShellError::NoOrigin),
+            (Waiting::Empty(empty), Some(from)) => {
+                self.fill(*empty, from, fds)?;
+                self.watch_pager(epoll).map_err(|errno| {
+                    let source = errno.into();
+                    VmmError::System { what: "watching guest memory", source }
+                })?;
+            }
+        }
+        if let Some(vmgenid) = &self.vmgenid {
+            vmgenid.new_life(&self.ram, Some(id), claim.data).map_err(VmmError::from)?;
+        }
+        self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
+        self.nudge();
+        match self.is_paused() {
+            true => self.vcpus.resume().map_err(|error| ShellError::Reset(chain(&error))),
+            false => Ok(self.run_vcpus()?),
+        }
+    }
+
+    /// Goes back to where the claim found it.
+    fn unclaim(&mut self) -> Result<(), ShellError> {
+        let fail = |why: String| Err(ShellError::Reset(why));
+        if !self.is_paused()
+            && let Err(error) = self.vcpus.pause(STOP_LIMIT)
+        {
+            return fail(chain(&error));
+        }
+        if let Reply::Error { message, .. } = self.reset() {
+            return fail(message);
+        }
+        // What it was asked for by somebody else is nobody's any more.
+        if let Some(control) = &mut self.control {
+            control.part();
+        }
+        if let Some(shell) = &mut self.shell {
+            shell.stage = Waiting::Primed;
+        }
+        Ok(())
+    }
+
+    /// Ends everything at once: nobody wants what the guest still had to say.
+    fn discard(mut self) {
+        if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
+            tracing::warn!(error = chain(&error), "stopping vCPUs");
+        }
+        self.plugins = None;
+        self.cells.clear();
+        if !self.spawner.shutdown(SPAWNER_LIMIT) {
+            tracing::warn!("the spawner is slow to end");
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! VMs out of a pool of real shells.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+mod pool_support;
+
+use std::time::{Duration, Instant};
+
+use cellblock::control::protocol::{Reply, Request, State};
+use cellblock::pool::{BaseConfig, ClaimOrder, Machine, PoolConfig, Release, RestorePool, parts};
+use pool_support::{Console, LIMIT, Snapshot, base, shape};
+
+fn small() -> PoolConfig {
+    PoolConfig {
+        min_size: 1,
+        max_size: 2,
+        max_live: 4,
+        acquire_timeout: LIMIT,
+        ..PoolConfig::default()
+    }
+}
+
+fn order(data: &str) -> ClaimOrder<'static> {
+    ClaimOrder { data: data.as_bytes().to_vec(), ..ClaimOrder::default() }
+}
+
+#[test]
+fn a_primed_shell_becomes_a_vm_that_knows_who_it_is() {
+    let snapshot = Snapshot::take(",cow");
+    let pool = RestorePool::new(
+        base(Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() }),
+        small(),
+    )
+    .unwrap();
+    assert_eq!(pool.warm(2), 2);
+    let begun = Instant::now();
+    let vm = pool.claim(&order("do this")).unwrap();
+    let mut console = Console::of(&vm);
+    let who = console.who();
+    eprintln!("claim to first line: {:?}", begun.elapsed());
+    assert_eq!((who.id.as_str(), who.data.as_str()), (vm.id().to_string().as_str(), "do this"));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    assert!(now.abs_diff(Duration::from_nanos(who.ns)) < Duration::from_secs(20), "its clock");
+    console.wait_for("clone: wrote");
+    console.say(b"c");
+    console.wait_for("clone: own");
+    console.say(b"s");
+    let serial = console.wait_for("clone: serial=");
+    assert!(serial.ends_with(&vm.id().to_string()[..20]), "{serial}");
+    let Reply::Stats(stats) = vm.control().unwrap().ask(Request::Stats).unwrap().0 else {
+        panic!("no stats")
+    };
+    assert_eq!(stats.state, State::Running);
+    let (control, family) =
+        (vm.control_path().to_path_buf(), common::proc::family(vm.pid() as i32));
+    assert_eq!(family.len(), 4, "{family:?}");
+    assert!(control.exists());
+    drop(vm);
+    common::proc::wait_gone(&family, LIMIT).expect("nothing of it is left");
+    assert!(pool.drain_all(LIMIT));
+    assert!(!control.exists());
+    let stats = pool.stats();
+    assert_eq!((stats.hits, stats.returned, stats.violations, stats.alive), (1, 1, 0, 0));
+}
+
+#[test]
+fn a_shell_of_a_shape_becomes_whatever_such_a_machine_was() {
+    let snapshot = Snapshot::take(",cow");
+    let pool = RestorePool::new(base(Machine::Shape(shape(&snapshot))), small()).unwrap();
+    assert_eq!(pool.warm(1), 1);
+    let begun = Instant::now();
+    let vm = pool.restore_snapshot(snapshot.path()).unwrap();
+    let mut console = Console::of(&vm);
+    let who = console.who();
+    eprintln!("claim to first line: {:?}", begun.elapsed());
+    assert_eq!(who.id, vm.id().to_string());
+    console.wait_for("clone: wrote");
+    console.say(b"c");
+    console.wait_for("clone: own");
+    console.say(b"q");
+    console.wait_for("clone: ok");
+    assert!(vm.wait_ended(LIMIT), "the guest has ended, and its VM has not");
+    drop(vm);
+    // By now it is known what memory is needed first, and that is there before the guest runs.
+    assert!(snapshot.path().join("touch").exists());
+    let again = pool.restore_snapshot(snapshot.path()).unwrap();
+    let mut console = Console::of(&again);
+    console.wait_for("clone: wrote");
+    console.say(b"c");
+    console.wait_for("clone: own");
+    drop(again);
+    assert!(pool.drain_all(LIMIT));
+    assert_eq!(pool.stats().violations, 0);
+}
+
+#[test]
+fn a_vm_comes_from_memory_and_state_too() {
+    let snapshot = Snapshot::take(",ro");
+    let pool = RestorePool::new(base(Machine::Shape(shape(&snapshot))), small()).unwrap();
+    let (memory, state) = parts::read(&snapshot.path()).unwrap();
+    let one = pool.restore(&memory, &state).unwrap();
+    let other = pool.restore_from_bytes(&parts::pack(&memory, &state)).unwrap();
+    let (one_is, other_is) = (Console::of(&one).who(), Console::of(&other).who());
+    assert_ne!(one_is.random, other_is.random);
+    assert_ne!(one_is.generation, other_is.generation);
+    let error = pool.restore(&memory, &state[1..]).unwrap_err();
+    assert!(cellblock::remedy::chain(&error).contains("the state"), "{error:?}");
+    assert!(pool.restore_from_bytes(b"CBPARTS\nno").is_err());
+    drop((one, other));
+    assert!(pool.drain_all(LIMIT));
+    let stats = pool.stats();
+    assert_eq!((stats.restore_failures, stats.returned, stats.violations), (1, 3, 0));
+}
+
+#[test]
+fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
+    let snapshot = Snapshot::take(",cow");
+    let config = PoolConfig { min_size: 0, max_live: 1, release: Release::Reset, ..small() };
+    let pool = RestorePool::new(
+        BaseConfig { ..base(Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() }) },
+        config,
+    )
+    .unwrap();
+    let mut seen: Vec<(u32, String)> = Vec::new();
+    for n in 0..4 {
+        let vm = pool.claim(&order(&format!("round {n}"))).unwrap();
+        let mut console = Console::of(&vm);
+        let who = console.who();
+        assert_eq!(who.data, format!("round {n}"));
+        assert!(seen.iter().all(|(pid, random)| *pid == vm.pid() && *random != who.random));
+        seen.push((vm.pid(), who.random));
+        // It checks that memory and disk are as in the snapshot first.
+        console.wait_for("clone: wrote");
+        drop((console, vm));
+    }
+    assert!(pool.drain_all(LIMIT));
+    let stats = pool.stats();
+    assert_eq!((stats.made, stats.resets, stats.reset_failures, stats.violations), (1, 3, 0, 0));
+}

@@ -74,6 +74,13 @@ fn the_writer_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
     }
     eprintln!("killed {MOMENTS} writers: {whole} whole, {none} not there");
     assert!(none > 0, "nobody was killed in time");
+    // What they had begun is taken away by the next, unless that was nothing yet.
+    undisturbed(&vm, &dir.path().join("last"));
+    let left = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let left: Vec<_> = left.filter(|path| path.join("memory").exists()).collect();
+    let hidden =
+        |path: &&std::path::PathBuf| path.file_name().unwrap().to_string_lossy().starts_with('.');
+    assert_eq!(left.iter().filter(hidden).count(), 0, "{left:?}");
     assert!(is_whole(&dir.path().join("first")), "the old snapshot is what it was");
     vm.say(b"q");
     vm.wait_for("pause: ok");

@@ -416,6 +416,60 @@ fn a_back_end_that_keeps_a_record_loses_nothing() {
     vm.ends_well();
 }
 
+/// A disk that another program serves goes along with a snapshot, if that gives its state.
+#[test]
+fn a_back_end_that_gives_its_state_goes_along_with_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let snapshot = |vm: &Vm, options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+        command.arg("snapshot").arg(vm.path("control")).arg(&at).args(options);
+        command.output().unwrap()
+    };
+    let mut server = Server::start("");
+    let mut vm = vm_on(&server.path("socket"), "mode=pause every=20").start();
+    vm.wait_for_line("pause: n=40 ");
+    server.serves();
+    // Nobody knows what it writes to memory.
+    let live = snapshot(&vm, &["--live"]);
+    let line = String::from_utf8(live.stderr).unwrap();
+    assert!(
+        !live.status.success() && line.contains("disk far") && line.contains("--live"),
+        "{line}"
+    );
+    vm.wait_for_line("pause: n=");
+    let taken = snapshot(&vm, &[]);
+    assert!(taken.status.success(), "{taken:?}");
+    vm.wait_for_line("pause: n=");
+    fs::remove_dir_all(&at).unwrap();
+    let taken = snapshot(&vm, &["--stop"]);
+    assert!(taken.status.success(), "{taken:?}");
+    for _ in 0..2 {
+        let mut restored = Vm::restore(&at).start();
+        restored.wait_for_line("pause: n=");
+        server.serves();
+        restored.say(b"q");
+        restored.wait_for("pause: ok");
+        assert!(!restored.console.text().contains("FAIL"), "{}", restored.console.text());
+        restored.ends_well();
+    }
+    let mut lazy = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+    lazy.arg("restore").arg(&at).args(["--serial", "null", "--memory-mode", "lazy"]);
+    let line = String::from_utf8(lazy.output().unwrap().stderr).unwrap();
+    assert!(line.contains("cannot take part in lazy memory"), "{line}");
+    server.ends_well(Signal::SIGTERM);
+    // One that does not give it is the reason why there is no snapshot.
+    fs::remove_dir_all(&at).unwrap();
+    let image = image_dir();
+    let _daemon = StorageDaemon::start(image.path());
+    let mut vm = vm_on(&image.path().join("socket"), "mode=pause every=20").start();
+    vm.wait_for_line("pause: n=20 ");
+    let refused = snapshot(&vm, &[]);
+    let line = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && line.contains("F_DEVICE_STATE"), "{line}");
+    vm.wait_for_line("pause: n=");
+}
+
 #[test]
 fn a_back_end_that_dies_and_comes_back_is_used_again() {
     let dir = image_dir();

@@ -45,7 +45,7 @@ mod spin;
 mod types;
 pub mod wire;
 
-pub use client::{GuestMemory, IoEvent, IrqEvent, Memory, SOCKET_VARIABLE, Vcpu, Vm};
+pub use client::{GuestMemory, IoEvent, IrqEvent, Memory, Moment, Part, SOCKET_VARIABLE, Vcpu, Vm};
 pub use error::Error;
 pub use futex::{wait_either, wake_private, wake_shared};
 pub use plain::Plain;

@@ -68,7 +68,7 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Run(Box<run::Run>),
-    Restore(restore::Restore),
+    Restore(Box<restore::Restore>),
     Reset(reset::Reset),
     Snapshot(snapshot::Snapshot),
     SnapshotMerge(merge::Merge),

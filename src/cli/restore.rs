@@ -6,9 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::{Args, ValueEnum};
 
+use super::plugin_args::PluginArgs;
 use super::run::die_with_parent;
 use super::{Failure, output};
-use crate::config;
+use crate::config::{self, PluginKeys};
 use crate::spec::{PluginSocketSpec, SerialSpec};
 use crate::vmm::restore::{DiskOverride, MemoryMode, Progress, RestoreConfig};
 
@@ -45,6 +46,8 @@ pub(super) struct Restore {
     /// Make a socket at which programs attach, as for 'run'
     #[arg(long, value_name = "PATH[,KEY=VALUE]...")]
     plugin_socket: Option<PluginSocketSpec>,
+    #[command(flatten)]
+    plugin: PluginArgs,
     /// How memory comes back
     #[arg(long, value_enum, default_value = "auto")]
     memory_mode: Memory,
@@ -73,6 +76,7 @@ impl Restore {
             disks: self.disk,
             serial: self.serial.unwrap_or_default(),
             control: self.control,
+            plugin: self.plugin.into_config(PluginKeys::default())?,
             plugin_socket: self.plugin_socket.map(PluginSocketSpec::absolute),
             memory: match self.memory_mode {
                 Memory::Auto => MemoryMode::Auto,

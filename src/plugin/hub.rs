@@ -1,5 +1,6 @@
 //! What vCPU threads and the server share: who has which range, who wants which vCPU.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -26,6 +27,8 @@ pub struct Hub {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     next_id: AtomicUsize,
+    /// What plugins are to go on from, by name.
+    restored: Mutex<BTreeMap<String, Vec<u8>>>,
     /// Pieces of memory that plugins have made.
     pieces: AtomicUsize,
 }
@@ -36,6 +39,8 @@ pub struct Hub {
 struct Place {
     /// A plugin wants it to stop.
     wanted: AtomicBool,
+    /// A plugin has not answered an event of it.
+    open: AtomicBool,
     /// Rises with everything its thread is to notice.
     calls: AtomicU32,
     sleeps: AtomicBool,
@@ -66,6 +71,7 @@ impl Hub {
             pio,
             mmio,
             next_id: AtomicUsize::new(1),
+            restored: Mutex::default(),
             pieces: AtomicUsize::new(0),
             kicks: kicks.clone(),
         });
@@ -266,7 +272,27 @@ impl Hub {
         self.vcpus[vcpu].sleeps.store(sleeps, Ordering::SeqCst);
     }
 
-    fn sessions(&self) -> MutexGuard<'_, Vec<Arc<Session>>> {
+    pub(super) fn set_open(&self, vcpu: usize, open: bool) {
+        self.vcpus[vcpu].open.store(open, Ordering::Release);
+    }
+
+    /// A vCPU of which a plugin has an event that it has not answered. To be asked while they are
+    /// parked.
+    pub fn has_open_event(&self) -> Option<usize> {
+        self.vcpus.iter().position(|place| place.open.load(Ordering::Acquire))
+    }
+
+    /// Whether a plugin has a range of addresses.
+    pub(super) fn holds_range(&self, session: &Session) -> bool {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        ranges.has_any(session)
+    }
+
+    pub(super) fn restored(&self) -> MutexGuard<'_, BTreeMap<String, Vec<u8>>> {
+        self.restored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn sessions(&self) -> MutexGuard<'_, Vec<Arc<Session>>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,6 +10,7 @@
 //! * [`Session`]: one plugin, with all of its connections and all that it made.
 //! * `tap`: a plugin's place in a vCPU's thread ([`crate::vcpu`]'s attendant).
 //! * `seat`: the VMM's side of a slot; `orders`: what is done with a vCPU on a plugin's behalf.
+//! * `part`: plugins in snapshots.
 //! * `server`, `requests`: the thread that serves connections.
 //!
 //! # What a plugin cannot do
@@ -22,6 +23,7 @@ mod hub;
 mod listen;
 mod memory;
 mod orders;
+mod part;
 mod ranges;
 mod requests;
 mod seat;
@@ -31,5 +33,6 @@ mod tap;
 
 pub use hub::Hub;
 pub use listen::{Arrived, AttachError, AttachSocket};
+pub use part::{Answer as PartAnswer, Holder, OWNER};
 pub use server::{Machinery, Network, Plugins, StartError};
 pub use session::{Session, SessionError};

@@ -118,6 +118,12 @@ impl Ranges {
         !self.watched.is_empty()
     }
 
+    /// Whether a plugin has reserved any.
+    pub(super) fn has_any(&self, session: &Session) -> bool {
+        let has = |claim: &Claim| claim.session.id() == session.id();
+        self.ports.values().any(has) || self.mmio.values().any(has)
+    }
+
     /// Releases everything a plugin has.
     pub(super) fn forget(&mut self, session: &Session) {
         self.ports.retain(|_, claim| claim.session.id() != session.id());

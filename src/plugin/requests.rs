@@ -233,6 +233,16 @@ impl Server {
                 self.log_memory(session, on)?;
                 Ok(DONE.into())
             }
+            Request::TakePart { name } => {
+                let (channel, restored, memory) = self.hub.take_part(session, &name)?;
+                let fds = [channel].into_iter().chain(memory).collect();
+                // The VM of a snapshot runs when everybody is there that it had.
+                let last = restored.is_some() && self.hub.restored().is_empty();
+                if last && self.hub.owner().is_none() {
+                    (self.on_start)();
+                }
+                Ok(Out { answer: Answer::Part(restored), fds })
+            }
             Request::MemoryLog => {
                 let reader = session.made().log.ok_or(Errno::ENOENT)?;
                 let pages = self.logs.read(&self.machine, reader).map_err(kvm_errno)?;

@@ -166,7 +166,7 @@ pub(super) struct Server {
     pub(super) machine: Arc<Machine>,
     supply: Option<Supply>,
     vcpus: Vec<VcpuFd>,
-    on_start: Box<dyn Fn() + Send>,
+    pub(super) on_start: Box<dyn Fn() + Send>,
     pub(super) logs: &'static WriteLogs,
     pub(super) memory_is_mapped: bool,
     pub(super) network: Option<Network>,

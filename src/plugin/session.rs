@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use cellblock_plugin_api::slot::Slots;
 use cellblock_plugin_api::wire::Handle;
 use cellblock_plugin_api::{Hint, MemoryAccess, Rights};
-use cellblock_wire::{Access, Mapping, ShmError, sealed_memfd};
+use cellblock_wire::{Access, Channel, Mapping, ShmError, sealed_memfd};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -47,6 +47,8 @@ pub struct Session {
     ended: AtomicBool,
     pub(super) connections: AtomicUsize,
     made: Mutex<Made>,
+    /// Of one that takes part in snapshots: its name, and the channel for that.
+    part: Mutex<Option<(String, Arc<Channel>)>>,
 }
 
 /// What a plugin made.
@@ -107,6 +109,7 @@ impl Session {
             ended: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
             made: Mutex::default(),
+            part: Mutex::default(),
         }))
     }
 
@@ -172,6 +175,15 @@ impl Session {
         self.ended.store(true, Ordering::Release);
         self.seats.iter().for_each(Seat::close);
         self.life.1.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    pub(super) fn part(&self) -> Option<(String, Arc<Channel>)> {
+        self.part.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_part(&self, name: &str, channel: Channel) {
+        let mut part = self.part.lock().unwrap_or_else(PoisonError::into_inner);
+        *part = Some((name.to_string(), Arc::new(channel)));
     }
 
     pub(super) fn made(&self) -> MutexGuard<'_, Made> {

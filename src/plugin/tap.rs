@@ -79,6 +79,7 @@ impl Tap {
         let seat = session.seat(self.id);
         seat.post(&mut seat.line(), facts);
         self.held = Some(Held { session, what });
+        self.hub.set_open(self.id, true);
     }
 
     /// Waits for the answer to the event that is held, and does what the plugin wants done.
@@ -123,7 +124,10 @@ impl Tap {
                 self.held = Some(held);
                 None
             }
-            answer => Some((held, answer)),
+            answer => {
+                self.hub.set_open(self.id, false);
+                Some((held, answer))
+            }
         }
     }
 

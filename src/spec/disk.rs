@@ -102,19 +102,7 @@ impl FromStr for DiskSpec {
             Some((first, rest)) if !first.is_empty() => (first.as_str(), rest),
             _ => return Err(SpecError::NoPath),
         };
-        let mut disk = DiskSpec {
-            path: path.into(),
-            id: None,
-            read_only: false,
-            cow: None,
-            serial: None,
-            poll_us: POLL_US,
-            queues: None,
-            throttle: ThrottleLimits::default(),
-            direct: false,
-            engine: None,
-            vhost_user: None,
-        };
+        let mut disk = DiskSpec::at(path.into());
         let mut throttle = Throttle::default();
         for field in fields::fields(rest, KEYS)? {
             match field.key.as_str() {
@@ -371,6 +359,27 @@ impl DiskSpec {
     /// The id, once [`name_disks`] has been over the VM's disks.
     pub fn id(&self) -> &str {
         self.id.as_deref().unwrap_or_default()
+    }
+
+    /// The disk that another program serves at `socket`.
+    pub fn far(id: &str, socket: PathBuf) -> DiskSpec {
+        DiskSpec { id: Some(id.into()), vhost_user: Some(socket), ..DiskSpec::at(PathBuf::new()) }
+    }
+
+    fn at(path: PathBuf) -> DiskSpec {
+        DiskSpec {
+            path,
+            id: None,
+            read_only: false,
+            cow: None,
+            serial: None,
+            poll_us: POLL_US,
+            queues: None,
+            throttle: ThrottleLimits::default(),
+            direct: false,
+            engine: None,
+            vhost_user: None,
+        }
     }
 
     /// Request queues of the disk in a VM of `cpus` vCPUs.

@@ -16,18 +16,23 @@
 //! ([`FrontEnd::abandon`]). Over the new one everything is set up as it was, with the
 //! record of the requests in flight, before the jobs go on.
 
+mod device_state;
 mod freeze;
 mod worker;
 
+use std::fs::File;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cellblock_seccomp::filter::FilterError;
 use crossbeam_channel::{Sender, unbounded};
+use vhost::vhost_user::message::VhostTransferStateDirection;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::device_state::TransferError;
 use self::worker::Worker;
 use super::queue::QueueConfig;
 use super::wait::{Completion, Waited};
@@ -106,6 +111,8 @@ pub struct DeviceInfo {
     pub config: Vec<u8>,
     /// Queues it serves.
     pub queues: u16,
+    /// It can transfer what it keeps to itself.
+    pub has_state: bool,
 }
 
 /// What we ask of a back end.
@@ -152,6 +159,8 @@ enum Job {
     SetConfig(u32, Vec<u8>, Answer<()>),
     Freeze(Answer<Vec<(usize, u16)>>),
     Thaw(Answer<()>),
+    Transfer(VhostTransferStateDirection, OwnedFd, Answer<Option<File>>),
+    CheckState(Answer<()>),
     Reset(Answer<()>),
     /// An activation that a reconnect was to make.
     Resume(Answer<()>),

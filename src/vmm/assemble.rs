@@ -93,9 +93,10 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
-    let ram = GuestRam::new(config.memory)?;
-    let hardware = Hardware::begin(kvm::open()?, config.cpus.into(), &ram)?;
     let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
+    let kvm = kvm::open()?;
+    let ram = GuestRam::new(config.memory)?;
+    let hardware = Hardware::begin(kvm, config.cpus.into(), &ram)?;
     let mut triggers = None;
     let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
     if let Some(stream) = scribe {
@@ -199,10 +200,18 @@ pub(super) fn build(
             Backing::BackEnd(socket) => {
                 let copy = |source| VmmError::System { what: "copying a connection", source };
                 let own = socket.try_clone().map_err(copy)?;
-                back_ends.push(BackEnd { id: spec.id().to_string(), socket: own, gone: false });
+                let path = spec.vhost_user.clone().unwrap_or_default();
+                let path = std::path::absolute(path)
+                    .map_err(|source| VmmError::System { what: "naming a socket", source })?;
+                let id = spec.id().to_string();
+                back_ends.push(BackEnd { id, path, socket: own, gone: false });
                 blk::back_end(spec, socket.try_clone().map_err(copy)?)
             }
         });
+    }
+    if !back_ends.is_empty() {
+        // What another program writes to guest memory is in no log.
+        logs.lose_track();
     }
     let OpenedConsole { terminal, note, keep, .. } = console;
     if let Some(note) = note {
@@ -236,7 +245,7 @@ pub(super) fn build(
     wait_ready(&mut waiting, &mut spawner)?;
     phases.end("jails");
     guests.launch(&mut spawner)?;
-    let starts_later = guests.has_owner();
+    let starts_later = guests.start_later();
     if !specs.is_empty() {
         guests.beside_devices();
     }
@@ -320,6 +329,7 @@ pub(super) fn build(
         pager: None,
         triggers: None,
         origin: None,
+        to_load: None,
         shell: None,
     };
     vm.watch_links();

@@ -34,6 +34,7 @@ use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::plugin::{Hub, Plugins};
 use crate::plugin_process::PluginProcess;
 use crate::snapshot::pager::Pager;
+use crate::snapshot::state::MicrovmState;
 use crate::terminal::RawTerminal;
 use crate::transport::mmio::VirtioMmio;
 use crate::vcpu::{ExitListener, Vcpus};
@@ -84,6 +85,8 @@ pub(super) struct Vm {
     pub(super) pager: Option<Pager>,
     /// Of a restored machine: what it can be put back to.
     pub(super) origin: Option<Origin>,
+    /// Of a restored machine that waits for its plugins: its state.
+    pub(super) to_load: Option<Arc<MicrovmState>>,
     /// Of a pool's machine: what it waits for, and for whom.
     pub(super) shell: Option<Box<Shell>>,
 }
@@ -92,6 +95,8 @@ pub(super) struct Vm {
 pub(super) struct BackEnd {
     /// Id of its disk.
     pub(super) id: String,
+    /// Where it listens, absolute.
+    pub(super) path: PathBuf,
     /// The connection, to see its end.
     pub(super) socket: UnixStream,
     pub(super) gone: bool,
@@ -397,7 +402,12 @@ impl Vm {
                     self.event(requests::marker_event(marker, "port"));
                     self.seen(marker);
                 }
-                Notice::Made => self.run_vcpus()?,
+                Notice::Made => {
+                    if let Some(state) = self.to_load.take() {
+                        self.go_on_from(&state, true)?;
+                    }
+                    self.run_vcpus()?;
+                }
             }
         }
         Ok(())

@@ -111,6 +111,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         triggers: None,
         pager: None,
         origin: None,
+        to_load: None,
         shell: None,
         cells: Vec::new(),
         devices: Vec::new(),

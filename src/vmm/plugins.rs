@@ -13,6 +13,7 @@ use super::VmmError;
 use super::assemble::confine;
 use super::notice::{Notice, Notifier};
 use super::plugin_vm::network;
+use super::restore::RestoreConfig;
 use crate::config::VmConfig;
 use crate::plugin::{Arrived, AttachSocket, Hub, Machinery, Network, Plugins};
 use crate::plugin_process::{self, PluginConfig, PluginProcess};
@@ -31,6 +32,8 @@ pub(super) struct Guests {
     program: Option<(PathBuf, bool, SeccompMode)>,
     /// There are device processes that map guest memory.
     memory_is_mapped: bool,
+    /// What they are to go on from, by name.
+    states: Vec<(String, Vec<u8>)>,
 }
 
 /// What of them the main thread keeps.
@@ -41,15 +44,34 @@ pub(super) struct Served {
 }
 
 impl Guests {
+    /// A machine that no plugin takes part in.
+    pub(super) fn none() -> Guests {
+        let (attach, process, network, program) = (None, None, None, None);
+        Guests { attach, process, network, program, memory_is_mapped: false, states: Vec::new() }
+    }
+
     /// A machine that goes on from a snapshot: programs may attach to it. `arrived` says when its
     /// memory is there.
     pub(super) fn restored(
-        socket: Option<&PluginSocketSpec>,
+        config: &RestoreConfig,
         ram: &GuestRam,
         arrived: Option<Arrived>,
+        states: Vec<(String, Vec<u8>)>,
     ) -> Result<Guests, VmmError> {
-        let attach = attach(socket, ram, arrived)?;
-        Ok(Guests { attach, process: None, network: None, program: None, memory_is_mapped: false })
+        let network = match &config.plugin {
+            Some(plugin) => network(plugin)?,
+            None => None,
+        };
+        let program =
+            |plugin: &PluginConfig| (plugin.program.clone(), config.sandbox, config.seccomp);
+        Ok(Guests {
+            attach: attach(config.plugin_socket.as_ref(), ram, arrived)?,
+            process: None,
+            network,
+            program: config.plugin.as_ref().map(program),
+            memory_is_mapped: false,
+            states,
+        })
     }
 
     /// Opens what has a path, before privileges go.
@@ -62,7 +84,8 @@ impl Guests {
         let program =
             |plugin: &PluginConfig| (plugin.program.clone(), config.sandbox, config.seccomp);
         let program = config.plugin.as_ref().map(program);
-        Ok(Guests { attach, process: None, network, program, memory_is_mapped: false })
+        let (process, states, memory_is_mapped) = (None, Vec::new(), false);
+        Ok(Guests { attach, process, network, program, memory_is_mapped, states })
     }
 
     /// Starts the plugin's process, when all device processes serve.
@@ -84,6 +107,12 @@ impl Guests {
         self.process.is_some()
     }
 
+    /// Whether the guest runs later than all is ready: when its plugin starts it, or when those
+    /// have attached that the machine of its snapshot had.
+    pub(super) fn start_later(&self) -> bool {
+        self.has_owner() || !self.states.is_empty()
+    }
+
     /// Starts the vCPUs' threads and the server. With an owner the vCPUs come to their threads when
     /// that starts them; without anybody there is no server.
     pub(super) fn start_vcpus(
@@ -102,6 +131,9 @@ impl Guests {
             Hub::new(kicks, pio, mmio, owned)
         });
         let hub = hub.transpose()?;
+        if let Some(hub) = &hub {
+            hub.restore(self.states);
+        }
         let config = match &hub {
             Some(hub) => config.with_plugins(hub),
             None => config,

@@ -27,13 +27,14 @@ use crate::cell::overlay::{OverlayError, Place};
 use crate::config::OpenError;
 use crate::console;
 use crate::control::server::ControlServer;
-use crate::plugin::Arrived;
+use crate::plugin::{self, Arrived};
+use crate::plugin_process::{self, PluginConfig};
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
 use crate::snapshot::format::{Chain, FormatError, describe};
 use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
-use crate::snapshot::state::device::{DiskState, Fingerprint};
+use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
@@ -52,6 +53,8 @@ pub struct RestoreConfig {
     pub control: Option<PathBuf>,
     /// Where programs may attach.
     pub plugin_socket: Option<PluginSocketSpec>,
+    /// The program of the VM's plugin, where it has one.
+    pub plugin: Option<PluginConfig>,
     /// How memory comes.
     pub memory: MemoryMode,
     /// Note what is written from the start, so that a diff to the snapshot can be taken.
@@ -114,6 +117,10 @@ pub enum RestoreError {
     NoWrites(String),
     #[error("disk '{0}'")]
     Writes(String, #[source] OverlayError),
+    #[error("the snapshot has the state of plugin '{0}', which is not there to go on from it")]
+    NeedsPlugin(String),
+    #[error("the snapshot is of a VM without a plugin of its own")]
+    NoPlugin,
     #[error("plugin '{0}' gave no state that it could go on from: the snapshot is for inspection")]
     Plugin(String),
     #[error(transparent)]
@@ -122,6 +129,8 @@ pub enum RestoreError {
     Userfaultfd(#[source] std::io::Error),
     #[error("disk '{0}' is served by another program, which cannot take part in lazy memory")]
     NotLazy(String),
+    #[error("disk '{0}' is served by another program, which clones would share")]
+    NotCloned(String),
     #[error(transparent)]
     Pager(#[from] PagerError),
     #[error("setting the machine's state")]
@@ -137,6 +146,13 @@ impl Remedy for RestoreError {
             RestoreError::Userfaultfd(_) | RestoreError::NotLazy(_) => {
                 Some("use '--memory-mode eager'; lazy memory needs to open that device".into())
             }
+            RestoreError::NeedsPlugin(name) if name == plugin::OWNER => {
+                Some("give its program with '--plugin PATH', and its arguments with '-p'".into())
+            }
+            RestoreError::NeedsPlugin(_) => {
+                Some("let it attach with '--plugin-socket PATH': the VM runs when all have".into())
+            }
+            RestoreError::NoPlugin => Some("leave '--plugin' away".into()),
             RestoreError::Host(..) => Some("restore it on a host like the one it is from".into()),
             RestoreError::DiskSize { id, .. } | RestoreError::DiskChanged { id, .. } => {
                 Some(format!(
@@ -169,11 +185,14 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 
 pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
     let mut phases = Phases::begin();
-    let (spawner, signals) = assemble::begin(&config.serial, &[], None)?;
+    let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
+    let plan = config.plugin.as_ref().map(plan).transpose()?;
+    let (spawner, signals) = assemble::begin(&config.serial, &[], plan)?;
     let path = &config.snapshot;
     let (ram, hardware) = begin_hardware(path)?;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
     let state = read_state(path, &chain)?;
+    check_plugins(&config, &state)?;
     if (ram.len(), hardware.cpus) != (state.vm_info.memory, state.vm_info.cpus) {
         return Err(RestoreError::Other(path.clone()).into());
     }
@@ -186,7 +205,9 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     }
     let lazy = lazy_source(&config, &chain, &specs, &disks)?;
     let arrived = lazy.as_ref().map(|source| -> Arrived { Box::new(source.completion()) });
-    let guests = Guests::restored(config.plugin_socket.as_ref(), &ram, arrived)?;
+    let states = state.plugin_states.iter();
+    let states = states.filter_map(|p| Some((p.name.clone(), p.state.clone()?))).collect();
+    let guests = Guests::restored(&config, &ram, arrived, states)?;
     let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
     let common = Common {
         seccomp: config.seccomp,
@@ -247,13 +268,47 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     if config.track {
         vm.track_since(chain.manifest().id)?;
     }
-    vm.load(&state).map_err(RestoreError::from)?;
-    if config.shell.is_none() {
-        vm.nudge();
+    // With a plugin of its own the vCPUs come to be when that starts them.
+    match vm.starts_later {
+        true => vm.to_load = Some(state.clone()),
+        false => vm.go_on_from(&state, config.shell.is_none())?,
     }
-    vm.phases.end("state");
     vm.origin = Some(Origin { chain, state, written, kept: Kept::default() });
     Ok(vm)
+}
+
+/// Whether everybody will be there whose state is in the snapshot.
+fn check_plugins(config: &RestoreConfig, state: &MicrovmState) -> Result<(), RestoreError> {
+    let states = &state.plugin_states;
+    let owned = states.iter().any(|plugin| plugin.name == plugin::OWNER);
+    if config.plugin.is_some() && !owned {
+        return Err(RestoreError::NoPlugin);
+    }
+    let missing = states.iter().find(|plugin| match plugin.name == plugin::OWNER {
+        true => config.plugin.is_none(),
+        false => config.plugin_socket.is_none(),
+    });
+    match missing {
+        Some(plugin) => Err(RestoreError::NeedsPlugin(crate::remedy::printable(&plugin.name))),
+        None => Ok(()),
+    }
+}
+
+impl Vm {
+    /// Sets the state of a machine that has not run.
+    /// With `nudge` everybody is told to look, which is to be done before the guest runs.
+    pub(super) fn go_on_from(
+        &mut self,
+        state: &Arc<MicrovmState>,
+        nudge: bool,
+    ) -> Result<(), VmmError> {
+        self.load(state).map_err(RestoreError::from)?;
+        if nudge {
+            self.nudge();
+        }
+        self.phases.end("state");
+        Ok(())
+    }
 }
 
 /// Begins to make the machine of the snapshot at `path`, by what its manifest says of it.
@@ -346,6 +401,12 @@ pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, Res
     Ok(state)
 }
 
+/// A disk of the snapshot.
+enum Saved {
+    Image(Box<DiskState>),
+    BackEnd(BackEndState),
+}
+
 /// Opens the image of every disk: the one the user names, the one in the snapshot, or the
 /// one that was used, if it is as it was.
 fn open_disks(
@@ -354,11 +415,14 @@ fn open_disks(
     named: &[DiskOverride],
     clone_serial: Option<&str>,
 ) -> Result<(Vec<DiskSpec>, Vec<Backing>), VmmError> {
-    let mut saved: Vec<(String, DiskState)> = Vec::new();
+    let malformed = |e| RestoreError::State(chain.snapshot().path().into(), e);
+    let mut saved = Vec::new();
     for device in &state.device_states {
-        let disk =
-            device.as_disk().map_err(|e| RestoreError::State(chain.snapshot().path().into(), e))?;
-        saved.extend(disk.map(|disk| (device.id.clone(), disk)));
+        if let Some(disk) = device.as_disk().map_err(malformed)? {
+            saved.push((device.id.clone(), Saved::Image(Box::new(disk))));
+        } else if let Some(disk) = device.as_back_end().map_err(malformed)? {
+            saved.push((device.id.clone(), Saved::BackEnd(disk)));
+        }
     }
     if let Some(other) = named.iter().find(|disk| !saved.iter().any(|(id, _)| *id == disk.id)) {
         let ids: Vec<&str> = saved.iter().map(|(id, _)| id.as_str()).collect();
@@ -366,6 +430,20 @@ fn open_disks(
     }
     let (mut specs, mut disks) = (Vec::new(), Vec::new());
     for (id, disk) in saved {
+        let disk = match disk {
+            Saved::Image(disk) => *disk,
+            Saved::BackEnd(_) if clone_serial.is_some() => {
+                return Err(RestoreError::NotCloned(id).into());
+            }
+            Saved::BackEnd(disk) => {
+                let other = named.iter().find(|other| other.id == id);
+                let socket = other.and_then(|other| other.path.clone()).unwrap_or(disk.socket);
+                let spec = DiskSpec::far(&id, socket);
+                disks.push(spec.open_backing().map_err(OpenError::Disk)?);
+                specs.push(spec);
+                continue;
+            }
+        };
         let other = named.iter().find(|other| other.id == id);
         let by_user = other.and_then(|other| other.path.as_ref());
         let copied = chain.manifest().disks.iter().find(|copy| copy.id == id);

@@ -162,6 +162,7 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 track,
                 shell: Some(serial),
                 plugin_socket: None,
+                plugin: None,
                 sandbox: order.sandbox,
                 seccomp: order.seccomp,
                 log: order.log,

@@ -6,6 +6,7 @@
 //! stopped; descriptors and memory may be replaced at any time, for which the
 //! ring is stopped and goes on where it was.
 
+mod device_state;
 mod messages;
 
 use std::fs::File;
@@ -75,6 +76,10 @@ pub(super) struct Backend {
     refused: bool,
     /// Every request is answered with an I/O error.
     failed: bool,
+    /// The last transfer of its state went well.
+    transferred: bool,
+    /// Where a state comes from that is still to be taken.
+    incoming: Option<File>,
 }
 
 impl Backend {
@@ -103,6 +108,8 @@ impl Backend {
             records: None,
             refused: false,
             failed: false,
+            transferred: false,
+            incoming: None,
             disk,
         }
     }

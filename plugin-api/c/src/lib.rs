@@ -10,6 +10,7 @@ mod guard;
 mod handles;
 mod layout;
 mod object;
+mod part;
 mod state;
 mod vcpu;
 mod vm;

@@ -63,6 +63,8 @@ fn the_symbols_are_those_of_the_interface() {
         text.lines().filter_map(|line| Some(line.split(" T ").nth(1)?.to_string())).collect();
     // For some months there was one more.
     assert!(found.remove("crosvm_get_render_server_fd"), "{text}");
+    // Our own, which `cellblock.h` has.
+    assert!(found.remove("cellblock_take_part"), "{text}");
     assert_eq!(found, wanted);
     let name = output(Command::new("objdump").arg("-p").arg(library()));
     let name = name.lines().find(|line| line.contains("SONAME")).expect("a name");
@@ -78,6 +80,10 @@ fn layouts_in_every_language_of_the_header() {
     // C++ has another word for the assertion; those of the header are checked.
     let header = concat!(env!("CARGO_MANIFEST_DIR"), "/../include/crosvm.h");
     output(Command::new("c++").args(["-std=c++17", "-fsyntax-only", "-x", "c++", header]));
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../include");
+    let header = concat!(env!("CARGO_MANIFEST_DIR"), "/../include/cellblock.h");
+    let own = ["-std=c++17", "-fsyntax-only", "-I", folder, "-x", "c++", header];
+    output(Command::new("c++").args(own));
 }
 
 #[test]

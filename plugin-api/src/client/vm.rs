@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
+use super::part::Part;
 use super::vcpu::Vcpu;
 use crate::error::{Error, refused};
 use crate::plain::Plain;
@@ -494,6 +495,23 @@ impl Vm {
     /// ENOENT where that has been done.
     pub fn destroy_irq_event(&self, event: &IrqEvent) -> Result<(), Error> {
         self.done("destroying an irq event", &Request::Destroy(Object::IrqEvent, event.handle))
+    }
+
+    /// Takes part in snapshots of the VM from now on. To be called before [`Vm::start`]; where the
+    /// VM was restored, [`Part::take_restored`] has the state to go on from. `name` tells programs
+    /// that attached apart.
+    ///
+    /// # Errors
+    /// EALREADY the second time, EEXIST for a name that is taken, EINVAL for one that is none.
+    pub fn take_part(&self, name: &str) -> Result<Part, Error> {
+        let request = Request::TakePart { name: name.into() };
+        let (answer, fds) = self.ask("taking part in snapshots", &request, &[])?;
+        let Answer::Part(restored) = answer else { return Err(STRANGE) };
+        let mut fds = fds.into_iter();
+        let channel = fds.next().ok_or(STRANGE)?;
+        let memory = fds.next();
+        let restored = restored.map(|state| state.take(memory.as_ref().map(|fd| fd.as_fd())));
+        Ok(Part::new(channel, restored.transpose().map_err(|_| STRANGE)?))
     }
 
     fn state<T: Plain>(&self, what: &'static str, state: VmState) -> Result<T, Error> {

@@ -3,6 +3,7 @@
 //! A message is a datagram of at most 64 KiB with file descriptors. What can be larger is a
 //! [`Payload`], which then comes as a sealed memfd.
 
+pub mod part;
 mod payload;
 
 use serde::{Deserialize, Serialize};
@@ -145,6 +146,11 @@ pub enum Request {
     LogMemory(bool),
     /// Those pages, since the last time: a bit each.
     MemoryLog,
+    /// Takes part in snapshots ([`part`]): the channel comes with the answer.
+    TakePart {
+        /// Tells programs that attached apart.
+        name: String,
+    },
 }
 
 /// What can be destroyed.
@@ -212,6 +218,8 @@ pub enum Answer {
         /// What lies where.
         regions: Vec<RamRegion>,
     },
+    /// With the channel, and what the plugin goes on from in a VM that was restored.
+    Part(Option<Payload>),
 }
 
 const ROUTE: usize = 24;

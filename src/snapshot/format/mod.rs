@@ -32,6 +32,7 @@ mod copy;
 mod error;
 mod files;
 pub mod fuzz;
+mod leftover;
 mod manifest;
 mod merge;
 mod reader;

@@ -15,13 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat2};
+use nix::fcntl::{AtFlags, Flock, OFlag, RenameFlags, openat, renameat2};
 use nix::sys::stat::{Mode, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, ftruncate, unlinkat};
 
 use super::checksum::Crc64;
 use super::copy::{self, Copied, Task};
 use super::files::{self, MANIFEST, MEMORY, STATE};
+use super::leftover;
 use super::table::{self, Entry};
 use super::{
     CHUNK, Chain, DiskCopy, FORMAT_MAJOR, FORMAT_MINOR, MAX_DISKS, MAX_MEMORY, MAX_STATE, Manifest,
@@ -382,7 +383,8 @@ fn clone_or_copy(from: &File, to: &File, len: u64, cancel: &AtomicBool) -> io::R
 #[derive(Debug)]
 struct Temporary {
     parent: OwnedFd,
-    directory: OwnedFd,
+    /// Locked: it is a living writer's.
+    directory: Flock<OwnedFd>,
     name: OsString,
     target: PathBuf,
     files: std::cell::RefCell<Vec<String>>,
@@ -395,14 +397,11 @@ impl Temporary {
         if fstatat(&parent, last, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok() {
             return Err(WriteError::Exists(target.to_owned()));
         }
-        let mut name = OsString::from(".");
-        name.push(last);
-        name.push(format!(".{id}"));
+        leftover::sweep(&parent);
+        let name = leftover::name(last, id);
         let made = failed(target, "making a directory");
         mkdirat(&parent, name.as_os_str(), Mode::S_IRWXU).map_err(made)?;
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let directory = openat(&parent, name.as_os_str(), flags, Mode::empty());
-        let directory = directory.map_err(|e| {
+        let directory = leftover::open(&parent, &name).map_err(|e| {
             let _ = unlinkat(&parent, name.as_os_str(), UnlinkatFlags::RemoveDir);
             failed(target, "opening a directory just made")(e)
         })?;
@@ -414,7 +413,7 @@ impl Temporary {
     fn file(&self, name: &str) -> Result<File, WriteError> {
         let flags =
             OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&self.directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
+        let fd = openat(&*self.directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map_err(self.failed("making a file"))?;
         self.files.borrow_mut().push(name.to_string());
         Ok(File::from(fd))
@@ -458,7 +457,7 @@ impl Drop for Temporary {
             return;
         }
         for file in self.files.borrow().iter() {
-            let _ = unlinkat(&self.directory, file.as_str(), UnlinkatFlags::NoRemoveDir);
+            let _ = unlinkat(&*self.directory, file.as_str(), UnlinkatFlags::NoRemoveDir);
         }
         let _ = unlinkat(&self.parent, self.name.as_os_str(), UnlinkatFlags::RemoveDir);
     }

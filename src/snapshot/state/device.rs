@@ -38,6 +38,8 @@ pub struct DeviceState {
 pub const UART: &str = "uart-16550";
 /// A disk.
 pub const VIRTIO_BLK: &str = "virtio-blk-mmio";
+/// A disk that another program serves.
+pub const VHOST_USER: &str = "virtio-blk-vhost-user";
 const VERSION: u16 = 1;
 
 /// A disk's part.
@@ -53,6 +55,21 @@ pub struct DiskState {
     pub balance: [i64; 2],
     /// What its guest had written, of a `cow` disk: the data is kept as the disk's copy.
     pub written: Option<Vec<Extent>>,
+}
+
+/// The part of a disk that another program serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackEndState {
+    /// Where that program was connected to, absolute.
+    pub socket: PathBuf,
+    /// Bytes.
+    pub size: u64,
+    /// Refuses writes.
+    pub read_only: bool,
+    /// Registers, queues and configuration.
+    pub transport: TransportState,
+    /// What the program keeps to itself, opaque to us.
+    pub state: Vec<u8>,
 }
 
 /// What a disk is made of.
@@ -132,6 +149,15 @@ impl DeviceState {
         DeviceState::of(1 + slot as u32, id, VIRTIO_BLK, state)
     }
 
+    /// That of one which another program serves.
+    pub fn back_end(
+        slot: usize,
+        id: &str,
+        state: &BackEndState,
+    ) -> Result<DeviceState, StateError> {
+        DeviceState::of(1 + slot as u32, id, VHOST_USER, state)
+    }
+
     fn of(
         slot: u32,
         id: &str,
@@ -151,6 +177,11 @@ impl DeviceState {
     /// The state of a disk; `None` of another device.
     pub fn as_disk(&self) -> Result<Option<DiskState>, StateError> {
         self.read(VIRTIO_BLK)
+    }
+
+    /// The state of a disk that another program serves; `None` of another device.
+    pub fn as_back_end(&self) -> Result<Option<BackEndState>, StateError> {
+        self.read(VHOST_USER)
     }
 
     fn read<T: DeserializeOwned>(&self, kind: &str) -> Result<Option<T>, StateError> {

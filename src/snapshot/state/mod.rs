@@ -127,6 +127,8 @@ const MAX_VCPUS: usize = 255;
 const MAX_DEVICES: usize = 64;
 /// Most plugins of a state.
 const MAX_PLUGINS: usize = 64;
+/// Most bytes of one's state.
+const MAX_PLUGIN_STATE: usize = cellblock_plugin_api::wire::part::MAX_STATE;
 
 impl MicrovmState {
     /// The bytes of the state: the same for the same state.
@@ -162,6 +164,12 @@ impl MicrovmState {
             || !self.plugin_states.is_sorted_by(|a, b| a.name < b.name)
         {
             return bad("plugins that are too many or not in their order");
+        }
+        let large = |plugin: &PluginState| {
+            plugin.state.as_ref().is_some_and(|state| state.len() > MAX_PLUGIN_STATE)
+        };
+        if self.plugin_states.iter().any(large) {
+            return bad("more of a plugin than that may give");
         }
         Ok(())
     }

@@ -135,6 +135,8 @@ impl Worker {
                 // A reconnect sets it up.
                 self.settle(result, answer, Job::Resume);
             }
+            Job::Transfer(direction, fd, answer) => self.transfer(direction, fd, &answer),
+            Job::CheckState(answer) => self.check_state(&answer),
             Job::Reset(answer) => {
                 let result = self.reset();
                 self.settle(result, answer, Job::Reset);
@@ -188,7 +190,9 @@ impl Worker {
         match job {
             Job::Open(answer) => answer.complete(Err(gone())),
             Job::Freeze(answer) => answer.complete(Err(gone())),
-            Job::Activate(_, answer)
+            Job::Transfer(_, _, answer) => answer.complete(Err(gone())),
+            Job::CheckState(answer)
+            | Job::Activate(_, answer)
             | Job::Thaw(answer)
             | Job::SetConfig(_, _, answer)
             | Job::Reset(answer)
@@ -277,7 +281,8 @@ impl Worker {
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE;
         let missing = |what| FrontEndError::Missing { id: self.id.clone(), what };
         if !offered.contains(VhostUserProtocolFeatures::CONFIG) {
             return Err(missing("its configuration (VHOST_USER_PROTOCOL_F_CONFIG)"));
@@ -303,6 +308,7 @@ impl Worker {
             features: features & GUEST_FEATURES,
             config,
             queues: u16::try_from(queues).unwrap_or(u16::MAX),
+            has_state: self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE),
         };
         self.info = Some(info.clone());
         Ok(info)

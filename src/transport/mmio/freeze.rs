@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::registers::{DRIVER_OK, NEEDS_RESET};
 use super::{Activation, QueueError, QueueSetup, TransportState, VirtioMmio};
-use crate::transport::front_end::{Answer, FrontEndError};
+use crate::transport::front_end::{Answer, FrontEndError, TransferError};
 use crate::transport::queue::QueueConfig;
 use crate::transport::wait::Waited;
 
@@ -88,6 +88,16 @@ impl VirtioMmio {
         };
         state.frozen = Some(bases);
         checked
+    }
+
+    /// What the back end of a frozen device keeps to itself.
+    pub fn save_back_end(&self, limit: Duration) -> Result<Vec<u8>, TransferError> {
+        self.front_end.save_state(limit)
+    }
+
+    /// Has a back end that has not run go on from it.
+    pub fn load_back_end(&self, state: &[u8], limit: Duration) -> Result<(), TransferError> {
+        self.front_end.load_state(state, limit)
     }
 
     /// Everything the device took is answered, and it took nothing that is not there.

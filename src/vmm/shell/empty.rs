@@ -153,7 +153,7 @@ pub(super) fn assemble(
         writes: Some(assemble::write_logs(ram.len())),
     };
     // Nobody attaches to it.
-    let guests = Guests::restored(None, &ram, None).map_err(vmm)?;
+    let guests = Guests::none();
     phases.end("open");
     let parts = Parts {
         phases,

@@ -14,7 +14,7 @@ use nix::unistd::{Whence, lseek};
 use super::super::event_loop::{DiskFacts, Vm};
 use super::devices::Frozen;
 use crate::cell::overlay::{OverlayError, Place};
-use crate::snapshot::state::device::{DiskState, Fingerprint};
+use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
 use crate::snapshot::state::{
     DeviceState, DiskRecord, Metadata, MicrovmState, StateError, VmInfo, machine, vcpu,
 };
@@ -74,7 +74,7 @@ impl Vm {
             vcpu_states,
             device_states: self.device_states(frozen)?,
             irqchip_state,
-            plugin_states: Vec::new(),
+            plugin_states: frozen.plugin_states.clone(),
             metadata,
         };
         Ok(state.encode()?)
@@ -95,6 +95,18 @@ impl Vm {
         }
         for (slot, (id, device)) in self.devices.iter().enumerate() {
             let facts = self.disks.iter().find(|disk| disk.id == *id).ok_or_else(|| none(id))?;
+            if let Some((_, state)) = frozen.strangers.iter().find(|(of, _)| of == id) {
+                let back_end = self.back_ends.iter().find(|back_end| back_end.id == *id);
+                let state = BackEndState {
+                    socket: back_end.ok_or_else(|| none(id))?.path.clone(),
+                    size: facts.size,
+                    read_only: facts.read_only,
+                    transport: device.save(),
+                    state: state.clone(),
+                };
+                states.push(DeviceState::back_end(slot, id, &state)?);
+                continue;
+            }
             let Some((cell, CellState::Blk { balance, .. })) = said(id) else {
                 return Err(none(id));
             };

@@ -11,7 +11,10 @@ use cellblock_devices::protocol::state::CellState;
 use cellblock_devices::protocol::{FromCell, ToCell};
 
 use super::super::event_loop::Vm;
+use super::plugins::plugin_name;
+use crate::plugin::Holder;
 use crate::snapshot::coordinator::{CutError, Input, Phase};
+use crate::snapshot::state::PluginState;
 use crate::transport::mmio::FreezeError;
 
 /// What has to be let go on, and what was answered.
@@ -23,24 +26,81 @@ pub(in super::super) struct Frozen {
     told: bool,
     /// What each process said, by its place.
     pub(super) states: Vec<Option<CellState>>,
+    /// What back ends of other programs gave, by id.
+    pub(super) strangers: Vec<(String, Vec<u8>)>,
+    /// Plugins that have part of the machine; those that were told to come to rest; what they
+    /// gave.
+    pub(super) plugins: Vec<Holder>,
+    pub(super) plugins_told: usize,
+    pub(super) plugin_states: Vec<PluginState>,
+}
+
+/// What becomes of disks that other programs serve.
+#[derive(Clone, Copy)]
+pub(super) enum Strangers {
+    /// They give their state, where they can.
+    Saved,
+    /// There must be none, for this reason.
+    Refused(&'static str),
+}
+
+impl Frozen {
+    /// Nobody yet; these will be asked too.
+    pub(super) fn of_plugins(plugins: Vec<Holder>) -> Frozen {
+        Frozen { plugins, ..Frozen::default() }
+    }
 }
 
 impl Vm {
-    /// Every process that takes part, by name and in the order of the cells.
-    pub(super) fn participants(&self) -> Vec<String> {
-        self.cells.iter().map(|cell| format!("{} {}", cell.role(), cell.id())).collect()
+    /// Every process that takes part, by name: in the order of the cells, then plugins.
+    pub(super) fn participants(&self, frozen: &Frozen) -> Vec<String> {
+        let cells = self.cells.iter().map(|cell| format!("{} {}", cell.role(), cell.id()));
+        cells.chain(frozen.plugins.iter().map(|plugin| plugin_name(&plugin.name))).collect()
     }
 
-    /// A disk of another program's has state that we cannot have.
-    pub(super) fn refuse_strangers(&self) -> Result<(), CutError> {
-        let Some(back_end) = self.back_ends.first() else { return Ok(()) };
-        Err(CutError {
-            phase: Phase::Running,
-            who: format!("disk {}", back_end.id),
-            why: "it is served by another program's vhost-user back end, whose state (device \
-                  state transfer) is not part of a snapshot"
-                .into(),
-        })
+    /// A disk of another program's may have state that we cannot have, and its writes to guest
+    /// memory are in no log of ours.
+    pub(super) fn refuse_strangers(&self, wanted: Strangers) -> Result<(), CutError> {
+        let refused = |id: &str, why: &str| {
+            let (who, why) = (format!("disk {id}"), why.to_string());
+            Err(CutError { phase: Phase::Running, who, why })
+        };
+        for back_end in &self.back_ends {
+            let id = back_end.id.as_str();
+            let device = self.devices.iter().find(|(of, _)| of == id);
+            match wanted {
+                _ if back_end.gone => return refused(id, "its back end is gone"),
+                Strangers::Refused(why) => return refused(id, why),
+                Strangers::Saved if device.is_some_and(|(_, device)| device.info().has_state) => {}
+                Strangers::Saved => {
+                    return refused(
+                        id,
+                        "it is served by another program's vhost-user back end, which does not \
+                         offer its state (VHOST_USER_PROTOCOL_F_DEVICE_STATE)",
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the back ends of other programs, whose rings are stopped, give their state.
+    fn save_strangers(&mut self, end: Instant, frozen: &mut Frozen) -> Result<(), CutError> {
+        for n in 0..self.devices.len() {
+            let (id, device) = &self.devices[n];
+            if !self.back_ends.iter().any(|back_end| back_end.id == *id) {
+                continue;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            match device.save_back_end(left) {
+                Ok(state) => frozen.strangers.push((id.clone(), state)),
+                Err(error) => {
+                    let (name, why) = (format!("blk {id}"), crate::remedy::chain(&error));
+                    return self.give_up(&name, &why);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Brings every process to rest.
@@ -48,13 +108,16 @@ impl Vm {
         let end = Instant::now() + limit;
         let epoch = self.snapshots.cut.epoch();
         frozen.states = vec![None; self.cells.len()];
+        self.tell_plugins(epoch, frozen)?;
         // The console's process works while the disks' rings come to rest.
         self.tell(epoch, "serial", frozen)?;
         self.stop_rings(limit, frozen)?;
+        self.save_strangers(end, frozen)?;
         self.tell(epoch, "blk", frozen)?;
         for n in 0..self.cells.len() {
             self.await_quiesced(n, epoch, end, frozen)?;
         }
+        self.await_plugins(epoch, end, frozen)?;
         if self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
             return self.give_up("serial com1", "it left accesses of the guest undone");
         }
@@ -132,7 +195,7 @@ impl Vm {
         }
     }
 
-    fn give_up(&mut self, who: &str, why: &str) -> Result<(), CutError> {
+    pub(super) fn give_up(&mut self, who: &str, why: &str) -> Result<(), CutError> {
         self.step(Input::Failed { who: who.into(), why: why.into() })
     }
 
@@ -147,6 +210,7 @@ impl Vm {
         if frozen.told {
             self.release_processes();
         }
+        self.release_plugins(&frozen);
         for (n, stopped, answer) in begun {
             let (id, device) = &self.devices[n];
             if stopped && let Err(error) = device.finish_thaw(&answer) {

@@ -10,9 +10,9 @@ use cellblock_devices::protocol::state::CellLoad;
 use cellblock_devices::protocol::{FromCell, ToCell};
 
 use super::super::event_loop::Vm;
-use crate::snapshot::state::device::DiskState;
 use crate::snapshot::state::{DeviceState, MicrovmState, StateError, machine};
-use crate::transport::mmio::{FreezeError, Loading};
+use crate::transport::front_end::TransferError;
+use crate::transport::mmio::{FreezeError, Loading, TransportState};
 use crate::vcpu::WorkError;
 
 /// How long a device process may take over what it is to go on from.
@@ -34,6 +34,8 @@ pub enum LoadError {
     Silent(String),
     #[error("disk {0}")]
     Disk(String, #[source] FreezeError),
+    #[error("disk {0}")]
+    BackEnd(String, #[source] TransferError),
 }
 
 impl Vm {
@@ -42,15 +44,23 @@ impl Vm {
     pub(in super::super) fn load(&mut self, state: &Arc<MicrovmState>) -> Result<(), LoadError> {
         let mut told = Vec::new();
         for device in &state.device_states {
-            told.push(self.tell_process(device)?);
+            told.push(match device.as_back_end()? {
+                Some(_) => None,
+                None => Some(self.tell_process(device)?),
+            });
         }
         self.load_vcpus(state)?;
         state.irqchip_state.load(self.machine.vm())?;
         let mut begun = Vec::new();
         for (device, n) in state.device_states.iter().zip(told) {
-            self.await_loaded(n)?;
-            if let Some(disk) = device.as_disk()? {
-                begun.push(self.begin_disk(device, &disk)?);
+            match n {
+                Some(n) => self.await_loaded(n)?,
+                None => self.load_back_end(device)?,
+            }
+            let disk = device.as_disk()?.map(|disk| disk.transport);
+            let back_end = device.as_back_end()?.map(|disk| disk.transport);
+            if let Some(transport) = disk.or(back_end) {
+                begun.push(self.begin_disk(device, &transport)?);
             }
         }
         for (n, loading) in begun {
@@ -125,14 +135,25 @@ impl Vm {
         format!("{} {}", self.cells[n].role(), self.cells[n].id())
     }
 
+    fn place_of(&self, device: &DeviceState) -> Result<usize, LoadError> {
+        let n = self.devices.iter().position(|(id, _)| *id == device.id);
+        n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))
+    }
+
+    /// Gives a back end of another program what it kept to itself.
+    fn load_back_end(&self, device: &DeviceState) -> Result<(), LoadError> {
+        let Some(disk) = device.as_back_end()? else { return Ok(()) };
+        let loaded = self.devices[self.place_of(device)?].1.load_back_end(&disk.state, LIMIT);
+        loaded.map_err(|e| LoadError::BackEnd(device.id.clone(), e))
+    }
+
     fn begin_disk(
         &self,
         device: &DeviceState,
-        disk: &DiskState,
+        transport: &TransportState,
     ) -> Result<(usize, Loading), LoadError> {
-        let n = self.devices.iter().position(|(id, _)| *id == device.id);
-        let n = n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
-        let begun = self.devices[n].1.begin_load(&disk.transport);
+        let n = self.place_of(device)?;
+        let begun = self.devices[n].1.begin_load(transport);
         Ok((n, begun.map_err(|e| LoadError::Disk(device.id.clone(), e))?))
     }
 

@@ -9,6 +9,7 @@
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
 //! | `live` | copies guest memory, in the cut or in rounds before it |
+//! | `plugins` | brings plugins to rest, and lets them go on |
 //! | `load` | brings a machine to where a state is |
 //! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
@@ -16,6 +17,7 @@ mod capture;
 mod devices;
 mod live;
 mod load;
+mod plugins;
 mod put_back;
 mod reset;
 
@@ -32,7 +34,7 @@ use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use crate::vm::kvm::KvmError;
 use crate::vm::layout;
-use devices::Frozen;
+use devices::{Frozen, Strangers};
 pub use load::LoadError;
 pub use put_back::Kept;
 pub use reset::Origin;
@@ -100,10 +102,10 @@ impl Vm {
         trigger: Option<String>,
         token: Token,
     ) -> Response {
-        if self.plugin.is_some() {
+        if self.ram.is_empty() {
             return Response::Now(Reply::error(
-                "no snapshot: the VM has a plugin, whose own state cannot be part of one yet",
-                Some("take snapshots of VMs without --plugin"),
+                "no snapshot: all of the VM's memory is a plugin's, and none the VM's own",
+                Some("take snapshots of VMs that have a kernel"),
             ));
         }
         if self.plugins.as_ref().is_some_and(|(hub, _)| hub.has_memory()) {
@@ -140,8 +142,8 @@ impl Vm {
         wanted: &Wanted,
         client: u64,
     ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
-        self.snapshots.cut.participate(self.participants());
-        let mut frozen = Frozen::default();
+        let mut frozen = Frozen::of_plugins(self.plugin_holders());
+        self.snapshots.cut.participate(self.participants(&frozen));
         self.snapshots.was_paused = self.is_paused();
         self.nothing_kept();
         self.snapshots.cutter = Some(client);
@@ -149,6 +151,11 @@ impl Vm {
         if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
             let (who, why) = ("guest memory".into(), "it has not come in time".into());
             return Err(CutError { phase: Phase::Running, who, why });
+        }
+        if wanted.live {
+            let why = "what its back end writes to guest memory is in no log of ours: take the \
+                       snapshot without --live";
+            self.refuse_strangers(Strangers::Refused(why))?;
         }
         let live = wanted.live.then(|| self.copy_live(ROUNDS_LIMIT)).transpose();
         let live = live.map_err(|error| CutError {
@@ -190,7 +197,7 @@ impl Vm {
         frozen: &mut Frozen,
     ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
         let mut clock = Stopwatch::new();
-        self.refuse_strangers()?;
+        self.refuse_strangers(Strangers::Saved)?;
         self.step(Input::Begin)?;
         self.park(wanted.limit)?;
         self.step(Input::Parked)?;

@@ -14,7 +14,7 @@ use cellblock_devices::protocol::overlay::Extent;
 use nix::errno::Errno;
 
 use super::super::event_loop::Vm;
-use super::devices::Frozen;
+use super::devices::{Frozen, Strangers};
 use super::put_back::{self, Kept};
 use super::{LoadError, micros};
 use crate::control::protocol::{EventKind, Reply};
@@ -78,7 +78,13 @@ impl Vm {
             return Reply::error("a snapshot holds the VM", Some("try again"));
         }
         let begun = Instant::now();
-        self.snapshots.cut.participate(self.participants());
+        if self.plugin.is_some() {
+            return Reply::error(
+                "no reset: what the VM's plugin knows cannot be put back while it runs",
+                Some("restore the snapshot anew"),
+            );
+        }
+        self.snapshots.cut.participate(self.participants(&Frozen::default()));
         self.snapshots.was_paused = self.is_paused();
         let mut frozen = Frozen::default();
         if let Err(CutError { phase, who, why }) = self.come_to_rest(&mut frozen) {
@@ -111,7 +117,7 @@ impl Vm {
     }
 
     fn come_to_rest(&mut self, frozen: &mut Frozen) -> Result<(), CutError> {
-        self.refuse_strangers()?;
+        self.refuse_strangers(Strangers::Refused("what its back end wrote is in no log of ours"))?;
         self.step(Input::Begin)?;
         self.park(LIMIT)?;
         self.step(Input::Parked)?;

@@ -43,6 +43,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::DEVICE_STATE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -183,15 +184,15 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> Result<Option<File>> {
-        not_offered()
+        self.transfer(direction, fd).map(|()| None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
+        self.check_transfer()
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::arch::cpu::cycles;
+use crate::arch::cpu::{self, cycles};
 use crate::arch::tables::MAX_CPUS;
 use crate::boot::Boot;
 use crate::clock::Clock;
@@ -26,6 +26,8 @@ static COUNTERS: [Counter; MAX_CPUS] = [const { Counter(AtomicU64::new(0)) }; MA
 /// after `count=` rounds, or when it reads `q`. Every `every=` rounds it prints a line, and writes a
 /// heartbeat to the readiness port if `heartbeat` is there.
 ///
+/// `port=` has it write to a port and read the same back, each round.
+///
 /// `touch=` has so many MiB of memory in use first.
 pub fn run(boot: &Boot) {
     if boot.cmdline.number("touch", 0) > 0 {
@@ -39,6 +41,7 @@ pub fn run(boot: &Boot) {
     let clock = Clock::new(&mut heap);
     let (limit, every) = (boot.cmdline.number("count", 0), boot.cmdline.number("every", 1000));
     let beats = boot.cmdline.flag("heartbeat");
+    let port = boot.cmdline.number("port", 0) as u16;
     let has = |there| if there { "yes" } else { "no" };
     say!("pause: ready cpus={cpus} disk={} clock={}", has(disk.is_some()), has(clock.is_some()));
 
@@ -67,6 +70,13 @@ pub fn run(boot: &Boot) {
         tsc = forward("time stamp counter of vCPU", 0, tsc, cycles());
         if let Some(clock) = &clock {
             nanoseconds = forward("clock of vCPU", 0, nanoseconds, clock.nanoseconds());
+        }
+        if port != 0 {
+            cpu::out8(port, rounds as u8);
+            let back = cpu::in8(port);
+            if back != rounds as u8 {
+                exit::fail(format_args!("port {port:#x} gives {back} back in round {rounds}"));
+            }
         }
         let quit = console::poll() == Some(b'q');
         if rounds.is_multiple_of(every) {

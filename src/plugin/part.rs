@@ -1,0 +1,142 @@
+//! Plugins in snapshots: who takes part, who would have to, and what they give to be kept.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_plugin_api::wire::Payload;
+use cellblock_plugin_api::wire::part::{FromPart, MAX_STATE, ToPart};
+use cellblock_wire::{Channel, ChannelError};
+use nix::errno::Errno;
+
+use super::hub::Hub;
+use super::session::Session;
+
+/// Name of the plugin that the VMM starts.
+pub const OWNER: &str = "plugin0";
+/// How the names begin of those that attached and do not take part.
+const ATTACHED: &str = "attached-";
+/// Longest name of one that attached.
+const NAME: usize = 64;
+
+/// A plugin that has something of the machine, at a snapshot.
+#[derive(Clone)]
+pub struct Holder {
+    /// For the snapshot.
+    pub name: String,
+    part: Option<Arc<Channel>>,
+}
+
+/// What a plugin answered.
+pub enum Answer {
+    /// Its state.
+    State(Vec<u8>),
+    /// It cannot.
+    Failed(i32),
+    /// It did not answer in time.
+    Late,
+    /// It is gone, or said what it cannot have meant.
+    Gone,
+}
+
+impl Holder {
+    /// Whether it can give a state at all.
+    pub fn takes_part(&self) -> bool {
+        self.part.is_some()
+    }
+
+    /// Asks it to come to rest; false if it cannot be asked.
+    pub fn quiesce(&self, epoch: u64) -> bool {
+        self.tell(&ToPart::Quiesce { epoch })
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self, epoch: u64) {
+        self.tell(&ToPart::Thaw { epoch });
+    }
+
+    fn tell(&self, message: &ToPart) -> bool {
+        // One that reads nothing is not waited for.
+        self.part.as_ref().is_some_and(|part| matches!(part.try_send(message, &[]), Ok(true)))
+    }
+
+    /// Waits for its answer of this epoch.
+    pub fn answer(&self, epoch: u64, until: Instant) -> Answer {
+        let Some(part) = &self.part else { return Answer::Gone };
+        loop {
+            // What it has said already counts, however late it is.
+            let left = until.saturating_duration_since(Instant::now());
+            let left = left.max(Duration::from_millis(1));
+            match part.recv_timeout::<FromPart>(left) {
+                Ok((FromPart::Quiesced { epoch: of, state }, fds)) if of == epoch => {
+                    let state = state.take(fds.last().map(|fd| fd.as_fd()));
+                    return match state {
+                        Ok(state) if state.len() <= MAX_STATE => Answer::State(state),
+                        _ => Answer::Failed(Errno::EFBIG as i32),
+                    };
+                }
+                Ok((FromPart::Failed { epoch: of, errno }, _)) if of == epoch => {
+                    return Answer::Failed(errno);
+                }
+                // Of a snapshot that was given up.
+                Ok(_) if Instant::now() < until => {}
+                Ok(_) | Err(ChannelError::TimedOut(_)) => return Answer::Late,
+                Err(_) => return Answer::Gone,
+            }
+        }
+    }
+}
+
+impl Hub {
+    /// What plugins are to go on from, by name: before any takes part.
+    pub fn restore(&self, states: Vec<(String, Vec<u8>)>) {
+        self.restored().extend(states);
+    }
+
+    /// Everybody who has something of the machine, or takes part all the same.
+    pub fn holders(&self) -> Vec<Holder> {
+        let of = |session: &Arc<Session>| {
+            let part = session.part();
+            let holds = session.is_owner() || self.holds_range(session) || session.made().len() > 0;
+            let name = match (&part, session.is_owner()) {
+                (_, true) => OWNER.to_string(),
+                (Some((name, _)), false) => name.clone(),
+                (None, false) => format!("{ATTACHED}{}", session.id()),
+            };
+            (part.is_some() || holds).then(|| Holder { name, part: part.map(|(_, part)| part) })
+        };
+        let mut holders: Vec<Holder> = self.sessions().iter().filter_map(of).collect();
+        holders.sort_by(|a, b| a.name.cmp(&b.name));
+        holders
+    }
+
+    /// Lets `session` take part under `name`; its end of the channel, and what it goes on from.
+    pub(super) fn take_part(
+        &self,
+        session: &Session,
+        name: &str,
+    ) -> Result<(OwnedFd, Option<Payload>, Option<OwnedFd>), Errno> {
+        let name = if session.is_owner() { OWNER } else { name };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.len() > NAME || !name.chars().all(plain) {
+            return Err(Errno::EINVAL);
+        }
+        let taken = |other: &Arc<Session>| other.part().is_some_and(|(known, _)| known == name);
+        if session.part().is_some() {
+            return Err(Errno::EALREADY);
+        }
+        // Those are ours to give.
+        let reserved = !session.is_owner() && (name == OWNER || name.starts_with(ATTACHED));
+        if reserved || self.sessions().iter().any(taken) {
+            return Err(Errno::EEXIST);
+        }
+        let (ours, theirs) = Channel::pair().map_err(|_| Errno::EMFILE)?;
+        let restored = self.restored().remove(name);
+        let (payload, fd) = match restored.map(Payload::new).transpose() {
+            Ok(made) => made.unzip(),
+            Err(_) => return Err(Errno::ENOMEM),
+        };
+        session.set_part(name, ours);
+        Ok((theirs.into_fd(), payload, fd.flatten()))
+    }
+}

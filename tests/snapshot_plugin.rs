@@ -1,0 +1,172 @@
+//! Plugins in snapshots: a guest that relies on its plugin's state goes on with it, or not at all.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+#[allow(dead_code)] // its own VMs
+#[path = "plugin_c/run.rs"]
+mod run;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output as Ended};
+
+use cellblock_plugin_api::{Event, SOCKET_VARIABLE, Space};
+use common::{Options, Vm};
+use nix::sys::signal::Signal;
+
+/// A plugin of the old kind, in its process; nothing in the test's own.
+#[test]
+fn plugin_that_knows_no_snapshots() {
+    if std::env::var_os(SOCKET_VARIABLE).is_none() {
+        return;
+    }
+    let vm = cellblock_plugin_api::Vm::connect().unwrap();
+    vm.reserve_range(Space::Port, 0x500, 1).unwrap();
+    let vcpu = vm.vcpu(0).unwrap();
+    vm.start().unwrap();
+    let mut last = 0;
+    while let Ok(event) = vcpu.wait() {
+        if let Event::Access(access) = event {
+            match access.is_write {
+                true => last = access.data[0],
+                false => vcpu.answer(&[last]).unwrap(),
+            }
+        }
+        if vcpu.resume().is_err() {
+            return;
+        }
+    }
+}
+
+fn cellblock(args: &[&str]) -> Ended {
+    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
+}
+
+fn try_snapshot(vm: &Vm, to: &Path, options: &[&str]) -> Ended {
+    let control = vm.path("control");
+    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap()];
+    cellblock(&[&words, options].concat())
+}
+
+#[track_caller]
+fn snapshot(vm: &mut Vm, to: &Path, options: &[&str]) {
+    let ended = try_snapshot(vm, to, options);
+    if !ended.status.success() {
+        vm.fail(&format!("snapshot: {ended:?}"));
+    }
+}
+
+/// One line that says why, and what to do.
+#[track_caller]
+fn refused(from: &Path, options: &[&str]) -> String {
+    let words = ["restore", from.to_str().unwrap(), "--serial", "null"];
+    let ended = cellblock(&[&words, options].concat());
+    let line = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!((ended.status.code(), line.lines().count()), (Some(1), 1), "{line}");
+    line
+}
+
+/// The guest counts, writes blocks, and checks each round that its port gives back what it wrote.
+fn guest() -> Options {
+    Vm::with("mode=pause every=20 port=0x500").disk_with(4 << 20, ",cow")
+}
+
+fn with_plugin(options: Options, program: &Path, arguments: &[&str]) -> Options {
+    let options = options.arg("--plugin").arg(program.to_str().unwrap()).arg("-pplugin");
+    arguments.iter().fold(options, |options, word| options.arg(format!("-p{word}")))
+}
+
+fn c_plugin() -> PathBuf {
+    run::compiled("tests/plugins", "part")
+}
+
+#[track_caller]
+fn ends(mut vm: Vm) {
+    vm.wait_for_line("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    let said = vm.console.text();
+    assert!(!said.contains("FAIL"), "{said}");
+}
+
+#[test]
+fn a_plugin_goes_on_with_its_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let program = c_plugin();
+    for (kind, arguments) in [("small", &[][..]), ("big", &["big"])] {
+        let mut vm = with_plugin(guest(), &program, arguments).start();
+        vm.wait_for_error("began");
+        vm.wait_for_line("pause: n=40 ");
+        for n in 0..5 {
+            let options: &[&str] = if n % 2 == 0 { &[] } else { &["--live"] };
+            snapshot(&mut vm, &at(&format!("{kind}-{n}")), options);
+        }
+        let last = at(&format!("{kind}-last"));
+        snapshot(&mut vm, &last, &["--stop"]);
+        let line = refused(&last, &[]);
+        assert!(line.contains("'plugin0'") && line.contains("'--plugin PATH'"), "{line}");
+        let mut restored = with_plugin(Vm::restore(&last), &program, arguments).start();
+        restored.wait_for_error("went on from");
+        restored.wait_for_line("pause: n=");
+        // A second generation, lazily and eagerly.
+        let next = at(&format!("{kind}-next"));
+        snapshot(&mut restored, &next, &[]);
+        for mode in ["lazy", "eager"] {
+            let again = with_plugin(Vm::restore(&next), &program, arguments);
+            let mut again = again.arg("--memory-mode").arg(mode).start();
+            again.wait_for_error("went on from");
+            ends(again);
+        }
+        ends(restored);
+    }
+}
+
+#[test]
+fn a_snapshot_with_a_plugin_of_the_old_kind_is_for_inspection() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let own = std::env::current_exe().unwrap();
+    let arguments = ["--exact", "plugin_that_knows_no_snapshots", "--nocapture"];
+    let mut vm = with_plugin(guest(), &own, &arguments).start();
+    vm.wait_for_line("pause: n=40 ");
+    snapshot(&mut vm, &at, &[]);
+    assert!(cellblock(&["verify", at.to_str().unwrap()]).status.success());
+    let line = refused(&at, &["--plugin", own.to_str().unwrap()]);
+    assert!(line.contains("for inspection") && line.contains("plugin0"), "{line}");
+    ends(vm);
+    // One without a plugin has no use for one.
+    let mut vm = Vm::with("mode=pause every=20").start();
+    vm.wait_for_line("pause: n=20 ");
+    let plain = dir.path().join("plain");
+    snapshot(&mut vm, &plain, &["--stop"]);
+    let line = refused(&plain, &["--plugin", own.to_str().unwrap()]);
+    assert!(line.contains("without a plugin"), "{line}");
+}
+
+#[test]
+fn a_plugin_that_does_not_answer_fails_the_snapshot_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut vm = with_plugin(guest(), &c_plugin(), &[]).start();
+    vm.wait_for_line("pause: n=40 ");
+    let pid = vm.pid_of("plugin", "plugin0");
+    common::send(pid, Signal::SIGSTOP);
+    let ended = try_snapshot(&vm, &at("none"), &["--timeout", "300ms"]);
+    common::send(pid, Signal::SIGCONT);
+    let line = String::from_utf8(ended.stderr).unwrap();
+    // Its guest may wait for it at that moment.
+    let named = line.contains("plugin plugin0") || line.contains("vcpu 0 waits");
+    assert!(!ended.status.success() && named, "{line}");
+    assert!(!at("none").exists());
+    vm.wait_for_line("pause: n=");
+    snapshot(&mut vm, &at("next"), &[]);
+    vm.wait_for_line("pause: n=");
+    // A dead one is the end of the VM, and leaves no snapshot.
+    common::send(pid, Signal::SIGKILL);
+    let ended = try_snapshot(&vm, &at("dead"), &[]);
+    assert!(!ended.status.success() && !at("dead").exists(), "{ended:?}");
+    assert!(!vm.wait_exit().success());
+    let mut restored = with_plugin(Vm::restore(&at("next")), &c_plugin(), &[]).start();
+    restored.wait_for_error("went on from");
+    ends(restored);
+}

@@ -93,9 +93,10 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     if config.disks.len() > layout::VIRTIO_GSI.len() {
         return Err(VmmError::TooManyDisks(config.disks.len(), layout::VIRTIO_GSI.len()));
     }
-    let ram = GuestRam::new(config.memory)?;
-    let hardware = Hardware::begin(kvm::open()?, config.cpus.into(), &ram)?;
     let Opened { kernel, initrd, disks, mut control, console } = config.open()?;
+    let kvm = kvm::open()?;
+    let ram = GuestRam::new(config.memory)?;
+    let hardware = Hardware::begin(kvm, config.cpus.into(), &ram)?;
     let mut triggers = None;
     let hold = Arc::new(Hold::new(scribe.is_some() && config.snapshot.on_pre_exec));
     if let Some(stream) = scribe {

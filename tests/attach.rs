@@ -158,6 +158,17 @@ fn ranges_and_interrupts_are_there_for_who_attaches_and_devices_keep_theirs() {
     drop(second);
     assert_eq!(other.wait().unwrap(), Event::Paused { user: 2 });
     other.resume().unwrap();
+    // Two that ask before the vCPU looks both get it.
+    let fourth = attach(&vm);
+    vm.pause();
+    third.pause_vcpus(1, 3).unwrap();
+    fourth.pause_vcpus(1, 4).unwrap();
+    vm.resume();
+    for (asks, user) in [(&third, 3), (&fourth, 4)] {
+        let vcpu = asks.vcpu(0).unwrap();
+        assert_eq!(vcpu.wait_timeout(common::LIMIT).unwrap(), Some(Event::Paused { user }));
+        vcpu.resume().unwrap();
+    }
     vm.ask(Request::Stop);
     vm.ends_well();
 }
@@ -400,6 +411,21 @@ fn hinted_registers_need_no_vmm() {
         });
         written.unwrap_or_else(|| panic!("the guest does not have {after}"));
     }
+    // A hint for writes is none for reads: then there is nobody to ask.
+    attached.set_hypercall_hint(Some(&Hint { on_write: true, ..hint })).unwrap();
+    // The access at hand may have been there before.
+    assert!(matches!(vcpu.wait().unwrap(), Event::Access(_)));
+    vcpu.resume().unwrap();
+    assert!(matches!(vcpu.wait().unwrap(), Event::Access(_)));
+    vm.signal(Signal::SIGSTOP);
+    common::poll(common::LIMIT, || (vmm.state() == Some('T')).then_some(())).unwrap();
+    let asks = vcpu.clone();
+    let asking = std::thread::spawn(move || asks.regs());
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!asking.is_finished(), "registers came with what was not hinted at");
+    vm.signal(Signal::SIGCONT);
+    assert_eq!(asking.join().unwrap().unwrap().rdx, 0x510);
+    vcpu.resume().unwrap();
     vm.ask(Request::Stop);
     vm.ends_well();
 }

@@ -5,16 +5,19 @@
 mod attach_support;
 mod common;
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use attach_support::{attach, kernel};
 use cellblock::control::protocol::{Reply, Request};
+use cellblock::snapshot::dirty::Tracker;
 use cellblock::snapshot::format::Chain;
 use cellblock::snapshot::write_logs::WriteLogs;
 use cellblock::vm::kvm::Machine;
 use cellblock::vm::memory::GuestRam;
+use cellblock_devices::protocol::write_log::WriteLog;
 use cellblock_plugin_api as api;
 use cellblock_plugin_api::{Event, MemoryAccess, Space};
 use common::Vm;
@@ -251,6 +254,29 @@ fn the_log_is_on_while_somebody_asks() {
     assert_eq!(logs.read(&machine, one).unwrap()[0], 0b11);
 }
 
+/// A device process cannot say when it has written: what it marked counts until it stands still,
+/// and then for everybody once more.
+#[test]
+fn what_a_device_wrote_is_told_until_it_stands_still() {
+    let ram = GuestRam::new(32 << 20).unwrap();
+    let machine = Machine::new(&ram).unwrap();
+    let logs: &'static WriteLogs = Box::leak(Box::new(WriteLogs::new(ram.len())));
+    let (bytes, fd) = logs.issue().unwrap();
+    let device = WriteLog::map(fd.as_fd(), bytes).unwrap();
+    let asks = logs.join(&machine).unwrap();
+    let read = || logs.read(&machine, asks).unwrap()[0];
+    device.mark(5 * PAGE as u64, 1);
+    assert_eq!((read(), read()), (1 << 5, 1 << 5));
+    device.mark(6 * PAGE as u64, 1);
+    let mut tracker = Tracker::new(logs);
+    tracker.begin(&machine).unwrap();
+    let (round, since) = tracker.cut(&machine).unwrap();
+    assert_eq!((round[0], since[0]), (3 << 5, 3 << 5));
+    assert_eq!((read(), read()), (3 << 5, 0));
+    device.mark(7 * PAGE as u64, 1);
+    assert_eq!((tracker.round(&machine).unwrap()[0], read()), (1 << 7, 1 << 7));
+}
+
 /// Memory that a program adds is the guest's, until the program goes; no snapshot has it, and a
 /// disk's process could not reach it.
 #[test]
@@ -301,6 +327,10 @@ fn what_changed_is_in_the_log_whoever_wrote_it() {
     let mut before = Vec::new();
     for round in 0..6 {
         vm.pause();
+        if round % 2 == 1 {
+            // Everybody stands still for it, and the logs of device processes begin anew.
+            done(snapshot(&vm, &dir.path().join(format!("s{round}")), &[]));
+        }
         let log = asks.memory_log().unwrap();
         let mut now = vec![0; 64 << 20];
         memory.read(0, &mut now).unwrap();
@@ -316,10 +346,6 @@ fn what_changed_is_in_the_log_whoever_wrote_it() {
         assert!(missed.is_empty(), "round {round}: {missed:x?} of {changed:x?}");
         assert!(round == 0 || changed.len() > 2, "round {round}: nothing happened");
         before = now;
-        if round % 2 == 1 {
-            // Everybody stands still for it, and the logs of device processes begin anew.
-            done(snapshot(&vm, &dir.path().join(format!("s{round}")), &[]));
-        }
         vm.resume();
         vm.wait_for_line("pause: n=");
         vm.wait_for_line("pause: n=");

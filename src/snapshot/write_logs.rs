@@ -6,8 +6,8 @@
 //! clearing of it: two that did so at a time would clear what the other has not seen.
 //!
 //! Device processes have a log each, which cannot be emptied while they run: a page is marked
-//! before it is written. Its marks are in what every reader is told, until
-//! [`WriteLogs::at_rest`] clears them.
+//! before it is written. Its marks are in what every reader is told, until all devices stand
+//! still and the marks are cleared.
 //!
 //! | reader | since when |
 //! |---|---|

@@ -10,6 +10,9 @@ GUEST(guest, "out %al, $0x80\n hlt");
 static void of_vcpu(struct crosvm_vcpu *vcpu) {
   uint64_t args[4] = {0};
   ERR(crosvm_vcpu_enable_capability(vcpu, KVM_CAP_SPLIT_IRQCHIP, 0, args), EINVAL);
+  /* KVM would do these. */
+  ERR(crosvm_vcpu_enable_capability(vcpu, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 0, args), EINVAL);
+  ERR(crosvm_vcpu_enable_capability(vcpu, KVM_CAP_HYPERV_ENFORCE_CPUID, 0, args), EINVAL);
   ERR(crosvm_vcpu_enable_capability(vcpu, KVM_CAP_HYPERV_SYNIC, 1, args), EINVAL);
   args[3] = 1;
   ERR(crosvm_vcpu_enable_capability(vcpu, KVM_CAP_HYPERV_SYNIC2, 0, args), EINVAL);

@@ -113,6 +113,33 @@ fn a_vm_comes_from_memory_and_state_too() {
 }
 
 #[test]
+fn a_claim_that_does_not_fit_the_pool_is_refused_and_costs_it_nothing() {
+    let (one, other) = (Snapshot::take(",cow"), Snapshot::with("mode=clone", ",cow", 96));
+    let primed = Machine::Primed { snapshot: one.path(), disks: Vec::new() };
+    let primed = RestorePool::new(base(primed), small()).unwrap();
+    let line = |error| cellblock::remedy::one_line(&error);
+    let text = line(primed.restore_snapshot(other.path()).unwrap_err());
+    assert!(text.contains("is not the one that the pool is primed with"), "{text}");
+    assert!(line(primed.restore(b"", b"").unwrap_err()).contains("no VMs of anything else"));
+    // A copy is the same snapshot wherever it is.
+    let copy = one.path().with_file_name("copy");
+    let copied = std::process::Command::new("cp").arg("-a").arg(one.path()).arg(&copy).status();
+    assert!(copied.unwrap().success());
+    drop(primed.restore_snapshot(&copy).unwrap());
+    let shapes = RestorePool::new(base(Machine::Shape(shape(&one))), small()).unwrap();
+    assert!(line(shapes.claim(&order("")).unwrap_err()).contains("the claim names none"));
+    let text = line(shapes.restore_snapshot(other.path()).unwrap_err());
+    assert!(text.contains("bytes of memory, and the pool's shells have 67108864"), "{text}");
+    let vm = shapes.restore_snapshot(one.path()).unwrap();
+    Console::of(&vm).who();
+    drop(vm);
+    for pool in [primed, shapes] {
+        assert!(pool.drain_all(LIMIT));
+        assert_eq!((pool.stats().in_use, pool.stats().violations), (0, 0));
+    }
+}
+
+#[test]
 fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
     let snapshot = Snapshot::take(",cow");
     let config = PoolConfig { min_size: 0, max_live: 1, release: Release::Reset, ..small() };

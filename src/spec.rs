@@ -33,9 +33,6 @@ pub enum SpecError {
         /// All keys, separated by commas.
         known: String,
     },
-    /// A key of the documented command line that this version does not implement.
-    #[error("key '{0}' is not supported yet by this version")]
-    NotYet(String),
     /// An image and a back end at once.
     #[error("the back end has the image: write vhost-user=SOCKET[,id=NAME] without a path")]
     BackEndHasImage,

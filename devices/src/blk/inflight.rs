@@ -226,6 +226,12 @@ impl Record {
         self.header().version != 0
     }
 
+    /// Whether nothing is marked.
+    #[cfg(any(test, fuzzing))]
+    pub fn is_at_rest(&self) -> bool {
+        (0..self.entries).all(|head| self.mark(head).load(Ordering::Acquire) as u8 == 0)
+    }
+
     /// Reads what was left unfinished of a ring of `ring` entries whose used index is
     /// `used`, and brings the record up to date.
     pub fn recover(&self, ring: u16, used: u16) -> Result<Recovery, InflightError> {

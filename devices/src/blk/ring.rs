@@ -156,6 +156,12 @@ impl<'m> Ring<'m> {
         self.queue.next_avail()
     }
 
+    /// Chains that are left of those that were unfinished.
+    #[cfg(any(test, fuzzing))]
+    pub fn left(&self) -> usize {
+        self.unfinished.len()
+    }
+
     /// Entries, which is also the most chains one batch can have.
     pub fn size(&self) -> u16 {
         self.queue.size()

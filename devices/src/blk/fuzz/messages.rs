@@ -16,6 +16,7 @@ use vhost::vhost_user::VhostUserBackendReqHandlerMut;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 use super::guest::{self, Guest};
+use super::record::Damaged;
 use super::{Input, Outcome, check_image, image, ram, start};
 use crate::blk::{Blk, prepare};
 use crate::protocol::counters::{CountersPage, new_counters};
@@ -44,6 +45,8 @@ mod code {
     pub const GET_PROTOCOL_FEATURES: u32 = 15;
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
 }
 
 /// Runs one program.
@@ -118,7 +121,11 @@ struct Files {
     blocking: EventFd,
     pipe: (OwnedFd, OwnedFd),
     ordinary: File,
+    record: Damaged,
 }
+
+/// Its number among them.
+const RECORD: u8 = 7;
 
 impl Files {
     fn new() -> Files {
@@ -131,6 +138,7 @@ impl Files {
             blocking: event(EfdFlags::empty()),
             pipe: nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).expect("pipe"),
             ordinary: File::open("/proc/self/status").expect("file"),
+            record: Damaged::new(QUEUES),
         }
     }
 
@@ -143,7 +151,7 @@ impl Files {
             4 => self.pipe.0.as_raw_fd(),
             5 => self.pipe.1.as_raw_fd(),
             6 => self.ordinary.as_raw_fd(),
-            _ => 0, // whatever standard input is
+            _ => self.record.file.as_raw_fd(),
         }
     }
 }
@@ -165,10 +173,15 @@ impl FrontEnd {
                     let _ = self.guest.step(step, input);
                     true
                 }
-                7 | 8 => self.agree(input),
+                7 => self.agree(input),
+                8 => self.record(input),
                 9 => self.memory(),
                 10 => self.ring(input),
-                11 | 12 => self.message(input),
+                11 => self.message(input),
+                12 => {
+                    let _ = self.files.record.damage(input);
+                    true
+                }
                 13 => {
                     let _ = self.files.event.write(1);
                     true
@@ -284,6 +297,26 @@ impl FrontEnd {
             && self.send(code::SET_VRING_ERR, NEED_REPLY, &fd, &[3])
             && self.send(code::SET_VRING_KICK, NEED_REPLY, &fd, &[2])
             && self.send(code::SET_VRING_ENABLE, NEED_REPLY, &state(1), &[])
+    }
+
+    /// Asks for a record, or gives one that may be damaged, in a shape that may be another.
+    fn record(&mut self, input: &mut Input<'_>) -> bool {
+        let (Some(how), Some(other)) = (input.u8(), input.u8()) else { return true };
+        let mut shape = self.files.record.shape();
+        match how & 7 {
+            1 => shape.num_queues = other.into(),
+            2 => shape.queue_size = u16::from(other) * 2,
+            3 => shape.mmap_size = u64::from(other) << 8,
+            4 => shape.mmap_offset = other.into(),
+            _ => {}
+        }
+        let mut body = [shape.mmap_size, shape.mmap_offset].map(u64::to_ne_bytes).concat();
+        body.extend([shape.num_queues, shape.queue_size, 0, 0].map(u16::to_ne_bytes).concat());
+        if how & 8 != 0 {
+            return self.send(code::GET_INFLIGHT_FD, 0, &body, &[]);
+        }
+        let file = if how & 0x70 == 0 { other % 8 } else { RECORD };
+        self.send(code::SET_INFLIGHT_FD, NEED_REPLY, &body, &[file])
     }
 
     /// Gives the queues' threads a moment to use all that is available.

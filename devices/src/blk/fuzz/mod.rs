@@ -6,6 +6,7 @@
 
 mod guest;
 mod messages;
+mod record;
 mod requests;
 
 pub use messages::messages;

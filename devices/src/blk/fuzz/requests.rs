@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::guest::{self, Guest};
+use super::record::Damaged;
 use super::{IMAGE, Input, Outcome, check_image, image, ram, start};
 use crate::blk::config::SECTOR;
 use crate::blk::execute::{Disk, Executor};
@@ -22,16 +23,18 @@ const MAX_CHAINS: u32 = 2048;
 
 /// What a corpus has to reach.
 #[cfg(test)]
-pub const NAMES: [&str; 13] = [
+pub const NAMES: [&str; 15] = [
     "bad head",
     "bad index",
     "bad layout",
+    "bad record",
     "clear",
     "failed",
     "flush",
     "get-id",
     "ioerr",
     "read",
+    "recovered",
     "request",
     "unanswerable",
     "unsupported",
@@ -44,6 +47,7 @@ struct Bench {
     disks: [Disk; 2],
     /// A file that ends in the middle of the disk it is to be.
     short: Disk,
+    record: Damaged,
 }
 
 thread_local! {
@@ -59,7 +63,8 @@ impl Bench {
         };
         let short = disk(false);
         short.file.set_len(IMAGE / 2).expect("cut");
-        Bench { guest: Guest::new(&ram()), disks: [disk(false), disk(true)], short }
+        let (guest, record) = (Guest::new(&ram()), Damaged::new(1));
+        Bench { guest, disks: [disk(false), disk(true)], short, record }
     }
 }
 
@@ -111,14 +116,28 @@ fn run(bench: &mut Bench, input: &mut Input<'_>, outcome: &mut Outcome) -> Optio
         layout.avail = anywhere()?;
         layout.used = anywhere()?;
     }
+    let record = (shape & 0x80 != 0).then(|| bench.record.map());
+    if let Some(records) = &record {
+        records.clear();
+        bench.record.damage(input)?;
+        layout.record = records.queue(0);
+    }
     let guest = &mut bench.guest;
     guest.restart(layout.size, layout.avail.0, layout.next_avail);
     let memory = guest.memory().clone();
     let view = View::new(&memory).expect("regions");
-    let Ok(mut ring) = Ring::new(&view, &layout) else {
-        *outcome.entry("bad layout").or_default() += 1;
-        return None;
+    let mut ring = match Ring::new(&view, &layout) {
+        Ok(ring) => ring,
+        Err(error) => {
+            let record = matches!(error, RingError::Record(_));
+            *outcome.entry(if record { "bad record" } else { "bad layout" }).or_default() += 1;
+            return None;
+        }
     };
+    let recovered = ring.left();
+    if recovered > 0 {
+        *outcome.entry("recovered").or_default() += recovered as u64;
+    }
     let mut device = Device {
         view: &view,
         layout,
@@ -170,10 +189,15 @@ impl<'m> Device<'_, 'm> {
                 if self.left == 0 {
                     return Ok(());
                 }
-                let before = ring.next_avail();
+                let (before, unfinished) = (ring.next_avail(), ring.left());
                 let Some(chain) = ring.pop()? else { break };
                 self.left -= 1;
-                assert_eq!(ring.next_avail(), before.wrapping_add(1), "one chain at a time");
+                let (new, old) = match unfinished {
+                    0 => (1, 0),
+                    some => (0, some - 1),
+                };
+                assert_eq!(ring.next_avail(), before.wrapping_add(new), "one chain at a time");
+                assert_eq!(ring.left(), old, "one chain at a time");
                 let head = chain.head_index();
                 let len = match self.parser.parse(chain) {
                     Ok(request) => answer(&mut self.engine, self.disk, &request, self.outcome),
@@ -190,6 +214,9 @@ impl<'m> Device<'_, 'm> {
             ring.wants_interrupt()?;
             if !ring.request_kicks()? {
                 assert!(!ring.has_work()?, "a chain is left behind");
+                if let Some(record) = &self.layout.record {
+                    assert!(record.is_at_rest(), "a mark is left behind");
+                }
                 return Ok(());
             }
         }
@@ -223,6 +250,7 @@ impl<'m> Device<'_, 'm> {
             self.count("bad index");
         } else {
             let slot = ring.next_avail().wrapping_sub(1) % self.layout.size;
+            assert_eq!(ring.left(), 0, "a chain that was left unfinished is in the ring");
             let head = self.load(self.layout.avail.0 + 4 + 2 * u64::from(slot));
             assert!(head >= self.layout.size, "head {head} is good: {error:?}");
             self.count("bad head");

@@ -69,11 +69,13 @@ impl Serial {
             last.access = now;
         }
         let watching = busy || now - last.access < self.poll;
-        if !watching || self.line_ended || self.end - self.handed >= 1024 {
+        // A line at a time, or what there is of one, for a prompt ends with none.
+        let is_due = now - last.look >= GLANCE;
+        if !watching || is_due || self.line_ended || self.end - self.handed >= 1024 {
             self.hand_over();
             self.report_markers(cell)?;
         }
-        if watching && now - last.look < GLANCE {
+        if watching && !is_due {
             std::hint::spin_loop();
             return Ok(());
         }

@@ -53,6 +53,7 @@ impl Driver {
     /// Has the guest write a byte to each of these pages.
     fn write(&mut self, pages: &[u64]) {
         if self.stands {
+            self.vm.reserve_range(Space::Port, PORT, 4).unwrap();
             self.vcpu.resume().unwrap();
         }
         for page in pages {
@@ -65,6 +66,8 @@ impl Driver {
         self.answer(-1);
         assert_eq!(self.vcpu.wait().unwrap(), Event::Paused { user: 1 });
         self.stands = true;
+        // Who has part of the machine is part of a snapshot, which could not be restored then.
+        self.vm.reserve_range(Space::Port, PORT, 0).unwrap();
     }
 
     fn asked(&self) {

@@ -79,7 +79,8 @@ impl Tap {
         let seat = session.seat(self.id);
         seat.post(&mut seat.line(), facts);
         self.held = Some(Held { session, what });
-        self.hub.set_open(self.id, true);
+        // A vCPU that was stopped on request is between two instructions: nothing of it is open.
+        self.hub.set_open(self.id, what != What::Paused);
     }
 
     /// Waits for the answer to the event that is held, and does what the plugin wants done.

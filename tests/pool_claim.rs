@@ -162,5 +162,7 @@ fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
     }
     assert!(pool.drain_all(LIMIT));
     let stats = pool.stats();
-    assert_eq!((stats.made, stats.resets, stats.reset_failures, stats.violations), (1, 3, 0, 0));
+    assert_eq!((stats.made, stats.reset_failures, stats.violations), (1, 0, 0));
+    // The last one given back may have been reset before the pool was drained.
+    assert!((3..=4).contains(&stats.resets), "{}", stats.resets);
 }

@@ -129,24 +129,3 @@ fn an_interrupt_leaves_nothing() {
     vm.wait_for("pause: ok");
     vm.ends_well();
 }
-
-/// A device process that dies is named, and there is no snapshot.
-#[test]
-fn a_dead_device_process_fails_the_snapshot_by_name() {
-    let dir = tempfile::tempdir().unwrap();
-    let at = dir.path().join("s");
-    let mut vm = Vm::with("mode=spin").disk(4).start();
-    vm.wait_for("spin");
-    let pid = vm.pid_of("serial", "com1");
-    common::send(pid, Signal::SIGKILL);
-    poll(LIMIT, || vm.stderr.text().contains("died").then_some(())).expect("its death is reported");
-    let ended = Command::new(env!("CARGO_BIN_EXE_cellblock"))
-        .arg("snapshot")
-        .arg(vm.path("control"))
-        .arg(&at)
-        .output()
-        .unwrap();
-    let text = String::from_utf8(ended.stderr).unwrap();
-    assert!(ended.status.code() == Some(1) && text.contains("serial com1"), "{text}");
-    assert!(!at.exists() && fs::read_dir(dir.path()).unwrap().next().is_none());
-}

@@ -1,7 +1,7 @@
 //! Keeps shells ready and hands them out: who waits, who makes, who destroys.
 //!
 //! It knows nothing of VMs: a [`Factory`] makes, resets and destroys whatever a shell is. All
-//! that is decided is decided under one lock, in [`State::settle`], after every change:
+//! that is decided is decided under one lock, in `State::settle`, after every change:
 //!
 //! * an idle shell goes to whoever has waited longest, as long as fewer than `max_live` are live;
 //! * a shell is made where somebody waits for one, and else up to `min_size` idle ones;

@@ -3,7 +3,7 @@
 //! It is a VMM like any other, with its spawner, its jails and its filters, and comes as far as
 //! it can before anybody wants it. A **primed** one has a snapshot loaded, with the memory that
 //! it needs first: a claim sets the clock, tells the guest who it is, and lets it run. One of a
-//! **shape** has processes, memory and vCPUs, and gets the state at the claim ([`empty`]).
+//! **shape** has processes, memory and vCPUs, and gets the state at the claim (`empty`).
 //!
 //! While it waits its main loop runs, as for a VM whose vCPUs are still to be started: a device
 //! process that dies is replaced, and the end of the pool is the end of the shell.

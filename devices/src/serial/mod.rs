@@ -13,7 +13,7 @@
 //! the oldest bytes are dropped and counted. What the user types waits until the
 //! guest takes it.
 //!
-//! All of that is kept in a [`journal`] that outlives the process: its successor goes on
+//! All of that is kept in a `journal` that outlives the process: its successor goes on
 //! with the first access that was not carried out. Output and input cross the border of the
 //! process through a pipe each, which outlives it too; a client of a socket is handed to the
 //! VMM, for the successor.

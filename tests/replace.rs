@@ -155,6 +155,23 @@ fn a_process_that_dies_too_often_fails_its_device_with_errors() {
     vm.ends_well();
 }
 
+/// No successor can use the image: the guest is told so, and does not wait for ever.
+#[test]
+fn a_disk_whose_image_was_cut_short_gives_errors_after_a_death() {
+    let mut vm = Vm::with("mode=storm n=20000000 qd=8 mib=1 errors").disk(1).start();
+    vm.wait_for("storm: begins");
+    let events = vm.events();
+    let image = fs::File::options().write(true).open(vm.path("disk0")).unwrap();
+    image.set_len(4096).unwrap();
+    send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceFailed { .. }));
+    let errors = |vm: &mut Vm| vm.stats().disks[0].errors;
+    let before = errors(&mut vm);
+    assert!(poll(LIMIT, || (errors(&mut vm) > before + 1000).then_some(())).is_some());
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
 /// The driver sets the disk up again and again, and each time its process dies somewhere
 /// else on the way.
 #[test]

@@ -31,6 +31,9 @@ pub unsafe extern "C" fn crosvm_vcpu_wait(v: *mut CrosvmVcpu, out: *mut VcpuEven
 }
 
 /// None for events that the C interface does not have: the vCPU goes on.
+///
+/// # Safety
+/// No other thread is in a call for `v`: what the last event left in its cells is replaced.
 unsafe fn event(v: &CrosvmVcpu, event: Event) -> crate::guard::Result<Option<VcpuEvent>> {
     *v.in_call.get() = false;
     let mut payload = Payload { reserved: [0; 8] };

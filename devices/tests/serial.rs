@@ -91,11 +91,14 @@ impl Vm {
 
     /// Reads `count` bytes as a polling guest does.
     fn type_in(&self, count: usize) -> Vec<u8> {
-        let end = Instant::now() + SOON;
+        let mut end = Instant::now() + SOON;
         let mut bytes = Vec::new();
         while bytes.len() < count && Instant::now() < end {
             if self.inb(LSR) & 1 != 0 {
                 bytes.push(self.inb(DATA));
+                end = Instant::now() + SOON;
+            } else {
+                thread::yield_now();
             }
         }
         bytes

@@ -187,6 +187,7 @@ fn a_restored_vm_has_its_own_limit_of_deaths() {
     vm.snapshot(&at, &["--disks", "copy"]);
     let restored = Vm::restore(&at).arg("--disk").arg(format!("id=disk0,path={}", image.display()));
     let mut restored = restored.arg("--max-deaths").arg("1").start();
+    restored.wait_for_line("pause: n=");
     let events = restored.events();
     common::send(restored.pid_of("blk", "disk0"), Signal::SIGKILL);
     let failed =

@@ -55,6 +55,9 @@ pub(super) struct Restore {
     /// this snapshot
     #[arg(long)]
     track: bool,
+    /// A device fails when its process dies so often within 10 s, as for 'run' [default: 5]
+    #[arg(long, value_name = "N", value_parser = config::max_deaths, allow_hyphen_values = true)]
+    max_deaths: Option<u16>,
     /// Run the device processes without jails: for debugging only
     #[arg(long)]
     disable_sandbox: bool,
@@ -85,6 +88,7 @@ impl Restore {
             },
             track: self.track,
             shell: None,
+            max_deaths: self.max_deaths.unwrap_or(config::DEFAULT_MAX_DEATHS),
             sandbox: !self.disable_sandbox,
             seccomp: self.seccomp.unwrap_or_default(),
             log,

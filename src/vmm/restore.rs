@@ -61,6 +61,8 @@ pub struct RestoreConfig {
     pub track: bool,
     /// It is a pool's and waits for its claim: its `cow` disks have this serial number.
     pub shell: Option<String>,
+    /// A device fails when its process dies so often within 10 s.
+    pub max_deaths: u16,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -228,7 +230,7 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         console,
         hardware,
         ram,
-        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        max_deaths: config.max_deaths,
         hold: Arc::new(Hold::new(false)),
         guests,
         plugin_socket: config.plugin_socket.map(|spec| spec.path),

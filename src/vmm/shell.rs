@@ -167,6 +167,7 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 shell: Some(serial),
                 plugin_socket: None,
                 plugin: None,
+                max_deaths: crate::config::DEFAULT_MAX_DEATHS,
                 sandbox: order.sandbox,
                 seccomp: order.seccomp,
                 log: order.log,

@@ -104,6 +104,8 @@ pub(super) struct Watched {
     /// Successors that took over.
     pub(super) restarts: u64,
     failed: bool,
+    /// The process there is goes by our will, for one that is made otherwise.
+    exchanged: bool,
     /// Number of the connection there is.
     pub(super) link: u64,
     died: Instant,
@@ -147,6 +149,7 @@ impl Supervisor {
             deaths: VecDeque::new(),
             restarts: 0,
             failed: false,
+            exchanged: false,
             link: 0,
             died: Instant::now(),
         });
@@ -166,6 +169,11 @@ impl Supervisor {
         !matches!(self.watched[w].phase, Phase::Resting(_))
     }
 
+    /// Whether the process of this device is to go, and that is no news.
+    pub(super) fn exchanges(&self, id: &str) -> bool {
+        self.find(id).is_some_and(|n| self.watched[n].exchanged)
+    }
+
     /// Whether a process that is gone gets a successor that does what this one did.
     pub(super) fn replaces(&self, id: &str) -> bool {
         self.find(id).is_some_and(|n| !self.watched[n].failed)
@@ -173,6 +181,16 @@ impl Supervisor {
 }
 
 impl Watched {
+    /// The process is to be ended, which is no death that counts.
+    pub(super) fn exchange(&mut self) {
+        self.exchanged = true;
+    }
+
+    /// Whether that process is still there.
+    pub(super) fn is_exchanged(&self) -> bool {
+        self.exchanged
+    }
+
     /// Counts a death; true when it is one too many.
     fn died(&mut self, now: Instant, most: usize) -> bool {
         self.died = now;
@@ -250,6 +268,10 @@ impl Vm {
     fn bury(&mut self, epoll: &Epoll, w: usize) {
         let (now, most) = (Instant::now(), self.supervisor.most_deaths);
         let watched = &mut self.supervisor.watched[w];
+        if std::mem::take(&mut watched.exchanged) {
+            watched.died = now;
+            return self.start_successor(epoll, w);
+        }
         let too_often = watched.died(now, most);
         if watched.failed {
             watched.phase = Phase::Resting(now + REST);

@@ -260,6 +260,7 @@ impl<F: Factory> Engine<F> {
             state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.warm = 0;
+        inner.settle(&mut state); // nobody waits for these any more
         state.books.idle
     }
 

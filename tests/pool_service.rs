@@ -233,11 +233,17 @@ fn a_disk_can_be_another_one() {
 fn a_shell_that_waits_sleeps() {
     let snapshot = Snapshot::take(",cow");
     let service = Service::start(&snapshot, &["--min", "1", "--max", "1"]);
+    // The first one was waited for, the second is made in the background.
+    let mut client = service.client();
+    claim(&mut client, "end").unwrap();
+    drop(client);
+    service.eventually("a shell", |stats| (stats.idle, stats.alive, stats.making) == (1, 1, 0));
     let threads = |process: &Identity| {
         let pid = process.pid;
         proc::threads(pid).into_iter().map(move |thread| (pid, thread))
     };
     let family = service.family();
+    assert_eq!(family.len(), 5, "{family:?}");
     let all = family.iter().filter(|process| process.pid != service.child.id() as i32);
     let (pagers, others): (Vec<_>, Vec<_>) = all
         .flat_map(threads)

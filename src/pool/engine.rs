@@ -301,13 +301,16 @@ impl<F: Factory> Engine<F> {
         }
     }
 
-    /// A claim took so long, in all.
+    /// A claim has been carried out, and took so long in all.
     pub fn note_duration(&self, took: Duration) {
         let mut state = self.inner.lock();
         if state.durations.len() == REMEMBERED {
             state.durations.pop_front();
         }
         state.durations.push_back(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        if state.lacks_shells(&self.inner.options.limits) {
+            self.inner.making.notify_one();
+        }
     }
 }
 
@@ -326,11 +329,21 @@ impl<F: Factory> Inner<F> {
 
     /// Does all that can be done at once, and wakes who has to do the rest.
     fn settle(&self, state: &mut State<F>) {
+        self.settle_with(state, true);
+    }
+
+    /// The same for a claim: where that has its shell, makers are woken by its end, when it has
+    /// been carried out or is given back.
+    fn settle_claim(&self, state: &mut State<F>) {
+        self.settle_with(state, false);
+    }
+
+    fn settle_with(&self, state: &mut State<F>, makers: bool) {
         state.settle(&self.factory, &self.options.limits);
         let hurry = state.warm > 0 || state.books.servable(&self.options.limits) > 0;
         self.hurry.store(hurry, Ordering::Relaxed);
         // Where the refill waits, a maker has to know until when.
-        if state.lacks_shells(&self.options.limits) {
+        if (makers || state.books.waiting > 0) && state.lacks_shells(&self.options.limits) {
             self.making.notify_one();
         }
         if !state.ending.is_empty() {

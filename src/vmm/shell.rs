@@ -186,6 +186,7 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
             await_record(&vm)?;
             // What was on its way in the snapshot is done before anybody waits for it.
             vm.nudge();
+            vm.begin_to_enter()?;
             (vm, Waiting::Primed)
         }
     };
@@ -207,6 +208,18 @@ fn await_record(vm: &Vm) -> Result<(), ShellError> {
 }
 
 impl Vm {
+    /// Has KVM do all that comes before a machine's first instruction, of which making a thread
+    /// is the longest.
+    fn begin_to_enter(&self) -> Result<(), ShellError> {
+        let done = self.vcpus.with_each(|_, vcpu| {
+            vcpu.set_kvm_immediate_exit(1);
+            // Interrupted before it has begun.
+            let _ = vcpu.run();
+            vcpu.set_kvm_immediate_exit(0);
+        });
+        done.map(drop).map_err(|error| ShellError::Empty(error.into()))
+    }
+
     /// Does what the pool asks for. Its end is ours.
     pub(super) fn pool_request(&mut self, epoll: &Epoll) -> Flow {
         let Some(shell) = &mut self.shell else { return ON };

@@ -93,7 +93,7 @@ impl<F: Factory> Engine<F> {
                 true => state.waiting.push_front(waiter),
                 false => state.waiting.push_back(waiter),
             }
-            inner.settle(&mut state);
+            inner.settle_claim(&mut state);
             state.waiting.iter_mut().for_each(|waiter| waiter.fresh = false);
             (ticket, answer)
         };

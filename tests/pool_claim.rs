@@ -6,7 +6,7 @@ mod pool_support;
 
 use std::time::{Duration, Instant};
 
-use cellblock::control::protocol::{Reply, Request, State};
+use cellblock::control::protocol::{Limits, Reply, Request, State};
 use cellblock::pool::{BaseConfig, ClaimOrder, Machine, PoolConfig, Release, RestorePool, parts};
 use pool_support::{Console, LIMIT, Snapshot, base, shape};
 
@@ -234,6 +234,17 @@ fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
         seen.push((vm.pid(), who.random));
         // It checks that memory and disk are as in the snapshot first.
         console.wait_for("clone: wrote");
+        let Reply::Stats(stats) = vm.control().unwrap().ask(Request::Stats).unwrap().0 else {
+            panic!("no stats")
+        };
+        assert_eq!(stats.disks[0].throttle, Limits::default(), "what another asked for");
+        let (bw, bw_burst, iops_burst) = (None, None, None);
+        let limit =
+            Request::Throttle { id: "disk0".into(), bw, bw_burst, iops: Some(1), iops_burst };
+        let Reply::Throttle { limits, .. } = vm.control().unwrap().ask(limit).unwrap().0 else {
+            panic!("no limits")
+        };
+        assert_eq!(limits.iops, Some(1));
         drop((console, vm));
     }
     assert!(pool.drain_all(LIMIT));

@@ -316,6 +316,9 @@ impl Vm {
         if let Reply::Error { message, .. } = self.reset() {
             return fail(message);
         }
+        if let Err(why) = self.forget_limits() {
+            return fail(why);
+        }
         // What it was asked for by somebody else is nobody's any more.
         if let Some(control) = &mut self.control {
             control.part();
@@ -343,6 +346,25 @@ impl Vm {
                     Some(other) => self.cell_message(n, other),
                     None => return Err(silent(self)),
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives disks back the limits that they had in the snapshot.
+    fn forget_limits(&mut self) -> Result<(), String> {
+        let Some(origin) = &self.origin else { return Ok(()) };
+        for device in &origin.state.device_states {
+            let Some(saved) = device.as_disk().map_err(|error| chain(&error))? else { continue };
+            let limits = saved.record.throttle;
+            let disk = self.disks.iter_mut().find(|disk| disk.id == device.id);
+            let Some(disk) = disk.filter(|disk| disk.throttle != limits) else { continue };
+            // One that takes its place is told at its start.
+            disk.throttle = limits;
+            let cell = self.cells.iter().find(|cell| cell.id() == device.id);
+            let told = cell.map(|cell| cell.channel().try_send(&ToCell::Throttle(limits), &[]));
+            if let Some(Ok(false)) = told {
+                return Err(format!("the process of {} does not listen", device.id));
             }
         }
         Ok(())

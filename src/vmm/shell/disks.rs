@@ -32,6 +32,8 @@ pub enum DisksError {
     None(String),
     #[error("disk '{0}' is of another size or kind than that of the machine")]
     Other(String),
+    #[error("the process of disk '{0}' is being replaced")]
+    Busy(String),
     #[error("the image of disk '{0}' did not come along")]
     Files(String),
     #[error("disk '{0}'")]
@@ -126,7 +128,7 @@ impl Vm {
         match pid {
             Some(pid) => self.spawner.kill(pid).map_err(|error| DisksError::End(id, error)),
             // It is being made again at this moment, of the old image: another shell will do.
-            None => Err(DisksError::Other(id)),
+            None => Err(DisksError::Busy(id)),
         }
     }
 }

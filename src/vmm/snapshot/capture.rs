@@ -38,6 +38,8 @@ pub(super) enum CaptureError {
     Copy(#[source] io::Error),
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    #[error("it does not come any more")]
+    Broken,
     #[error("reading what has not come yet")]
     Chain(#[from] crate::snapshot::format::FormatError),
     #[error(transparent)]
@@ -175,23 +177,52 @@ pub(super) fn shared(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
     ram.fd().try_clone_to_owned().map_err(CaptureError::Copy)
 }
 
+/// Room for a copy of guest memory.
+pub(super) fn room(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
+    Ok(sealed_memfd("snapshot-memory", ram.len())?)
+}
+
 /// A copy of guest memory: of what has pages, so that a guest costs what it uses.
 pub(super) fn copy(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
-    let copy = sealed_memfd("snapshot-memory", ram.len())?;
-    let end = ram.len() as i64;
-    let mut at = 0;
-    while at < end {
-        let start = match lseek(ram.fd(), at, Whence::SeekData) {
-            Ok(start) => start,
-            Err(Errno::ENXIO) => break, // nothing but holes
-            Err(error) => return Err(CaptureError::Copy(error.into())),
-        };
-        let hole = lseek(ram.fd(), start, Whence::SeekHole);
-        let stop = hole.map_err(|e| CaptureError::Copy(e.into()))?;
-        copy_range(ram.fd(), &copy, start, stop).map_err(CaptureError::Copy)?;
-        at = stop;
-    }
+    let copy = room(ram)?;
+    let mut whole = Whole::default();
+    while whole.copy(ram, &copy, u64::MAX)? > 0 {}
     Ok(copy)
+}
+
+/// How far a copy of all of memory is.
+#[derive(Default)]
+pub(super) struct Whole {
+    at: i64,
+    /// Where the pages end that begin before it.
+    stop: i64,
+}
+
+impl Whole {
+    /// Copies up to `most` bytes; how many those are, and 0 at the end.
+    pub(super) fn copy(
+        &mut self,
+        ram: &GuestRam,
+        to: &OwnedFd,
+        most: u64,
+    ) -> Result<u64, CaptureError> {
+        let failed = |errno: Errno| CaptureError::Copy(errno.into());
+        if self.at == self.stop {
+            if self.at >= ram.len() as i64 {
+                return Ok(0);
+            }
+            self.at = match lseek(ram.fd(), self.at, Whence::SeekData) {
+                Ok(start) => start,
+                Err(Errno::ENXIO) => return Ok(0), // nothing but holes
+                Err(errno) => return Err(failed(errno)),
+            };
+            self.stop = lseek(ram.fd(), self.at, Whence::SeekHole).map_err(failed)?;
+        }
+        let len = most.min((self.stop - self.at) as u64) as i64;
+        copy_range(ram.fd(), to, self.at, self.at + len).map_err(CaptureError::Copy)?;
+        self.at += len;
+        Ok(len as u64)
+    }
 }
 
 #[allow(unsafe_code)] // sendfile, from page cache to page cache

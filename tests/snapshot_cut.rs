@@ -179,12 +179,9 @@ fn a_live_copy_lets_others_have_their_answers_first() {
     let refused = line(&mut snapshots);
     assert!(refused.contains("another snapshot of the VM is being taken"), "{refused}");
     line(&mut pauses);
-    let told =
-        |kind: &EventKind| matches!(kind, EventKind::Pause { .. } | EventKind::Snapshot { .. });
-    let first = vm.wait_for_event(&events, told).kind;
-    assert!(matches!(first, EventKind::Pause { .. }), "{first:?}");
-    let then = vm.wait_for_event(&events, told).kind;
-    assert!(matches!(then, EventKind::Snapshot { .. }), "{then:?}");
+    let paused = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Pause { .. }));
+    let cut = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Snapshot { .. }));
+    assert!(paused.seq < cut.seq, "{paused:?} after {cut:?}");
     let report = line(&mut copies);
     assert!(report.contains(r#""reply":"snapshot""#), "{report}");
     // It was paused when the cut was made, and stays so.

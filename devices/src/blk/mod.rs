@@ -364,6 +364,7 @@ impl Blk {
                 self.backend().wake();
                 return Ok(true);
             }
+            ToCell::Part => return Ok(true), // not for a disk
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
             ToCell::Quiesce { epoch } => self.quiesced(epoch),

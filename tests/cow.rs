@@ -121,9 +121,7 @@ fn a_live_snapshot_has_all_of_a_disk_that_is_written_to() {
         let said = vm.snapshot(&at, &["--live", "--json"]);
         assert!(said.contains(r#""cow":true"#), "{said}");
         // It goes on from there, and reads back in the end what it wrote before and after.
-        let image = vm.path("disk0");
-        let other = format!("id=disk0,path={}", image.display());
-        let mut restored = Vm::restore(&at).arg("--disk").arg(other).start();
+        let mut restored = Vm::restore(&at).start();
         for vm in [&mut vm, &mut restored] {
             vm.wait_for("storm: ok");
         }

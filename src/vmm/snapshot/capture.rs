@@ -8,7 +8,6 @@ use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::CellState;
 use cellblock_wire::{CodecError, ShmError, sealed_memfd};
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::{DiskFacts, Vm};
@@ -129,24 +128,6 @@ impl Vm {
 fn written(disk: &DiskFacts) -> Option<Vec<Extent>> {
     let (overlay, _) = disk.image.as_ref()?.overlay.as_ref()?;
     Some(overlay.extents())
-}
-
-/// Copies of what the guest has written to each `cow` disk, in the order of the disks.
-pub(super) fn overlays(disks: &[DiskFacts]) -> Result<Vec<OwnedFd>, CaptureError> {
-    let mut copies = Vec::new();
-    for disk in disks {
-        let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
-        else {
-            continue;
-        };
-        let flags = MFdFlags::MFD_CLOEXEC;
-        let file =
-            memfd_create(c"snapshot-disk", flags).map_err(|e| CaptureError::Copy(e.into()))?;
-        let file = File::from(file);
-        overlay.save(&file)?;
-        copies.push(file.into());
-    }
-    Ok(copies)
 }
 
 /// What a disk is made of, with the image's fingerprint as of now.

@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::Vm;
 use super::capture::{self, CaptureError};
+use super::layers::Layer;
 use crate::snapshot::dirty;
 use crate::snapshot::format::{CHUNK, PAGE, table};
 use crate::snapshot::pager::Pager;
@@ -26,6 +27,8 @@ pub(super) struct Copy {
     pub(super) rounds: u32,
     /// What is not there yet, by chunk, when its copy began.
     pub(super) absent: Vec<bool>,
+    /// The same of what is written to `cow` disks.
+    pub(super) layers: Vec<Layer>,
 }
 
 /// The set of chunks that have not come yet; whatever is in it is as in the snapshot.
@@ -57,7 +60,8 @@ impl Vm {
             return Ok((capture::shared(&self.ram)?, 0, since));
         }
         let absent = absent(self.pager.as_ref(), since.len())?;
-        let copy = Copy { memory: capture::copy(&self.ram)?, rounds: 0, absent };
+        let memory = capture::copy(&self.ram)?;
+        let copy = Copy { memory, rounds: 0, absent, layers: Vec::new() };
         let mut next = 0;
         while let Some(index) = copy.next_absent(next) {
             copy.fill_absent(index, self.pager.as_ref())?;

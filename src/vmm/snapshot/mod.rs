@@ -9,12 +9,14 @@
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
 //! | `live`, `rounds` | copies guest memory, in the cut or in rounds before it |
+//! | `layers` | copies what the guest has written to `cow` disks |
 //! | `plugins` | brings plugins to rest, and lets them go on |
 //! | `load` | brings a machine to where a state is |
 //! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
 mod capture;
 mod devices;
+mod layers;
 mod live;
 mod load;
 mod plugins;
@@ -217,7 +219,7 @@ impl Vm {
     fn make_cut(
         &mut self,
         wanted: &Wanted,
-        live: Option<live::Copy>,
+        mut live: Option<live::Copy>,
         frozen: &mut Frozen,
     ) -> Result<Cut, CutError> {
         let mut clock = Stopwatch::new();
@@ -235,12 +237,13 @@ impl Vm {
         let state = self.or_give_up("the VMM", state)?;
         let capture_us = clock.lap();
         let base = self.snapshots.tracker.base();
+        let layers = live.as_mut().map(|live| std::mem::take(&mut live.layers)).unwrap_or_default();
         let memory = self.copy_still(live, wanted.hold);
         let (memory, last_pages, since) = self.or_give_up("guest memory", memory)?;
         self.snapshots.unkept = base.map(|_| since.clone());
         let pages = base.map(|_| live::pages_file(&since)).transpose();
         let pages = self.or_give_up("guest memory", pages)?;
-        let overlays = capture::overlays(&self.disks);
+        let overlays = self.finish_layers(layers);
         let overlays = self.or_give_up("the cow disks", overlays)?;
         let memory_us = clock.lap();
         let bytes = state.len() as u64;

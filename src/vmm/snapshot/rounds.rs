@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::super::event_loop::Vm;
 use super::capture::{self, CaptureError, Whole};
+use super::layers::At;
 use super::live::{Copy, absent};
 use super::{ROUNDS_LIMIT, Wanted, micros};
 use crate::control::server::Token;
@@ -18,6 +19,8 @@ const ENOUGH: u64 = 256;
 const MOST_ROUNDS: u32 = 8;
 /// What is copied in a turn, or a little more: some milliseconds.
 const TURN: u64 = 4 << 20;
+/// What a look at a part of a disk counts for where nothing is to be copied.
+const LOOK: u64 = 256;
 
 /// A live snapshot that is under way.
 pub(super) struct Live {
@@ -27,7 +30,8 @@ pub(super) struct Live {
     begun: Instant,
     copy: Copy,
     work: Work,
-    /// Pages of the last round.
+    /// Pages of this round, and of the one before.
+    pages: u64,
     before: u64,
 }
 
@@ -37,8 +41,10 @@ enum Work {
     All(Whole),
     /// Then what has not come, from this chunk on.
     Absent(usize),
-    /// What was written meanwhile, from this chunk on.
+    /// Of the others: what was written meanwhile, from this chunk on.
     Written(Vec<u64>, usize),
+    /// Of each, last: what was written to `cow` disks.
+    Layers(At),
 }
 
 impl Live {
@@ -65,10 +71,10 @@ impl Live {
                         self.copy.fill_absent(index, vm.pager.as_ref())?;
                         CHUNK as u64
                     }
-                    None => match self.next_round(vm)? {
-                        true => 0,
-                        false => return Ok(true),
-                    },
+                    None => {
+                        self.work = Work::Layers(At::default());
+                        0
+                    }
                 },
                 Work::Written(pages, next) => {
                     let found = pages.iter().enumerate().skip(*next).find(|(_, set)| **set != 0);
@@ -80,10 +86,19 @@ impl Live {
                             copied.map_err(CaptureError::Copy)?;
                             u64::from(set.count_ones()) * PAGE as u64
                         }
-                        None => match self.next_round(vm)? {
-                            true => 0,
-                            false => return Ok(true),
-                        },
+                        None => {
+                            self.work = Work::Layers(At::default());
+                            0
+                        }
+                    }
+                }
+                Work::Layers(at) => {
+                    let first = self.copy.rounds == 0;
+                    match vm.copy_layers(&self.copy.layers, at, first)? {
+                        // Chunks that are looked at in vain take their time too.
+                        Some(copied) => copied.max(LOOK),
+                        None if self.next_round(vm)? => 0,
+                        None => return Ok(true),
                     }
                 }
             };
@@ -95,17 +110,17 @@ impl Live {
     /// A round is complete: whether one more is to follow.
     fn next_round(&mut self, vm: &mut Vm) -> Result<bool, CaptureError> {
         self.copy.rounds += 1;
-        if let Work::Written(pages, _) = &self.work {
-            let count = dirty::count(pages);
-            if count <= ENOUGH || count >= self.before / 2 {
+        if self.copy.rounds > 1 {
+            if self.pages <= ENOUGH || self.pages >= self.before / 2 {
                 return Ok(false);
             }
-            self.before = count;
+            self.before = self.pages;
         }
         if self.copy.rounds >= MOST_ROUNDS || self.begun.elapsed() >= ROUNDS_LIMIT {
             return Ok(false);
         }
         let pages = vm.snapshots.tracker.round(&vm.machine)?;
+        self.pages = dirty::count(&pages);
         self.work = Work::Written(pages, 0);
         Ok(true)
     }
@@ -117,7 +132,8 @@ impl Vm {
         let copy = self.begin_copy().map_err(|error| copying(&error))?;
         let work = Work::All(Whole::default());
         let begun = Instant::now();
-        self.snapshots.live = Some(Live { wanted, token, begun, copy, work, before: u64::MAX });
+        let (pages, before) = (0, u64::MAX);
+        self.snapshots.live = Some(Live { wanted, token, begun, copy, work, pages, before });
         Ok(())
     }
 
@@ -126,7 +142,8 @@ impl Vm {
         // From here on every write is in the next round.
         self.snapshots.tracker.round(&self.machine)?;
         let absent = absent(self.pager.as_ref(), self.snapshots.tracker.chunks())?;
-        Ok(Copy { memory: capture::room(&self.ram)?, rounds: 0, absent })
+        let (memory, layers) = (capture::room(&self.ram)?, self.begin_layers()?);
+        Ok(Copy { memory, rounds: 0, absent, layers })
     }
 
     /// Whether a live snapshot is under way.

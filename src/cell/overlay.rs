@@ -91,6 +91,12 @@ impl Overlay {
         Ok(Overlay { file, map, bits, size })
     }
 
+    /// One that [`Overlay::new`] made elsewhere, for a disk of `size` bytes.
+    pub fn from_parts(file: File, map: OwnedFd, size: u64) -> Result<Overlay, OverlayError> {
+        let bits = Bitmap::map(&map, size, Access::ReadWrite)?;
+        Ok(Overlay { file, map, bits, size })
+    }
+
     /// What the block process is given: the file, then its map.
     pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
         [self.file.as_fd(), self.map.as_fd()]

@@ -436,7 +436,7 @@ impl Vm {
         }
     }
 
-    fn spawner_events(&mut self, epoll: &Epoll) -> Flow {
+    pub(super) fn spawner_events(&mut self, epoll: &Epoll) -> Flow {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => {
@@ -480,6 +480,9 @@ impl Vm {
         for _ in 0..ROUND {
             let Some(message) = self.cells[n].next_message() else { break };
             self.cell_message(n, message);
+        }
+        if self.supervisor.exchanges(&id) {
+            return self.process_over(epoll, n);
         }
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");

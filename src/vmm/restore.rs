@@ -30,12 +30,12 @@ use crate::plugin::{self, Arrived};
 use crate::plugin_process::{self, PluginConfig};
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
-use crate::snapshot::format::{Chain, FormatError, describe};
+use crate::snapshot::format::{Chain, FormatError, SnapshotId, describe};
 use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
-use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
+use crate::spec::{Backing, DiskSpec, OpenedDisk, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
 
@@ -383,6 +383,30 @@ pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, Res
         return Err(RestoreError::Plugin(crate::remedy::printable(&plugin.name)));
     }
     Ok(state)
+}
+
+/// Opens the disks that `named` makes others than those of the VM that the snapshot at `path`
+/// was of; with `serial` for those of them that are cow.
+pub(crate) fn open_others(
+    path: &Path,
+    id: SnapshotId,
+    named: &[DiskOverride],
+    serial: &str,
+) -> Result<Vec<(DiskSpec, OpenedDisk)>, VmmError> {
+    let chain = Chain::open(path).map_err(RestoreError::from)?;
+    if chain.manifest().id != id {
+        return Err(RestoreError::Other(path.into()).into());
+    }
+    let state = read_state(path, &chain)?;
+    let (specs, disks) = open_disks(&state, &chain, named, Some(serial))?;
+    let both = specs.into_iter().zip(disks).filter_map(|(mut spec, disk)| match disk {
+        Backing::Image(image) if named.iter().any(|disk| disk.id == spec.id()) => {
+            spec.path = spec.path.canonicalize().unwrap_or(spec.path);
+            Some((spec, image))
+        }
+        _ => None,
+    });
+    Ok(both.collect())
 }
 
 /// A disk of the snapshot.

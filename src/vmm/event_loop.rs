@@ -13,7 +13,7 @@ use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
@@ -213,7 +213,9 @@ impl Vm {
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
-            let count = match epoll.wait(&mut events, self.supervision_due()) {
+            // A live snapshot goes on between events.
+            let wait = if self.copies() { EpollTimeout::ZERO } else { self.supervision_due() };
+            let count = match epoll.wait(&mut events, wait) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(system("waiting for events")(e)),
@@ -225,6 +227,7 @@ impl Vm {
                 }
             }
             self.supervise(&epoll);
+            self.copy_on();
         }
     }
 

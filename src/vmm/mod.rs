@@ -26,6 +26,7 @@ mod farewell;
 mod hardware;
 mod hold;
 mod notice;
+mod parts;
 mod phases;
 mod plugin;
 mod plugin_vm;

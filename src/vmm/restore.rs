@@ -14,11 +14,10 @@ use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
 use serde::{Deserialize, Serialize};
 
-use super::assemble::{self, Parts};
+use super::assemble;
 use super::event_loop::Vm;
 use super::hardware::Hardware;
-use super::hold::Hold;
-use super::phases::Phases;
+use super::parts::{Begun, Switches};
 use super::plugins::Guests;
 use super::snapshot::{Kept, LoadError, Origin};
 use super::{VmEnd, VmmError};
@@ -186,10 +185,9 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 }
 
 pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
-    let mut phases = Phases::begin();
     let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
     let plan = config.plugin.as_ref().map(plan).transpose()?;
-    let (spawner, signals) = assemble::begin(&config.serial, &[], plan)?;
+    let begun = Begun::new(&config.serial, &[], plan)?;
     let path = &config.snapshot;
     let (ram, hardware) = begin_hardware(path)?;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
@@ -210,32 +208,16 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     let states = state.plugin_states.iter();
     let states = states.filter_map(|p| Some((p.name.clone(), p.state.clone()?))).collect();
     let guests = Guests::restored(&config, &ram, arrived, states)?;
-    let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
-    let common = Common {
-        seccomp: config.seccomp,
-        sandbox: config.sandbox,
-        log: config.log,
-        lazy: inviter.map_err(RestoreError::from)?.map(|inviter| &*Box::leak(inviter)),
-        writes: Some(assemble::write_logs(ram.len())),
-    };
-    phases.end("open");
-    let parts = Parts {
-        phases,
-        spawner,
-        signals,
-        common,
-        specs,
-        disks,
-        control,
-        console,
-        hardware,
-        ram,
-        max_deaths: config.max_deaths,
-        hold: Arc::new(Hold::new(false)),
-        guests,
-        plugin_socket: config.plugin_socket.map(|spec| spec.path),
-        confine_later: false,
-    };
+    let inviter = lazy.as_ref().map(Source::inviter).transpose().map_err(RestoreError::from)?;
+    let RestoreConfig { sandbox, seccomp, log, .. } = config;
+    let switches = Switches { sandbox, seccomp, log };
+    let parts = begun
+        .parts(switches, (ram, hardware), console, (specs, disks))
+        .control(control)
+        .max_deaths(config.max_deaths)
+        .guests(guests, config.plugin_socket)
+        .lazy(inviter);
+    let common = parts.common;
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
     let mut pager = None;

@@ -19,6 +19,7 @@ use cellblock_wire::{Channel, ChannelError};
 use nix::sys::epoll::Epoll;
 
 use super::event_loop::{Flow, ON, Vm};
+use super::parts::Switches;
 use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
 use super::{VmEnd, VmmError};
 use crate::control::protocol::{Reply, Request};
@@ -156,7 +157,8 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
     let (mut vm, stage) = match order.stage {
         Stage::Shape(shape) => {
             let places = (order.control, order.console);
-            let switches = (order.sandbox, order.seccomp, order.log);
+            let Preparation { sandbox, seccomp, log, .. } = order;
+            let switches = Switches { sandbox, seccomp, log };
             let (vm, empty) = empty::assemble(shape, places, switches, &serial)?;
             (vm, Waiting::Empty(Box::new(empty)))
         }

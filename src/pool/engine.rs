@@ -56,6 +56,9 @@ pub trait Factory: Send + Sync + 'static {
     /// Makes one that was used as good as new.
     fn reset(&self, shell: &mut Self::Shell) -> Result<(), Self::Error>;
 
+    /// Called from time to time.
+    fn look_after(&self) {}
+
     /// Ends one; nothing of it is left when this returns.
     fn destroy(&self, shell: Self::Shell);
 }

@@ -203,7 +203,9 @@ impl RestorePool {
                     let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
                     let times = ClaimTimes::since(begun_ns, points);
                     pool.engine.note_duration(times.answered);
-                    return Ok(PooledRestoreVm::new(lease, times));
+                    let vm = PooledRestoreVm::new(lease, times);
+                    pool.engine.factory().runs(vm.pid());
+                    return Ok(vm);
                 }
                 // Not the claim's fault: another one may live.
                 Err(PoolError::Shell(ShellError::Died(_) | ShellError::Silent))

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
@@ -25,6 +25,8 @@ pub(crate) const COMMAND: &str = "pool-shell";
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long a claim or a reset may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// For so long a VM counts as one that starts.
+const STARTS: Duration = Duration::from_millis(100);
 /// How often a maker looks whether somebody waits by now.
 const LOOK: Duration = Duration::from_millis(3);
 /// How often it is looked for processes that were being started in the background.
@@ -81,6 +83,8 @@ pub(super) struct Recipe {
     pub(super) sandbox: bool,
     pub(super) seccomp: SeccompMode,
     pub(super) log: LogLevel,
+    /// VMs that are hastened still, and since when they run.
+    pub(super) hastened: Arc<Mutex<Vec<(Instant, u32)>>>,
     /// The directory, if it is to go with the last of them.
     pub(super) _keep: Option<Arc<Scratch>>,
 }
@@ -135,9 +139,21 @@ impl Recipe {
             shell.come_forward(&background);
         }
         match shell.hear(READY_LIMIT)? {
-            FromShell::Ready => Ok(shell),
+            FromShell::Ready => {
+                background::hasten(shell.pid());
+                Ok(shell)
+            }
             _ => Err(ShellError::Silent),
         }
+    }
+
+    /// A shell has become a VM.
+    pub(super) fn runs(&self, pid: u32) {
+        self.hastened().push((Instant::now(), pid));
+    }
+
+    fn hastened(&self) -> MutexGuard<'_, Vec<(Instant, u32)>> {
+        self.hastened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -156,12 +172,28 @@ impl Factory for Recipe {
     fn reset(&self, shell: &mut Shell) -> Result<(), ShellError> {
         shell.say(&ToShell::Reset, &[])?;
         match shell.hear(ANSWER_LIMIT)? {
-            FromShell::Ready => Ok(()),
+            FromShell::Ready => {
+                self.hastened().retain(|(_, pid)| *pid != shell.pid());
+                background::hasten(shell.pid());
+                Ok(())
+            }
             _ => Err(ShellError::Silent),
         }
     }
 
+    fn look_after(&self) {
+        // Under the lock: none of them is waited for before it is taken off the list.
+        self.hastened().retain(|(since, pid)| {
+            let starts = since.elapsed() < STARTS;
+            if !starts {
+                background::calm(*pid);
+            }
+            starts
+        });
+    }
+
     fn destroy(&self, shell: Shell) {
+        self.hastened().retain(|(_, pid)| *pid != shell.pid());
         let background = Background::begin_all(shell.pid());
         let _ = shell.channel.try_send(&ToShell::End, &[]); // it may have ended
         if let Some(background) = background {

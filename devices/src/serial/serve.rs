@@ -86,10 +86,6 @@ impl Serial {
             }
             self.hand_over();
             self.report_markers(cell)?;
-            if breaks_silence {
-                // To watch the ring would keep `serial-out` from this processor.
-                std::thread::yield_now();
-            }
         }
         if watching && !is_due {
             std::hint::spin_loop();

@@ -148,6 +148,7 @@ fn watch<F: Factory>(inner: &Inner<F>) {
         }
         // Woken at the end only by the time: it is in no hurry.
         drop(state);
+        inner.factory.look_after();
         std::thread::sleep(LOOK);
         state = inner.lock();
     }

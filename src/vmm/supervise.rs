@@ -336,10 +336,11 @@ impl Vm {
         }
         let n = self.cells.iter().position(|cell| cell.id() == watched.id);
         let n = n.ok_or(ReplaceError::Unknown)?;
+        // Whatever the one before wrote there. Before there is another: the head that is put
+        // right here must not be one that it has moved.
+        ring.set_dead(false);
         let (spawner, common) = (&mut self.spawner, self.supervisor.common);
         self.cells[n].succeed(|before| recipe.launch(spawner, common, before.client()))?;
-        // Whatever the one before wrote there.
-        ring.set_dead(false);
         Ok(true)
     }
 

@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blk::Held;
+use cellblock_devices::protocol::counters::VirtioBlkCountersSnapshot;
 use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
@@ -126,6 +127,8 @@ pub struct Cell {
     held: Option<Arc<Held>>,
     /// The client that a console's process has on its socket, for the next one.
     client: Option<OwnedFd>,
+    /// Number of the marker line told last, by it or by a process before it.
+    last_mark: Option<u32>,
 }
 
 impl Cell {
@@ -148,6 +151,7 @@ impl Cell {
         self.stats = before.stats;
         self.lines = before.lines;
         self.client = before.client;
+        self.last_mark = before.last_mark;
         Ok(())
     }
 
@@ -248,6 +252,8 @@ impl Cell {
             FromCell::Client if self.role == "serial" => {
                 self.client = fds.into_iter().next().filter(is_socket);
             }
+            // One that died may have been the first to tell.
+            FromCell::Marker { number, .. } if self.last_mark.replace(number) == Some(number) => {}
             other => return Some(other),
         }
         None
@@ -256,6 +262,15 @@ impl Cell {
     /// The counters it last reported.
     pub fn stats(&self) -> &CellStats {
         &self.stats
+    }
+
+    /// What each queue of a block cell has counted. No request waits in one that is gone.
+    pub fn queues(&self) -> Vec<VirtioBlkCountersSnapshot> {
+        let mut queues = self.counters.as_ref().map(BlkCounters::queues).unwrap_or_default();
+        if !self.open {
+            queues.iter_mut().for_each(|queue| queue.currently_throttled_gauge = 0);
+        }
+        queues
     }
 
     /// The page a block cell counts in.

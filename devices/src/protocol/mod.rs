@@ -252,8 +252,14 @@ pub enum FromCell {
     Stats(CellStats),
     /// The user typed the escape sequence at the console.
     Quit,
-    /// The guest printed a marker line `cellblock:NAME`.
-    Marker(Marker),
+    /// The guest printed a marker line `cellblock:NAME`. A process that died may have said so
+    /// already: its successor repeats the number.
+    Marker {
+        /// Of this one, among those of the device.
+        number: u32,
+        /// Which.
+        marker: Marker,
+    },
     /// A serial process has this client now, which comes with the message, or none: for its
     /// successor.
     Client,

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `hello` | nothing more | |
 //! | `echo` | gives console input back, until `quit` | `irq` |
-//! | `print` | prints numbered lines as fast as it can, and ends | `lines=` (1000) |
+//! | `print` | prints numbered lines, or always the same, as fast as it can, and ends | `lines=` (1000) `line=TEXT` |
 //! | `uart` | the other vCPUs each print their letter `n=` times (`b` for vCPU 1), the first meanwhile checks that registers keep what it writes | `cpus=` `n=` (1000) |
 //! | `smp` | starts the other vCPUs and counts them | `cpus=` (1) |
 //! | `blk` | writes, reads back and checks a disk | `disk=` (0) `qd=` (1) `mib=` (4) `sectors=` (8) `segments=` (1) `irq` `indirect` `event-idx` `queues=` (1) `keep` `seed=` (1) `rounds=` (1) |

@@ -197,6 +197,9 @@ pub fn prepare(
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
     }
+    // A process before this one may have died with a request put back, and the driver may
+    // have reset the device since.
+    (0..config.queues).for_each(|queue| counters.queue(queue).flows());
     let throttle = Throttle::new(&config.throttle, counters.clone(), throttle::now());
     let throttle = Arc::new(throttle);
     let poll = Duration::from_micros(config.poll_us.into());

@@ -52,6 +52,8 @@ pub struct Options {
     pub engine: EngineKind,
     /// Where the image is to be, sparse; else it is full of patterns, where all such files are.
     pub dir: Option<PathBuf>,
+    /// A process before this one died with a request of queue 0 put back.
+    pub stalled: bool,
 }
 
 impl Default for Options {
@@ -64,6 +66,7 @@ impl Default for Options {
             throttle: Default::default(),
             engine: engine_under_test(),
             dir: None,
+            stalled: false,
         }
     }
 }
@@ -126,6 +129,9 @@ impl Device {
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");
+        if options.stalled {
+            CountersPage::map(&page, Access::ReadWrite).expect("map").queue(0).stalled();
+        }
         let fds = vec![OwnedFd::from(opened), page];
         let device = blk::prepare(start, fds, theirs).expect("prepare");
         let thread = std::thread::spawn(move || device.serve(&cell_end));

@@ -34,10 +34,14 @@ pub enum SpecError {
         known: String,
     },
     /// An image and a back end at once.
-    #[error("the back end has the image: write vhost-user=SOCKET[,id=NAME] without a path")]
+    #[error(
+        "the back end has the image: write vhost-user=SOCKET[,id=NAME][,queues=N] without a path"
+    )]
     BackEndHasImage,
     /// A key that says something about an image which another program has.
-    #[error("key '{0}' is the back end's affair: beside vhost-user=SOCKET there is only id=NAME")]
+    #[error(
+        "key '{0}' is the back end's affair: beside vhost-user=SOCKET there are only id=NAME and queues=N"
+    )]
     BackEnds(String),
     /// Writes that are refused and kept at once.
     #[error("give one of 'ro' and 'cow': a disk that refuses writes has none to keep")]

@@ -25,8 +25,8 @@ A disk SPEC is PATH[,key=value]...:
   queues=N       1 to 32 request queues, each with a thread [default: one per vCPU]
   poll-us=N      poll for up to N microseconds before sleeping: faster, at the cost of CPU
                  time while the guest uses the disk [default: 50]
-Without PATH, vhost-user=SOCKET[,id=NAME] is a disk that another program's vhost-user-blk
-back end serves: 'cellblock vhost-user-blk', qemu-storage-daemon, SPDK.
+Without PATH, vhost-user=SOCKET[,id=NAME][,queues=N] is a disk that another program's
+vhost-user-blk back end serves: 'cellblock vhost-user-blk', qemu-storage-daemon, SPDK.
 A serial SPEC is one of:
   stdout         this terminal (ctrl-a x stops the VM), or standard input and output
   file=F         output only, to a file that is created or emptied

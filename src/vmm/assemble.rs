@@ -205,7 +205,7 @@ pub(super) fn build(
                     .map_err(|source| VmmError::System { what: "naming a socket", source })?;
                 let id = spec.id().to_string();
                 back_ends.push(BackEnd { id, path, socket: own, gone: false });
-                blk::back_end(spec, socket.try_clone().map_err(copy)?)
+                blk::back_end(spec, socket.try_clone().map_err(copy)?, cpus)
             }
         });
     }

@@ -438,7 +438,9 @@ fn open_disks(
             Saved::BackEnd(disk) => {
                 let other = named.iter().find(|other| other.id == id);
                 let socket = other.and_then(|other| other.path.clone()).unwrap_or(disk.socket);
-                let spec = DiskSpec::far(&id, socket);
+                // No more than any disk has, or it is not opened.
+                let queues = u16::try_from(disk.transport.queues.len()).unwrap_or(u16::MAX);
+                let spec = DiskSpec::far(&id, socket, queues);
                 disks.push(spec.open_backing().map_err(OpenError::Disk)?);
                 specs.push(spec);
                 continue;

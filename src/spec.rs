@@ -10,6 +10,7 @@ mod plugin_socket;
 mod serial;
 mod size;
 mod throttle;
+mod time;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
@@ -18,6 +19,7 @@ pub use plugin_socket::PluginSocketSpec;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;
+pub use time::time;
 
 /// A SPEC that cannot be used as written. Each variant's text is a whole line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

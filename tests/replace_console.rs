@@ -234,9 +234,10 @@ fn marker_lines_are_told_once_each() {
         .arg("--max-deaths")
         .arg("10000")
         .start();
+    assert!(poll(LIMIT, || vm.path("control").exists().then_some(())).is_some());
+    let events = vm.events();
     weather(&mut vm, kills, lines * (line.len() + 1), &|vm| vm.console.len());
     vm.wait_for("print: ok\n");
-    let events = vm.events();
     vm.ask(Request::Stop);
     vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Shutdown { .. }));
     let told = events.all();

@@ -100,6 +100,7 @@ pub fn launch(
         open: true,
         stats: CellStats::None,
         owes_stats: false,
+        owes_answer: false,
         lines: Throttle::default(),
         counters: None,
         held: None,

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{OUTPUT_MAX, SeccompMode, SerialStart};
@@ -32,6 +33,7 @@ use super::signals::Signals;
 use super::snapshot::Snapshots;
 use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
+use super::watchdog::Watchdog;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -69,6 +71,8 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     /// Deaths of its process by which a device fails.
     pub(super) max_deaths: u16,
+    /// Of a process that gives no sign of life.
+    pub(super) device_timeout: Duration,
     pub(super) hold: Arc<Hold>,
     /// Plugins that take part.
     pub(super) guests: Guests,
@@ -131,6 +135,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         hardware,
         ram,
         max_deaths: config.max_deaths,
+        device_timeout: config.device_timeout,
         hold,
         guests,
         plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
@@ -178,6 +183,7 @@ pub(super) fn build(
         hardware,
         ram,
         max_deaths,
+        device_timeout,
         hold,
         mut guests,
         plugin_socket,
@@ -316,6 +322,7 @@ pub(super) fn build(
         plugin_socket,
         starts_later,
         supervisor,
+        watchdog: Watchdog::new(device_timeout),
         control,
         notifier,
         signals,

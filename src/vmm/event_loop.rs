@@ -23,6 +23,7 @@ use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
 use super::triggers::Triggers;
+use super::watchdog::Watchdog;
 use super::{STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
@@ -68,6 +69,7 @@ pub(super) struct Vm {
     /// Whether a plugin decides when there are vCPUs.
     pub(super) starts_later: bool,
     pub(super) supervisor: Supervisor,
+    pub(super) watchdog: Watchdog,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,

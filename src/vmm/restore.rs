@@ -229,6 +229,7 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         hardware,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
         hold: Arc::new(Hold::new(false)),
         guests,
         plugin_socket: config.plugin_socket.map(|spec| spec.path),

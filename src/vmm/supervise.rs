@@ -204,7 +204,8 @@ impl Vm {
 
     /// How long the main loop may sleep.
     pub(super) fn supervision_due(&self) -> EpollTimeout {
-        let due = self.supervisor.watched.iter().filter_map(Watched::due).min();
+        let due = self.supervisor.watched.iter().filter_map(Watched::due);
+        let due = due.chain(self.watchdog.due()).min();
         due.map_or(EpollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
@@ -214,6 +215,7 @@ impl Vm {
     /// Does what is due.
     pub(super) fn supervise(&mut self, epoll: &Epoll) {
         let now = Instant::now();
+        self.look_for_life(now);
         for w in 0..self.supervisor.watched.len() {
             let watched = &self.supervisor.watched[w];
             if watched.due().is_none_or(|at| at > now) {
@@ -422,7 +424,7 @@ impl Vm {
         }
     }
 
-    fn kill_process(&mut self, w: usize) {
+    pub(super) fn kill_process(&mut self, w: usize) {
         let id = &self.supervisor.watched[w].id;
         let pid = self.cells.iter().find(|cell| cell.id() == id).and_then(|cell| cell.pid());
         if let Some(pid) = pid

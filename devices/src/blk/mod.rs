@@ -369,6 +369,7 @@ impl Blk {
             }
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
+            ToCell::Ping => FromCell::Alive,
             ToCell::Quiesce { epoch } => self.quiesced(epoch),
             ToCell::Thaw { .. } => return Ok(true), // its rings are started by the front end
             ToCell::Load(load) => FromCell::Loaded(self.load(*load)),

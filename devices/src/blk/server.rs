@@ -95,6 +95,7 @@ impl Server {
     /// Serves a ring until told to stop; returns the first available entry not taken.
     pub fn serve(&mut self, start: &Start) -> u16 {
         let mut next_avail = start.layout.next_avail;
+        self.queue.counters.excuse(false);
         match self.serve_ring(start, &mut next_avail) {
             Ok(never) => match never {},
             Err(End::Stopped) => {}
@@ -104,6 +105,7 @@ impl Server {
             Err(End::Engine(error)) => panic!("{}", super::chain(&error)),
         }
         self.queue.counters.flows();
+        self.queue.counters.excuse(true);
         next_avail
     }
 
@@ -140,7 +142,7 @@ impl Queue {
         // to the front end, which waits for that.
         if start.write_through
             && self.disk.is_durable()
-            && let Err(error) = self.disk.file.sync_data()
+            && let Err(error) = self.on_image(|| self.disk.file.sync_data())
         {
             tracing::warn!(%error, "writing the image's cached data");
         }
@@ -162,7 +164,17 @@ impl Queue {
         signal(start.err.as_ref());
         while !self.stopping() {
             self.sleep();
+            self.counters.beat();
         }
+    }
+
+    /// What may take as long as the image takes.
+    #[inline]
+    fn on_image<T>(&self, act: impl FnOnce() -> T) -> T {
+        self.counters.excuse(true);
+        let result = act();
+        self.counters.excuse(false);
+        result
     }
 
     fn run<'m, E: Engine<'m>>(
@@ -176,9 +188,9 @@ impl Queue {
         if let Err(End::Broken(_)) = end {
             // What was taken before is answered as far as a broken ring allows it.
             while service.engine.in_flight() > 0 {
-                service.engine.submit()?;
+                self.on_image(|| service.engine.submit())?;
                 let _ = self.reap(&mut service);
-                service.engine.wait()?;
+                self.on_image(|| service.engine.wait())?;
             }
             let _ = service.ring.publish();
         }
@@ -193,11 +205,12 @@ impl Queue {
         let mut window = PollWindow::new(self.poll);
         service.ring.suppress_kicks()?;
         loop {
+            self.counters.beat();
             let stopping = self.stopping();
             if !stopping && service.stall.is_none() {
                 self.take(service)?;
             }
-            service.engine.submit()?;
+            self.on_image(|| service.engine.submit())?;
             self.reap(service)?;
             service.ring.publish()?;
             if std::mem::take(&mut service.answered) {
@@ -211,7 +224,7 @@ impl Queue {
                 if service.engine.in_flight() == 0 {
                     return Err(End::Stopped);
                 }
-                service.engine.wait()?;
+                self.on_image(|| service.engine.wait())?;
             } else if let Some(stall) = service.stall {
                 if self.throttle.is_over(&stall, now()) {
                     service.stall = None;
@@ -295,7 +308,8 @@ impl Queue {
         }
         let (status, writable) = (request.status, request.writable);
         let job = Job { head, status, writable, operation, bytes };
-        if let Some(done) = service.engine.begin(job, data, request.ranges)? {
+        let begun = self.on_image(|| service.engine.begin(job, data, request.ranges))?;
+        if let Some(done) = begun {
             self.finish(&mut service.ring, done)?;
             service.answered = true;
         }

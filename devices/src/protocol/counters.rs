@@ -68,6 +68,9 @@ enum Word {
     IoErrors,
     CurrentlyThrottledGauge,
     InvalidAvailIdxCount,
+    // No counters, but whether the queue's thread lives.
+    Beats,
+    Excused,
 }
 
 /// Counters of one queue of a virtio block device, in the shared page. Cumulative over
@@ -131,6 +134,23 @@ impl VirtioBlkCounters {
         self.word(Word::CurrentlyThrottledGauge).store(0, Ordering::Relaxed);
     }
 
+    /// The thread comes round.
+    pub fn beat(&self) {
+        self.bump(Word::Beats, 1);
+    }
+
+    /// It is going to be where it may stay, or is back: in the hands of the image, or
+    /// without a ring.
+    pub fn excuse(&self, excused: bool) {
+        self.word(Word::Excused).store(excused.into(), Ordering::Relaxed);
+    }
+
+    /// How its thread is, by plain loads.
+    pub fn pulse(&self) -> Beat {
+        let load = |word| self.word(word).load(Ordering::Relaxed);
+        Beat { count: load(Word::Beats), excused: load(Word::Excused) != 0 }
+    }
+
     /// Goes on from `state`, of which no request waits.
     pub fn load(&self, state: &VirtioBlkCountersSnapshot) {
         let store = |word, value| self.word(word).store(value, Ordering::Relaxed);
@@ -161,6 +181,15 @@ impl VirtioBlkCounters {
             invalid_avail_idx_count: load(Word::InvalidAvailIdxCount),
         }
     }
+}
+
+/// A sign of life of a queue's thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// Another number each time that it comes round: for new requests, for a doorbell.
+    pub count: u64,
+    /// It need not come round now.
+    pub excused: bool,
 }
 
 /// Counters of a virtio block device, or of one of its queues, at one moment.

@@ -208,6 +208,8 @@ pub enum ToCell {
     /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
     /// instead.
     Stats,
+    /// Answer [`FromCell::Alive`].
+    Ping,
 }
 
 /// Device process to VMM.
@@ -263,6 +265,8 @@ pub enum FromCell {
     /// A serial process has this client now, which comes with the message, or none: for its
     /// successor.
     Client,
+    /// Answer to [`ToCell::Ping`].
+    Alive,
 }
 
 /// Readiness markers a guest gives by port 0xCB0 or by a console line.

@@ -306,6 +306,7 @@ impl Serial {
             ToCell::Quiesce { epoch } => self.quiesce(epoch, cell),
             ToCell::Thaw { epoch } => self.thaw(epoch),
             ToCell::Load(load) => self.load(*load, cell),
+            ToCell::Ping => self.send(FromCell::Alive, cell),
             ToCell::Stats => {
                 let stats = CellStats::Serial {
                     output: self.transmitted,

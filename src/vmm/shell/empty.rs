@@ -167,6 +167,7 @@ pub(super) fn assemble(
         hardware,
         ram,
         max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+        device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
         hold: Arc::new(Hold::new(false)),
         guests,
         plugin_socket: None,

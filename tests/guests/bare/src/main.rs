@@ -6,7 +6,7 @@
 //! | `mode=` | does | options (default) |
 //! |---|---|---|
 //! | `hello` | nothing more | |
-//! | `echo` | gives console input back, until `quit` | `irq` |
+//! | `echo` | gives console input back, until `quit` | `irq` `open` (a disk: `disk=` `qd=` `queues=`) |
 //! | `print` | prints numbered lines, or always the same, as fast as it can, and ends | `lines=` (1000) `line=TEXT` |
 //! | `uart` | the other vCPUs each print their letter `n=` times (`b` for vCPU 1), the first meanwhile checks that registers keep what it writes | `cpus=` `n=` (1000) |
 //! | `smp` | starts the other vCPUs and counts them | `cpus=` (1) |

@@ -7,7 +7,7 @@ mod common;
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::sync::Arc;
 
 use attach_support::{attach, kernel};
@@ -93,16 +93,6 @@ fn pages(vm: &api::Vm) -> Vec<u64> {
     (first..first + 512).filter(set).map(|page| page - first).collect()
 }
 
-fn cellblock(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
-}
-
-fn snapshot(vm: &Vm, to: &Path, options: &[&str]) -> Output {
-    let control = vm.path("control");
-    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap()];
-    cellblock(&[&words, options].concat())
-}
-
 #[track_caller]
 fn done(output: Output) {
     assert!(output.status.success(), "{output:?}");
@@ -158,7 +148,7 @@ fn a_snapshot_and_a_program_take_nothing_from_each_other() {
     let asks = attach(&vm);
     asks.log_memory(true).unwrap();
     driver.write(&[1]);
-    done(snapshot(&vm, &at("full"), &[]));
+    done(vm.try_snapshot(&at("full"), &[]));
     driver.write(&[2]);
     assert_eq!(pages(&asks), [1, 2]);
     driver.write(&[3]);
@@ -169,16 +159,16 @@ fn a_snapshot_and_a_program_take_nothing_from_each_other() {
     assert_eq!(fault.errno(), libc::EFAULT);
     memory.write(FIRST + 8 * PAGE as u64 - 1, b"XY").unwrap();
     let full = at("full");
-    done(snapshot(&vm, &at("diff"), &["--diff", full.to_str().unwrap()]));
+    done(vm.try_snapshot(&at("diff"), &["--diff", full.to_str().unwrap()]));
     driver.write(&[4]);
     assert_eq!(pages(&asks), [3, 4, 7, 8]);
     let diff = at("diff");
-    done(snapshot(&vm, &at("live"), &["--diff", diff.to_str().unwrap(), "--live"]));
+    done(vm.try_snapshot(&at("live"), &["--diff", diff.to_str().unwrap(), "--live"]));
     assert_eq!(pages(&asks), NONE);
     // Who has all of the memfd need not tell.
     let (fd, _, _) = asks.memory().unwrap();
     let live = at("live");
-    let refused = snapshot(&vm, &at("none"), &["--diff", live.to_str().unwrap()]);
+    let refused = vm.try_snapshot(&at("none"), &["--diff", live.to_str().unwrap()]);
     let line = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && line.contains("writes to its memory untold"), "{line}");
     drop((fd, driver, asks));
@@ -212,7 +202,7 @@ fn what_a_reset_puts_back_was_written() {
     let mut vm = writing(dir.path(), "");
     let mut driver = Driver::new(&vm);
     driver.write(&[1]);
-    done(snapshot(&vm, &at, &["--stop"]));
+    done(vm.try_snapshot(&at, &["--stop"]));
     drop(driver);
     vm.wait_exit();
     let mut vm = Vm::restore(&at).arg("--plugin-socket").arg("plugin,memory=rw").start();
@@ -290,15 +280,15 @@ fn added_memory_is_the_guests_alone() {
     let adds = attach(&vm);
     let own = cellblock_wire::sealed_memfd("added", 1 << 20).unwrap();
     let memory = adds.create_memory(&own, 0, 1 << 20, 1 << 30, false, false).unwrap();
-    let refused = snapshot(&vm, &at, &[]);
+    let refused = vm.try_snapshot(&at, &[]);
     let line = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && line.contains("memory of its own"), "{line}");
     adds.destroy_memory(&memory).unwrap();
-    done(snapshot(&vm, &at, &[]));
+    done(vm.try_snapshot(&at, &[]));
     adds.create_memory(&own, 0, 1 << 20, 1 << 30, false, false).unwrap();
     drop(adds);
     let other = dir.path().join("other");
-    common::poll(common::LIMIT, || snapshot(&vm, &other, &[]).status.success().then_some(()))
+    common::poll(common::LIMIT, || vm.try_snapshot(&other, &[]).status.success().then_some(()))
         .unwrap();
     vm.ask(Request::Stop);
     vm.ends_well();
@@ -332,7 +322,7 @@ fn what_changed_is_in_the_log_whoever_wrote_it() {
         vm.pause();
         if round % 2 == 1 {
             // Everybody stands still for it, and the logs of device processes begin anew.
-            done(snapshot(&vm, &dir.path().join(format!("s{round}")), &[]));
+            done(vm.try_snapshot(&dir.path().join(format!("s{round}")), &[]));
         }
         let log = asks.memory_log().unwrap();
         let mut now = vec![0; 64 << 20];
@@ -367,7 +357,7 @@ fn memory_that_is_still_to_come_is_waited_for() {
     let at = dir.path().join("s");
     let mut vm = Vm::with("mode=pause every=20 touch=100").memory("128M").start();
     vm.wait_for_line("pause: n=20 ");
-    done(snapshot(&vm, &at, &["--stop"]));
+    done(vm.try_snapshot(&at, &["--stop"]));
     vm.wait_exit();
     let mut vm = Vm::restore(&at)
         .arg("--memory-mode")

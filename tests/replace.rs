@@ -161,9 +161,14 @@ fn a_disk_whose_image_was_cut_short_gives_errors_after_a_death() {
     let mut vm = Vm::with("mode=storm n=20000000 qd=8 mib=1 errors").disk(1).start();
     vm.wait_for("storm: begins");
     let events = vm.events();
+    // A write under way would make the image longer again: the process stands when it is cut.
+    let process = vm.pid_of("blk", "disk0");
+    send(process, Signal::SIGSTOP);
+    let stands = || proc::Identity::of(process)?.state().filter(|letter| *letter == 'T');
+    assert!(poll(LIMIT, stands).is_some(), "it does not stop");
     let image = fs::File::options().write(true).open(vm.path("disk0")).unwrap();
     image.set_len(4096).unwrap();
-    send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    send(process, Signal::SIGKILL);
     vm.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceFailed { .. }));
     let errors = |vm: &mut Vm| vm.stats().disks[0].errors;
     let before = errors(&mut vm);

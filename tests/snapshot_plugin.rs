@@ -7,9 +7,10 @@ mod common;
 mod run;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output as Ended};
 
+use cellblock::control::protocol::Request;
 use cellblock_plugin_api::{Event, SOCKET_VARIABLE, Space};
+use common::snapshot::{cellblock, refused_restore};
 use common::{Options, Vm};
 use nix::sys::signal::Signal;
 
@@ -35,34 +36,6 @@ fn plugin_that_knows_no_snapshots() {
             return;
         }
     }
-}
-
-fn cellblock(args: &[&str]) -> Ended {
-    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
-}
-
-fn try_snapshot(vm: &Vm, to: &Path, options: &[&str]) -> Ended {
-    let control = vm.path("control");
-    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap()];
-    cellblock(&[&words, options].concat())
-}
-
-#[track_caller]
-fn snapshot(vm: &mut Vm, to: &Path, options: &[&str]) {
-    let ended = try_snapshot(vm, to, options);
-    if !ended.status.success() {
-        vm.fail(&format!("snapshot: {ended:?}"));
-    }
-}
-
-/// One line that says why, and what to do.
-#[track_caller]
-fn refused(from: &Path, options: &[&str]) -> String {
-    let words = ["restore", from.to_str().unwrap(), "--serial", "null"];
-    let ended = cellblock(&[&words, options].concat());
-    let line = String::from_utf8(ended.stderr).unwrap();
-    assert_eq!((ended.status.code(), line.lines().count()), (Some(1), 1), "{line}");
-    line
 }
 
 /// The guest counts, writes blocks, and checks each round that its port gives back what it wrote.
@@ -99,18 +72,23 @@ fn a_plugin_goes_on_with_its_vm() {
         vm.wait_for_line("pause: n=40 ");
         for n in 0..5 {
             let options: &[&str] = if n % 2 == 0 { &[] } else { &["--live"] };
-            snapshot(&mut vm, &at(&format!("{kind}-{n}")), options);
+            vm.snapshot(&at(&format!("{kind}-{n}")), options);
         }
         let last = at(&format!("{kind}-last"));
-        snapshot(&mut vm, &last, &["--stop"]);
-        let line = refused(&last, &[]);
+        vm.snapshot(&last, &["--stop"]);
+        let line = refused_restore(&last, &[]);
         assert!(line.contains("'plugin0'") && line.contains("'--plugin PATH'"), "{line}");
         let mut restored = with_plugin(Vm::restore(&last), &program, arguments).start();
         restored.wait_for_error("went on from");
         restored.wait_for_line("pause: n=");
+        for _ in 0..3 {
+            restored.ask(Request::Reset);
+            restored.wait_for_error("went back to");
+            restored.wait_for_line("pause: n=");
+        }
         // A second generation, lazily and eagerly.
         let next = at(&format!("{kind}-next"));
-        snapshot(&mut restored, &next, &[]);
+        restored.snapshot(&next, &[]);
         for mode in ["lazy", "eager"] {
             let again = with_plugin(Vm::restore(&next), &program, arguments);
             let mut again = again.arg("--memory-mode").arg(mode).start();
@@ -129,17 +107,17 @@ fn a_snapshot_with_a_plugin_of_the_old_kind_is_for_inspection() {
     let arguments = ["--exact", "plugin_that_knows_no_snapshots", "--nocapture"];
     let mut vm = with_plugin(guest(), &own, &arguments).start();
     vm.wait_for_line("pause: n=40 ");
-    snapshot(&mut vm, &at, &[]);
+    vm.snapshot(&at, &[]);
     assert!(cellblock(&["verify", at.to_str().unwrap()]).status.success());
-    let line = refused(&at, &["--plugin", own.to_str().unwrap()]);
+    let line = refused_restore(&at, &["--plugin", own.to_str().unwrap()]);
     assert!(line.contains("for inspection") && line.contains("plugin0"), "{line}");
     ends(vm);
     // One without a plugin has no use for one.
     let mut vm = Vm::with("mode=pause every=20").start();
     vm.wait_for_line("pause: n=20 ");
     let plain = dir.path().join("plain");
-    snapshot(&mut vm, &plain, &["--stop"]);
-    let line = refused(&plain, &["--plugin", own.to_str().unwrap()]);
+    vm.snapshot(&plain, &["--stop"]);
+    let line = refused_restore(&plain, &["--plugin", own.to_str().unwrap()]);
     assert!(line.contains("without a plugin"), "{line}");
 }
 
@@ -151,7 +129,7 @@ fn a_plugin_that_does_not_answer_fails_the_snapshot_in_time() {
     vm.wait_for_line("pause: n=40 ");
     let pid = vm.pid_of("plugin", "plugin0");
     common::send(pid, Signal::SIGSTOP);
-    let ended = try_snapshot(&vm, &at("none"), &["--timeout", "300ms"]);
+    let ended = vm.try_snapshot(&at("none"), &["--timeout", "300ms"]);
     common::send(pid, Signal::SIGCONT);
     let line = String::from_utf8(ended.stderr).unwrap();
     // Its guest may wait for it at that moment.
@@ -159,11 +137,11 @@ fn a_plugin_that_does_not_answer_fails_the_snapshot_in_time() {
     assert!(!ended.status.success() && named, "{line}");
     assert!(!at("none").exists());
     vm.wait_for_line("pause: n=");
-    snapshot(&mut vm, &at("next"), &[]);
+    vm.snapshot(&at("next"), &[]);
     vm.wait_for_line("pause: n=");
     // A dead one is the end of the VM, and leaves no snapshot.
     common::send(pid, Signal::SIGKILL);
-    let ended = try_snapshot(&vm, &at("dead"), &[]);
+    let ended = vm.try_snapshot(&at("dead"), &[]);
     assert!(!ended.status.success() && !at("dead").exists(), "{ended:?}");
     assert!(!vm.wait_exit().success());
     let mut restored = with_plugin(Vm::restore(&at("next")), &c_plugin(), &[]).start();

@@ -4,33 +4,19 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output as Ended};
+
 use std::time::Duration;
 
-use cellblock::control::protocol::State;
+use cellblock::control::protocol::{EventKind, Request, State};
+use common::snapshot::cellblock;
 use common::{LIMIT, Vm};
+use nix::sys::signal::Signal;
 
 /// Generations of the standing test; `CELLBLOCK_GENERATIONS` has it do more, as 1000.
 const GENERATIONS: u64 = 12;
 
 fn generations() -> u64 {
     std::env::var("CELLBLOCK_GENERATIONS").map_or(GENERATIONS, |n| n.parse().unwrap())
-}
-
-fn cellblock(args: &[&str]) -> Ended {
-    Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
-}
-
-#[track_caller]
-fn snapshot(vm: &mut Vm, to: &Path, options: &[&str]) -> String {
-    let control = vm.path("control");
-    let words = ["snapshot", control.to_str().unwrap(), to.to_str().unwrap()];
-    let ended = cellblock(&[&words, options].concat());
-    if !ended.status.success() {
-        vm.fail(&format!("snapshot: {ended:?}"));
-    }
-    String::from_utf8(ended.stdout).unwrap()
 }
 
 /// The numbers behind each `key`.
@@ -51,7 +37,7 @@ fn a_guest_lives_on_through_generations() {
     let kept = dir.path().join("disk0");
     let mut said = String::new();
     for n in 0..generations() {
-        snapshot(&mut vm, &at(n), &["--stop"]);
+        vm.snapshot(&at(n), &["--stop"]);
         said.push_str(&vm.console.finished(LIMIT));
         assert!(!said.contains("FAIL"), "{said}");
         if n == 0 {
@@ -87,7 +73,7 @@ fn a_restored_vm_can_do_what_any_can() {
     let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",iops=100000").start();
     vm.wait_for_line("pause: n=40 ");
     let before = vm.stats().disks[0].counters.clone();
-    let said = snapshot(&mut vm, &at("one"), &["--disks", "copy", "--json"]);
+    let said = vm.snapshot(&at("one"), &["--disks", "copy", "--json"]);
     let said: serde_json::Value = serde_json::from_str(&said).unwrap();
     assert!(said["still_us"].as_u64().unwrap() > 0 && said["id"].is_string(), "{said}");
     vm.wait_for_line("pause: n=");
@@ -100,7 +86,7 @@ fn a_restored_vm_can_do_what_any_can() {
     restored.pause();
     restored.resume();
     restored.wait_for_line("pause: n=");
-    snapshot(&mut restored, &at("two"), &["--disks", "copy"]);
+    restored.snapshot(&at("two"), &["--disks", "copy"]);
     let mut again = Vm::restore(&at("two")).start();
     for vm in [&mut vm, &mut restored, &mut again] {
         vm.wait_for_line("pause: n=");
@@ -120,14 +106,14 @@ fn clones_share_a_snapshot_and_nothing_else() {
     let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow").start();
     vm.wait_for_line("pause: n=40 ");
     let image = vm.path("disk0").to_path_buf();
-    snapshot(&mut vm, &at, &[]);
+    vm.snapshot(&at, &[]);
     let mut clones = [Vm::restore(&at).start(), Vm::restore(&at).start()];
     for clone in &mut clones {
         clone.wait_for_line("pause: n=");
     }
     vm.wait_for_line("pause: n=");
     let second = dir.path().join("second");
-    snapshot(&mut clones[0], &second, &[]);
+    clones[0].snapshot(&second, &[]);
     assert!(fs::read(&image).unwrap().iter().all(|byte| *byte == 0), "the image was written to");
     let grandchild = Vm::restore(&second).start();
     let [one, two] = clones;
@@ -149,7 +135,7 @@ fn what_cannot_be_restored_is_refused_with_the_remedy() {
     let at = dir.path().join("s");
     let mut vm = Vm::with("mode=pause every=20").disk(4).start();
     vm.wait_for_line("pause: n=40 ");
-    snapshot(&mut vm, &at, &[]);
+    vm.snapshot(&at, &[]);
     vm.wait_for_line("pause: n="); // the disk is written to
     vm.pause();
     let refused = |args: &[&str]| {
@@ -188,4 +174,28 @@ fn what_cannot_be_restored_is_refused_with_the_remedy() {
     assert_eq!(ended.status.code(), Some(1));
     assert_eq!(vm.stats().epoch, 0);
     std::thread::sleep(Duration::from_millis(1));
+}
+
+/// How often a process may die is for the restored VM to say.
+#[test]
+fn a_restored_vm_has_its_own_limit_of_deaths() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    let image = vm.path("disk0").to_path_buf();
+    vm.snapshot(&at, &["--disks", "copy"]);
+    let restored = Vm::restore(&at).arg("--disk").arg(format!("id=disk0,path={}", image.display()));
+    let mut restored = restored.arg("--max-deaths").arg("1").start();
+    restored.wait_for_line("pause: n=");
+    let events = restored.events();
+    common::send(restored.pid_of("blk", "disk0"), Signal::SIGKILL);
+    let failed =
+        restored.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceFailed { .. }));
+    let (role, id) = ("blk".to_string(), "disk0".to_string());
+    assert_eq!(failed.kind, EventKind::DeviceFailed { role, id, deaths: 1 });
+    let output = cellblock(&["restore", at.to_str().unwrap(), "--max-deaths", "0"]);
+    assert_eq!(output.status.code(), Some(2));
+    restored.ask(Request::Stop);
+    restored.ends_well();
 }

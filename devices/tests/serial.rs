@@ -91,11 +91,14 @@ impl Vm {
 
     /// Reads `count` bytes as a polling guest does.
     fn type_in(&self, count: usize) -> Vec<u8> {
-        let end = Instant::now() + SOON;
+        let mut end = Instant::now() + SOON;
         let mut bytes = Vec::new();
         while bytes.len() < count && Instant::now() < end {
             if self.inb(LSR) & 1 != 0 {
                 bytes.push(self.inb(DATA));
+                end = Instant::now() + SOON;
+            } else {
+                thread::yield_now();
             }
         }
         bytes
@@ -275,15 +278,20 @@ fn a_guest_that_stops_in_the_middle_is_reminded() {
     let vm = Vm::new(SerialEndpoint::Stdio, vec![input, null()]);
     vm.outb(IER, 1);
     user.write_all(b"abcdef").unwrap();
-    assert!(vm.interrupted(SOON));
-    // It reads one byte per interrupt, which an edge on a 16550's level allows.
+    // It reads one byte per interrupt, which an edge on a 16550's level allows. While it is slow
+    // it is reminded of what it comes to see anyway, and finds nothing at the next.
     let mut got = Vec::new();
     while got.len() < 6 {
-        assert_eq!(vm.inb(IIR) & 0xf, 4);
-        got.push(vm.inb(DATA));
-        assert_eq!(vm.interrupted(Duration::from_millis(500)), got.len() < 6);
+        assert!(vm.interrupted(SOON), "not reminded after {got:?}");
+        if vm.inb(IIR) & 0xf == 4 {
+            got.push(vm.inb(DATA));
+        }
     }
     assert_eq!(got, b"abcdef");
+    if vm.interrupted(Duration::from_millis(500)) {
+        assert_eq!(vm.inb(IIR) & 0xf, 1);
+        assert!(!vm.interrupted(Duration::from_millis(500)), "there is nothing left");
+    }
     vm.close().unwrap();
 }
 

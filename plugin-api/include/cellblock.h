@@ -28,7 +28,9 @@ struct cellblock_part {
   /* Go on. It follows every call of `save`, on the same thread. May be null. */
   void (*thaw)(void *user);
   /* Go on from what `save` gave, in a VM that was restored. Called by cellblock_take_part, on the
-   * caller's thread. Returns 0, or an error number, negated, which that returns. */
+   * caller's thread. Returns 0, or an error number, negated, which that returns.
+   * It is called again when such a VM is reset in place, with the same state: between `save`,
+   * whose state is not kept then, and `thaw`, on their thread. An error ends the VM. */
   int (*restore)(void *user, const uint8_t *state, size_t length);
 };
 

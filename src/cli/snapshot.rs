@@ -179,8 +179,15 @@ impl Snapshot {
             } else {
                 format!("the guest stood still for {}", duration(still_us))
             };
+            let without = match &cut.report.without[..] {
+                [] => String::new(),
+                names => {
+                    let names = crate::remedy::printable(&names.join(", "));
+                    format!("; for inspection only: no state of {names}")
+                }
+            };
             return output::print(&format!(
-                "snapshot {} in {}, {still}\n",
+                "snapshot {} in {}, {still}{without}\n",
                 manifest.id,
                 duration(took.as_micros() as u64)
             ));

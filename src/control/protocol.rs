@@ -181,6 +181,10 @@ pub struct SnapshotReport {
     /// other descriptors, a bit for each, and the cut can be written down as a diff to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
+    /// Plugins that have part of the machine and gave no state: with one of them the snapshot is
+    /// for inspection, and no VM can go on from it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without: Vec<String>,
     /// Letting everyone go on; 0 where the VM is held.
     pub thaw_us: u64,
     /// From the request until the guest ran on: all of the above.

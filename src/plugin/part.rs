@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cellblock_plugin_api::Space;
 use cellblock_plugin_api::wire::Payload;
 use cellblock_plugin_api::wire::part::{FromPart, MAX_STATE, ToPart};
 use cellblock_wire::{Channel, ChannelError};
@@ -31,6 +32,8 @@ pub struct Holder {
 pub enum Answer {
     /// Its state.
     State(Vec<u8>),
+    /// It has gone back to its state.
+    Restored,
     /// It cannot.
     Failed(i32),
     /// It did not answer in time.
@@ -47,17 +50,24 @@ impl Holder {
 
     /// Asks it to come to rest; false if it cannot be asked.
     pub fn quiesce(&self, epoch: u64) -> bool {
-        self.tell(&ToPart::Quiesce { epoch })
+        self.tell(&ToPart::Quiesce { epoch }, None)
+    }
+
+    /// Asks it to go back to `state`; false if it cannot be asked.
+    pub fn restore(&self, epoch: u64, state: Vec<u8>) -> bool {
+        let Ok((state, fd)) = Payload::new(state) else { return false };
+        self.tell(&ToPart::Restore { epoch, state }, fd.as_ref())
     }
 
     /// Lets it go on.
     pub fn thaw(&self, epoch: u64) {
-        self.tell(&ToPart::Thaw { epoch });
+        self.tell(&ToPart::Thaw { epoch }, None);
     }
 
-    fn tell(&self, message: &ToPart) -> bool {
+    fn tell(&self, message: &ToPart, fd: Option<&OwnedFd>) -> bool {
+        let fds: Vec<_> = fd.into_iter().map(|fd| fd.as_fd()).collect();
         // One that reads nothing is not waited for.
-        self.part.as_ref().is_some_and(|part| matches!(part.try_send(message, &[]), Ok(true)))
+        self.part.as_ref().is_some_and(|part| matches!(part.try_send(message, &fds), Ok(true)))
     }
 
     /// Waits for its answer of this epoch.
@@ -75,6 +85,9 @@ impl Holder {
                         _ => Answer::Failed(Errno::EFBIG as i32),
                     };
                 }
+                Ok((FromPart::Restored { epoch: of }, _)) if of == epoch => {
+                    return Answer::Restored;
+                }
                 Ok((FromPart::Failed { epoch: of, errno }, _)) if of == epoch => {
                     return Answer::Failed(errno);
                 }
@@ -84,6 +97,15 @@ impl Holder {
                 Err(_) => return Answer::Gone,
             }
         }
+    }
+}
+
+/// What a plugin is called.
+fn name(session: &Arc<Session>) -> String {
+    match (session.part(), session.is_owner()) {
+        (_, true) => OWNER.to_string(),
+        (Some((name, _)), false) => name,
+        (None, false) => format!("{ATTACHED}{}", session.id()),
     }
 }
 
@@ -97,17 +119,26 @@ impl Hub {
     pub fn holders(&self) -> Vec<Holder> {
         let of = |session: &Arc<Session>| {
             let part = session.part();
-            let holds = session.is_owner() || self.holds_range(session) || session.made().len() > 0;
-            let name = match (&part, session.is_owner()) {
-                (_, true) => OWNER.to_string(),
-                (Some((name, _)), false) => name.clone(),
-                (None, false) => format!("{ATTACHED}{}", session.id()),
-            };
-            (part.is_some() || holds).then(|| Holder { name, part: part.map(|(_, part)| part) })
+            let made = session.made().parts() > 0;
+            let holds = session.is_owner() || self.holds_range(session) || made;
+            let part = part.map(|(_, part)| part);
+            (part.is_some() || holds).then(|| Holder { name: name(session), part })
         };
         let mut holders: Vec<Holder> = self.sessions().iter().filter_map(of).collect();
         holders.sort_by(|a, b| a.name.cmp(&b.name));
         holders
+    }
+
+    /// Who is to answer an access at `address`.
+    pub fn holder_of(&self, space: Space, address: u64) -> Option<String> {
+        let watcher = self.watcher(space, address, 0);
+        let claim = || self.claim(space, address).map(|claim| claim.session);
+        Some(name(&watcher.or_else(claim)?))
+    }
+
+    /// Who has begun to write to the VM's memory and has not ended.
+    pub fn writer(&self) -> Option<String> {
+        self.sessions().iter().find(|session| !session.made().writing.is_empty()).map(name)
     }
 
     /// Lets `session` take part under `name`; its end of the channel, and what it goes on from.

@@ -225,8 +225,10 @@ impl Server {
                 if end > self.machine.ram().len() {
                     return Err(Errno::EINVAL);
                 }
+                // While everybody stands still for a cut it is to be asked again.
+                let writing = self.logs.writing(offset, length).ok_or(Errno::EAGAIN)?;
                 let handle = made.handle();
-                made.writing.insert(handle, self.logs.writing(offset, length));
+                made.writing.insert(handle, writing);
                 Ok(Answer::Handle(handle).into())
             }
             Request::LogMemory(on) => {

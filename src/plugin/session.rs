@@ -78,7 +78,12 @@ impl Made {
 
     /// How many things there are.
     pub(super) fn len(&self) -> usize {
-        self.io_events.len() + self.irq_events.len() + self.memory.len() + self.writing.len()
+        self.parts() + self.writing.len()
+    }
+
+    /// How many of them are part of the machine.
+    pub(super) fn parts(&self) -> usize {
+        self.io_events.len() + self.irq_events.len() + self.memory.len()
     }
 }
 

@@ -16,6 +16,8 @@
 //! The logs are shared with plugins that ask what is written ([`super::write_logs`]). Pages are
 //! counted in guest memory's file: a word for each chunk of a snapshot.
 
+use std::time::Instant;
+
 use super::format::SnapshotId;
 pub use super::write_logs::WriteLogs;
 use super::write_logs::{Reader, add};
@@ -43,6 +45,16 @@ impl Tracker {
     /// The snapshot since which everything is known, if there is one.
     pub fn base(&self) -> Option<SnapshotId> {
         self.base.filter(|_| self.reader.is_some() && self.logs.is_complete())
+    }
+
+    /// See [`WriteLogs::hold`].
+    pub fn hold_writers(&self, until: Instant) -> bool {
+        self.logs.hold(until)
+    }
+
+    /// See [`WriteLogs::let_go`].
+    pub fn let_writers_go(&self) {
+        self.logs.let_go();
     }
 
     /// Number of chunks, which is the length of every set of pages.

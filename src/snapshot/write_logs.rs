@@ -20,7 +20,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use cellblock_devices::protocol::write_log::WriteLog;
 use cellblock_wire::ShmError;
@@ -45,6 +46,8 @@ pub struct WriteLogs {
     /// By id of the device, with what its processes map.
     devices: Mutex<Devices>,
     readers: Mutex<Readers>,
+    /// A write ended.
+    ended: Condvar,
     /// Somebody may write who does not say so.
     untold: AtomicBool,
 }
@@ -58,6 +61,8 @@ struct Readers {
     unread: BTreeMap<Reader, Vec<u64>>,
     /// Writes that have begun and have not ended: bytes of guest memory's file.
     open: BTreeMap<Writing, (u64, u64)>,
+    /// None may begin.
+    held: bool,
 }
 
 impl WriteLogs {
@@ -67,6 +72,7 @@ impl WriteLogs {
             memory,
             devices: Mutex::default(),
             readers: Mutex::default(),
+            ended: Condvar::new(),
             untold: AtomicBool::new(false),
         }
     }
@@ -159,12 +165,15 @@ impl WriteLogs {
 
     /// Somebody is going to write `len` bytes at `offset` of guest memory's file. Until
     /// [`WriteLogs::written`] they are in all that is read: a write that is seen by nobody at the
-    /// time of a look is seen by the next.
-    pub fn writing(&self, offset: u64, len: u64) -> Writing {
+    /// time of a look is seen by the next. `None` while writes are held.
+    pub fn writing(&self, offset: u64, len: u64) -> Option<Writing> {
         let mut readers = self.readers();
+        if readers.held {
+            return None;
+        }
         let writing = Writing(readers.number());
         readers.open.insert(writing, (offset, len));
-        writing
+        Some(writing)
     }
 
     /// It has, or is gone.
@@ -172,7 +181,29 @@ impl WriteLogs {
         let mut readers = self.readers();
         if let Some((offset, len)) = readers.open.remove(&writing) {
             readers.note_bytes(offset, len);
+            self.ended.notify_all();
         }
+    }
+
+    /// Lets no write begin any more, and waits for the end of those that have. False where one
+    /// has not ended in time; [`WriteLogs::let_go`] is to follow all the same.
+    pub fn hold(&self, until: Instant) -> bool {
+        let mut readers = self.readers();
+        readers.held = true;
+        while !readers.open.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = self.ended.wait_timeout(readers, left);
+            readers = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Lets writes begin again.
+    pub fn let_go(&self) {
+        self.readers().held = false;
     }
 
     /// From now on there may be writes that nobody tells of.
@@ -288,7 +319,7 @@ mod tests {
         let logs = WriteLogs::new(2 * CHUNK as u64);
         let (readers, one, _) = two();
         *logs.readers() = readers;
-        let writing = logs.writing(65 * PAGE as u64, 1);
+        let writing = logs.writing(65 * PAGE as u64, 1).unwrap();
         let take = || logs.readers().take(&[0, 0], one, 2).unwrap();
         assert_eq!((take(), take()), (vec![0, 2], vec![0, 2]));
         logs.written(writing);
@@ -312,6 +343,24 @@ mod tests {
         logs.add_devices(&mut pages);
         assert_eq!(pages, [0x3ff, 1]);
         assert_eq!(logs.devices().len(), 2);
+    }
+
+    #[test]
+    fn who_holds_writes_waits_for_those_that_have_begun() {
+        let logs = &WriteLogs::new(CHUNK as u64);
+        let soon = || Instant::now() + std::time::Duration::from_millis(20);
+        let writing = logs.writing(0, 1).unwrap();
+        assert!(!logs.hold(soon()));
+        assert_eq!(logs.writing(0, 1), None);
+        std::thread::scope(|scope| {
+            let late = Instant::now() + std::time::Duration::from_secs(60);
+            let waits = scope.spawn(move || logs.hold(late));
+            logs.written(writing);
+            assert!(waits.join().unwrap());
+        });
+        assert!(logs.hold(soon()) && logs.writing(0, 1).is_none());
+        logs.let_go();
+        assert!(logs.writing(0, 1).is_some());
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod overrides;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
@@ -61,6 +62,10 @@ pub struct RestoreConfig {
     pub track: bool,
     /// It is a pool's and waits for its claim: its `cow` disks have this serial number.
     pub shell: Option<String>,
+    /// A device fails when its process dies so often within 10 s.
+    pub max_deaths: u16,
+    /// A device process that gives no sign of life for so long is replaced; zero for never.
+    pub device_timeout: Duration,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -228,8 +233,8 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         console,
         hardware,
         ram,
-        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
-        device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
+        max_deaths: config.max_deaths,
+        device_timeout: config.device_timeout,
         hold: Arc::new(Hold::new(false)),
         guests,
         plugin_socket: config.plugin_socket.map(|spec| spec.path),

@@ -163,6 +163,8 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 shell: Some(serial),
                 plugin_socket: None,
                 plugin: None,
+                max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+                device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
                 sandbox: order.sandbox,
                 seccomp: order.seccomp,
                 log: order.log,

@@ -9,6 +9,7 @@
 pub mod deaths;
 pub mod output;
 pub mod proc;
+pub mod snapshot;
 
 use std::fs::{self, File};
 use std::io::Write;

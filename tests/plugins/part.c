@@ -8,7 +8,7 @@ static struct {
   uint8_t last;
 } state;
 static _Atomic int resting;
-static int big;
+static int big, started;
 
 static int64_t save(void *user, uint8_t *buffer) {
   CHECK(user == &state && !resting);
@@ -29,6 +29,9 @@ static int restore(void *user, const uint8_t *from, size_t length) {
   SAME(length, big ? (size_t)CELLBLOCK_STATE_MAX : sizeof(state));
   if (big) SAME(from[CELLBLOCK_STATE_MAX - 1], 0x5a);
   memcpy(&state, from, sizeof(state));
+  /* Again at a reset: everybody is at rest. */
+  SAME(resting, started);
+  if (started) fprintf(stderr, "went back to %llu writes\n", (unsigned long long)state.writes);
   return 0;
 }
 
@@ -47,6 +50,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "went on from %llu writes\n", (unsigned long long)state.writes);
   else
     fprintf(stderr, "began\n");
+  started = 1;
   OK(crosvm_start(c));
   OK(crosvm_get_vcpu(c, 0, &vcpu));
   for (;;) {

@@ -53,6 +53,8 @@ struct Vring {
     size: u16,
     addresses: Option<Addresses>,
     next_avail: u16,
+    /// The driver broke it.
+    broken: bool,
     kick: Option<Arc<OwnedFd>>,
     call: Option<Arc<File>>,
     err: Option<Arc<File>>,
@@ -91,6 +93,7 @@ impl Backend {
             size: QUEUE_SIZE,
             addresses: None,
             next_avail: 0,
+            broken: false,
             kick: None,
             call: None,
             err: None,
@@ -180,8 +183,8 @@ impl Backend {
     fn pause(&mut self, index: usize) -> Result<bool> {
         let vring = &mut self.vrings[index];
         match vring.worker.stop().map_err(internal)? {
-            Some(next_avail) => {
-                vring.next_avail = next_avail;
+            Some(stopped) => {
+                (vring.next_avail, vring.broken) = (stopped.next_avail, stopped.broken);
                 Ok(true)
             }
             None => Ok(false),
@@ -220,6 +223,7 @@ impl Backend {
         Ring::check(&view, &layout).map_err(internal)?;
         // A process that died may have published an answer and not said so.
         let interrupt = interrupt || layout.record.as_ref().is_some_and(Record::is_used);
+        let broken = vring.broken || layout.record.as_ref().is_some_and(Record::is_broken);
         let start = Start {
             memory: table.memory().clone(),
             layout,
@@ -229,6 +233,7 @@ impl Backend {
             call: vring.call.clone(),
             err: vring.err.clone(),
             interrupt,
+            broken,
         };
         self.vrings[index].worker.start(start).map_err(internal)
     }
@@ -360,9 +365,11 @@ impl Backend {
 }
 
 impl Vring {
-    /// Closes the descriptors of a ring that has stopped.
+    /// Closes the descriptors of a ring that has stopped. Only the record knows further
+    /// whether it is broken: the driver may have set another up when it starts again.
     fn forget(&mut self) {
         (self.kick, self.call) = (None, None);
+        self.broken = false;
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! | bytes | header | | bytes | entry |
 //! |---|---|---|---|---|
-//! | 8 | features: none | | 1 | in flight, or not |
+//! | 8 | features: none but [`BROKEN`] | | 1 | in flight, or not |
 //! | 2 | version: 1; 0 before it is used | | 5 | |
 //! | 2 | entries | | 2 | the one before in its batch |
 //! | 2 | head of the last batch | | 8 | counter |
@@ -37,6 +37,9 @@ const ENTRY: usize = 16;
 const LINE: usize = 64;
 /// The only version there is.
 const VERSION: u16 = 1;
+/// The driver broke the ring: nobody serves it before the driver has reset the device. Our
+/// own bit of the features, of which split rings have none.
+const BROKEN: u64 = 1 << 63;
 
 /// A record that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -224,6 +227,16 @@ impl Record {
     /// Whether a ring was served under it.
     pub fn is_used(&self) -> bool {
         self.header().version != 0
+    }
+
+    /// Whether the ring was broken when it was served last.
+    pub fn is_broken(&self) -> bool {
+        self.word(0).load(Ordering::Acquire) & BROKEN != 0
+    }
+
+    /// Says so to whoever comes to serve it.
+    pub fn set_broken(&self) {
+        self.word(0).store(BROKEN, Ordering::Release);
     }
 
     /// Whether nothing is marked.

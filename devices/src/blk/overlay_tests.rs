@@ -1,6 +1,7 @@
 #![allow(unsafe_code)] // a test forks a process to kill it
 use super::*;
 use proptest::prelude::*;
+use std::io::{Read, Write};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::super::execute::ID_BYTES;
@@ -262,12 +263,19 @@ fn a_killed_process_leaves_old_or_new_blocks() {
         overlay.file.write_all_at(&vec![0xdd; SIZE as usize], 0).expect("garbage");
         let data = rig.slices(SIZE - 1024, 3);
         data.iter().for_each(|slice| slice.copy_from(&vec![0x99u8; slice.len()]));
+        // However busy the machine, some are killed half-way: they wait for it there.
+        let waits = round % 4 == 0;
+        let (mut half_way, mut tell) = std::io::pipe().expect("pipe");
         // SAFETY: the child makes system calls on what is there already, and is killed.
         match unsafe { fork() }.expect("fork") {
             ForkResult::Child => {
                 let mut iovecs = Executor::new(false);
                 // Whole blocks and parts of others.
                 for sector in (1..SIZE / 512 - 1).step_by(19) {
+                    if waits && sector > SIZE / 1024 {
+                        let _ = tell.write_all(&[1]);
+                        nix::unistd::pause();
+                    }
                     let count = 19.min(SIZE / 512 - 1 - sector);
                     let part = part(&data, (sector - 1) * 512, count * 512).unwrap_or_default();
                     let write = Operation::Write(sector * 512);
@@ -277,7 +285,11 @@ fn a_killed_process_leaves_old_or_new_blocks() {
                 unsafe { libc::_exit(0) }
             }
             ForkResult::Parent { child } => {
-                std::thread::sleep(std::time::Duration::from_micros(5 * round));
+                if waits {
+                    half_way.read_exact(&mut [0]).expect("half-way");
+                } else {
+                    std::thread::sleep(std::time::Duration::from_micros(5 * round));
+                }
                 let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
                 waitpid(child, None).expect("wait");
             }

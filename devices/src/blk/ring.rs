@@ -157,7 +157,6 @@ impl<'m> Ring<'m> {
     }
 
     /// Chains that are left of those that were unfinished.
-    #[cfg(any(test, fuzzing))]
     pub fn left(&self) -> usize {
         self.unfinished.len()
     }
@@ -242,6 +241,11 @@ impl<'m> Ring<'m> {
     fn chain(&self, head: u16) -> Chain<'m> {
         let table = GuestAddress(self.queue.desc_table());
         Chain::new(self.memory, table, self.queue.size(), head)
+    }
+
+    /// Whether the chain taken last was taken before, by a process that died.
+    pub fn was_taken_before(&self) -> bool {
+        matches!(self.last, Taken::Unfinished(_))
     }
 
     /// Puts the chain that was taken last back: it is taken again next.

@@ -21,7 +21,7 @@ use super::request::{Operation, Parser, Refusal};
 use super::ring::{Ring, RingError};
 use super::throttle::{Stall, Throttle, now};
 use super::view::View;
-use super::worker::{Control, Equipment, Start, signal};
+use super::worker::{Control, Equipment, Start, Stopped, signal};
 use crate::protocol::counters::VirtioBlkCounters;
 
 /// What a queue's thread has for as long as it lives.
@@ -92,21 +92,29 @@ impl Server {
         &self.queue.control
     }
 
-    /// Serves a ring until told to stop; returns the first available entry not taken.
-    pub fn serve(&mut self, start: &Start) -> u16 {
+    /// Serves a ring until told to stop.
+    pub fn serve(&mut self, start: &Start) -> Stopped {
         let mut next_avail = start.layout.next_avail;
+        let mut broken = start.broken;
         self.queue.counters.excuse(false);
-        match self.serve_ring(start, &mut next_avail) {
-            Ok(never) => match never {},
-            Err(End::Stopped) => {}
-            Err(End::Broken(error)) => self.queue.give_up(start, &error),
-            // What is in flight can neither be waited for nor taken back: only the end of
-            // the process does that.
-            Err(End::Engine(error)) => panic!("{}", super::chain(&error)),
+        if broken {
+            self.queue.leave_alone(start);
+        } else {
+            match self.serve_ring(start, &mut next_avail) {
+                Ok(never) => match never {},
+                Err(End::Stopped) => {}
+                Err(End::Broken(error)) => {
+                    broken = true;
+                    self.queue.give_up(start, &error);
+                }
+                // What is in flight can neither be waited for nor taken back: only the end
+                // of the process does that.
+                Err(End::Engine(error)) => panic!("{}", super::chain(&error)),
+            }
         }
         self.queue.counters.flows();
         self.queue.counters.excuse(true);
-        next_avail
+        Stopped { next_avail, broken }
     }
 
     fn serve_ring(&mut self, start: &Start, next_avail: &mut u16) -> Result<Infallible, End> {
@@ -151,15 +159,24 @@ impl Queue {
         }
     }
 
-    /// Leaves a broken ring alone until the front end takes it back.
+    /// Counts a ring that was found broken, once however often it is started again.
     fn give_up(&self, start: &Start, error: &RingError) {
+        if let Some(record) = &start.layout.record {
+            record.set_broken();
+        }
         if error.is_invalid_avail_idx() {
             self.counters.invalid_avail_idx();
         } else {
             self.counters.failed();
         }
         tracing::warn!(error = %super::chain(error), "ring is stopped until the device is reset");
-        // The driver may be waiting for what was answered before.
+        self.leave_alone(start);
+    }
+
+    /// Leaves a broken ring alone until the front end takes it back.
+    fn leave_alone(&self, start: &Start) {
+        // The driver may be waiting for what was answered before. Both may have been told
+        // already, by a process that died.
         signal(start.call.as_ref());
         signal(start.err.as_ref());
         while !self.stopping() {
@@ -207,7 +224,7 @@ impl Queue {
         loop {
             self.counters.beat();
             let stopping = self.stopping();
-            if !stopping && service.stall.is_none() {
+            if service.stall.is_none() {
                 self.take(service)?;
             }
             self.on_image(|| service.engine.submit())?;
@@ -221,10 +238,11 @@ impl Queue {
             } else if service.unsaid > 0 {
                 self.interrupt(start, service)?;
             } else if stopping {
-                if service.engine.in_flight() == 0 {
+                if service.engine.in_flight() > 0 {
+                    self.on_image(|| service.engine.wait())?;
+                } else if service.ring.left() == 0 {
                     return Err(End::Stopped);
                 }
-                self.on_image(|| service.engine.wait())?;
             } else if let Some(stall) = service.stall {
                 if self.throttle.is_over(&stall, now()) {
                     service.stall = None;
@@ -249,7 +267,9 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes what is available, up to a ring full, and begins it.
+    /// Takes what is available, up to a ring full, and begins it. When it is to stop, what
+    /// a process before this one had taken is taken all the same: the front end is told
+    /// that what was taken is answered.
     fn take<'m, E: Engine<'m>>(&self, service: &mut Service<'m, E>) -> Result<(), End> {
         let available = service.ring.available()?;
         // At least one look: it is by taking chains that a broken ring is found out.
@@ -258,7 +278,7 @@ impl Queue {
             service.ring.look_ahead(most);
         }
         for _ in 0..most {
-            if !service.engine.has_room() || self.stopping() {
+            if !service.engine.has_room() || (self.stopping() && service.ring.left() == 0) {
                 return Ok(());
             }
             let Some(chain) = service.ring.pop()? else { return Ok(()) };
@@ -303,7 +323,10 @@ impl Queue {
             }
         };
         let bytes = data.iter().map(|slice| slice.len() as u64).sum();
-        if let Err(stall) = self.take_tokens(operation, bytes) {
+        // What was taken before has paid before.
+        if !service.ring.was_taken_before()
+            && let Err(stall) = self.take_tokens(operation, bytes)
+        {
             return Ok(Err(stall));
         }
         let (status, writable) = (request.status, request.writable);

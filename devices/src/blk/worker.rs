@@ -63,6 +63,17 @@ pub(super) struct Start {
     pub err: Option<Arc<File>>,
     /// Interrupt once at the start: the driver may have missed one.
     pub interrupt: bool,
+    /// The driver broke the ring before: it is not to be touched.
+    pub broken: bool,
+}
+
+/// How the service of a ring ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stopped {
+    /// The first available entry not taken; all that was taken is answered.
+    pub next_avail: u16,
+    /// The driver broke the ring.
+    pub broken: bool,
 }
 
 /// What a queue's thread works with, besides what it makes itself.
@@ -117,7 +128,7 @@ pub(super) struct Control {
 pub(super) struct Worker {
     control: Arc<Control>,
     starts: Option<Sender<Start>>,
-    ends: Receiver<u16>,
+    ends: Receiver<Stopped>,
     running: Option<Arc<OwnedFd>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -154,9 +165,9 @@ impl Worker {
                     return;
                 }
                 while let Ok(ring) = start.recv() {
-                    let next_avail = server.serve(&ring);
+                    let stopped = server.serve(&ring);
                     server.control().stop.store(false, Ordering::Relaxed);
-                    if end.send(next_avail).is_err() {
+                    if end.send(stopped).is_err() {
                         return;
                     }
                 }
@@ -190,16 +201,15 @@ impl Worker {
     }
 
     /// Takes the ring back after the request it is at; `None` if it has none.
-    /// Returns the first available entry it has not taken; all it took is answered.
-    pub fn stop(&mut self) -> Result<Option<u16>, WorkerError> {
+    pub fn stop(&mut self) -> Result<Option<Stopped>, WorkerError> {
         let Some(kick) = self.running.take() else { return Ok(None) };
         self.control.stop.store(true, Ordering::Release);
         self.wake();
-        let next_avail = self.ends.recv().map_err(|_| WorkerError::Gone)?;
+        let stopped = self.ends.recv().map_err(|_| WorkerError::Gone)?;
         // The thread waits for a ring now, not for kicks. A closed fd would have
         // left the set by itself only with its last duplicate, which others hold.
         self.control.epoll.delete(&*kick).map_err(WorkerError::Events)?;
-        Ok(Some(next_avail))
+        Ok(Some(stopped))
     }
 }
 

@@ -36,19 +36,19 @@ pub unsafe extern "C" fn cellblock_take_part(
 ) -> c_int {
     guard(|| {
         let (c, callbacks) = (input(c)?, *input(callbacks)?);
-        let Callbacks { save: Some(_), restore: Some(restore), .. } = callbacks else {
+        let Callbacks { save: Some(_), restore: Some(_), .. } = callbacks else {
             return Err(Errno(EINVAL));
         };
         let name = if name.is_null() { c"" } else { CStr::from_ptr(name) };
         let mut part = c.vm.take_part(name.to_str().map_err(|_| Errno(EINVAL))?)?;
         let restored = part.take_restored();
+        let plugin = Plugin { callbacks, user };
         if let Some(state) = &restored {
-            match restore(user, state.as_ptr(), state.len()) {
-                0.. => {}
-                errno => return Err(Errno(errno.checked_neg().unwrap_or(EIO))),
+            match plugin.restore(state) {
+                0 => {}
+                errno => return Err(Errno(errno)),
             }
         }
-        let plugin = Plugin { callbacks, user };
         let thread = std::thread::Builder::new().name("snapshots".into());
         let spawned = thread.spawn(move || plugin.serve(&part));
         spawned.map_err(|error| Errno(error.raw_os_error().unwrap_or(EIO)))?;
@@ -66,6 +66,10 @@ impl Plugin {
                     Ok(length) => part.quiesced(epoch, buffer[..length].to_vec()),
                     Err(errno) => part.failed(epoch, errno),
                 },
+                Moment::Restore(epoch, state) => match self.restore(&state) {
+                    0 => part.restored(epoch),
+                    errno => part.failed(epoch, errno),
+                },
                 Moment::Thaw => {
                     if let Some(thaw) = self.callbacks.thaw {
                         // SAFETY: the plugin's own function, with its own pointer.
@@ -77,6 +81,16 @@ impl Plugin {
             if answered.is_err() {
                 return;
             }
+        }
+    }
+
+    /// 0, or why the plugin cannot be what `state` says.
+    fn restore(&self, state: &[u8]) -> c_int {
+        let Some(restore) = self.callbacks.restore else { return EINVAL };
+        // SAFETY: the plugin's own function, with its own pointer and bytes that outlive the call.
+        match unsafe { restore(self.user, state.as_ptr(), state.len()) } {
+            0.. => 0,
+            errno => errno.checked_neg().unwrap_or(EIO),
         }
     }
 

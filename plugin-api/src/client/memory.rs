@@ -119,7 +119,8 @@ impl GuestMemory {
         self.file.read_exact_at(bytes, at).map_err(failed(WHAT))
     }
 
-    /// Writes at guest-physical `address`.
+    /// Writes at guest-physical `address`. While the VM stands still for a snapshot or a reset,
+    /// this waits: either has all of the write or nothing of it.
     ///
     /// # Errors
     /// EFAULT where that is not all memory, EPERM where it is for reading only.
@@ -128,13 +129,21 @@ impl GuestMemory {
         let offset =
             self.place(address, bytes.len()).ok_or_else(|| refused(WHAT)(Errno::EFAULT))?;
         let length = bytes.len() as u64;
-        let writing: Handle = match self.vm.ask(WHAT, &Request::Writing { offset, length }, &[])? {
-            (Answer::Handle(handle), _) => handle,
-            _ => return Err(STRANGE),
-        };
+        let writing = self.begin(WHAT, offset, length)?;
         let result = self.file.write_all_at(bytes, offset).map_err(failed(WHAT));
         self.vm.done(WHAT, &Request::Destroy(Object::Writing, writing))?;
         result
+    }
+
+    fn begin(&self, what: &'static str, offset: u64, length: u64) -> Result<Handle, Error> {
+        loop {
+            match self.vm.ask(what, &Request::Writing { offset, length }, &[]) {
+                Ok((Answer::Handle(handle), _)) => return Ok(handle),
+                Ok(_) => return Err(STRANGE),
+                Err(Error::Refused { errno: Errno::EAGAIN, .. }) => sleep(WHILE),
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

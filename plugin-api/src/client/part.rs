@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use cellblock_wire::Channel;
 use nix::errno::Errno;
 
+use super::vm::STRANGE;
 use crate::error::{Error, refused};
 use crate::wire::Payload;
 use crate::wire::part::{FromPart, MAX_STATE, ToPart};
@@ -20,11 +21,14 @@ pub struct Part {
 }
 
 /// What a plugin has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Moment {
     /// No vCPU runs and no event is open: come to rest, and call [`Part::quiesced`] with this
     /// number.
     Quiesce(u64),
+    /// The VM is reset in place. Everybody is at rest: go back to this state, which is the one of
+    /// the snapshot that the VM was restored from, and call [`Part::restored`] with this number.
+    Restore(u64, Vec<u8>),
     /// Go on.
     Thaw,
 }
@@ -44,9 +48,13 @@ impl Part {
     /// # Errors
     /// [`Error::Closed`] when the VMM has ended.
     pub fn wait(&self) -> Result<Moment, Error> {
-        let (message, _) = self.channel.recv::<ToPart>()?;
+        let (message, fds) = self.channel.recv::<ToPart>()?;
         Ok(match message {
             ToPart::Quiesce { epoch } => Moment::Quiesce(epoch),
+            ToPart::Restore { epoch, state } => {
+                let state = state.take(fds.last().map(|fd| fd.as_fd()));
+                Moment::Restore(epoch, state.map_err(|_| STRANGE)?)
+            }
             ToPart::Thaw { .. } => Moment::Thaw,
         })
     }
@@ -66,7 +74,15 @@ impl Part {
         Ok(self.channel.send(&FromPart::Quiesced { epoch, state }, &fds)?)
     }
 
-    /// This plugin cannot take part this time.
+    /// This plugin is what the state of [`Moment::Restore`] says.
+    ///
+    /// # Errors
+    /// When the VMM has ended.
+    pub fn restored(&self, epoch: u64) -> Result<(), Error> {
+        Ok(self.channel.send(&FromPart::Restored { epoch }, &[])?)
+    }
+
+    /// This plugin cannot take part this time. A reset that it cannot follow ends the VM.
     ///
     /// # Errors
     /// When the VMM has ended.

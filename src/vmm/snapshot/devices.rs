@@ -33,6 +33,8 @@ pub(in super::super) struct Frozen {
     pub(super) plugins: Vec<Holder>,
     pub(super) plugins_told: usize,
     pub(super) plugin_states: Vec<PluginState>,
+    /// Programs that attached are kept from writing to guest memory.
+    pub(super) writers: bool,
 }
 
 /// What becomes of disks that other programs serve.
@@ -48,6 +50,12 @@ impl Frozen {
     /// Nobody yet; these will be asked too.
     pub(super) fn of_plugins(plugins: Vec<Holder>) -> Frozen {
         Frozen { plugins, ..Frozen::default() }
+    }
+
+    /// Plugins that have part of the machine, and no state to go on from.
+    pub(super) fn without_state(&self) -> Vec<String> {
+        let without = self.plugin_states.iter().filter(|plugin| plugin.state.is_none());
+        without.map(|plugin| plugin.name.clone()).collect()
     }
 }
 

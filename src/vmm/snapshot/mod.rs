@@ -233,6 +233,7 @@ impl Vm {
             memory: self.ram.len(),
             state: bytes,
             disks: self.snapshot_disks(),
+            without: frozen.without_state(),
             ..SnapshotReport::default()
         };
         let fds = [state, memory].into_iter().chain(overlays).chain(pages).collect();
@@ -290,7 +291,8 @@ impl Vm {
         }
         let left = end.saturating_duration_since(Instant::now());
         let settled = self.vcpus.settle(left);
-        self.or_give_up("the vCPUs", settled)
+        let who = settled.as_ref().err().map(|error| self.who_holds(error)).unwrap_or_default();
+        self.or_give_up(&who, settled)
     }
 
     fn step(&mut self, input: Input) -> Result<(), CutError> {

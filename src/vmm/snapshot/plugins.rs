@@ -4,13 +4,20 @@
 //! there. Of one that does not, and has part of the machine, nothing can be kept: it is at rest
 //! because no vCPU runs and it has answered every event, and the snapshot is for inspection.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::event_loop::Vm;
 use super::devices::Frozen;
-use crate::plugin::{Holder, PartAnswer};
+use super::reset::{self, ResetError};
+use cellblock_plugin_api::Space;
+
+use crate::plugin::{self, Holder, PartAnswer};
 use crate::snapshot::coordinator::{CutError, Input};
-use crate::snapshot::state::PluginState;
+use crate::snapshot::state::{MicrovmState, PluginState};
+use crate::vcpu::{self, SettleError};
+
+/// What a write that has begun has at least to end.
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// A plugin as one who takes part.
 pub(super) fn plugin_name(name: &str) -> String {
@@ -53,24 +60,110 @@ impl Vm {
                 None => None,
                 Some(PartAnswer::State(state)) => Some(state),
                 Some(PartAnswer::Late) => return self.step(Input::Deadline),
-                Some(PartAnswer::Failed(errno)) => {
-                    let why = format!("it cannot: {}", std::io::Error::from_raw_os_error(errno));
-                    return self.give_up(&plugin_name(&plugin.name), &why);
-                }
-                Some(PartAnswer::Gone) => {
-                    let why = "its connection ended";
-                    return self.give_up(&plugin_name(&plugin.name), why);
+                Some(other) => {
+                    return self.give_up(&plugin_name(&plugin.name), &why_not(&other));
                 }
             };
             frozen.plugin_states.push(PluginState { name: plugin.name, state });
             self.step(Input::Acked { who: self.cells.len() + n, epoch })?;
         }
-        Ok(())
+        self.hold_writers(end, frozen)
+    }
+
+    /// Has no program in the middle of a write to guest memory, and none begin one: of each the cut
+    /// has all or nothing. Plugins that take part are at rest by now, and have written what they
+    /// had to.
+    fn hold_writers(&mut self, end: Instant, frozen: &mut Frozen) -> Result<(), CutError> {
+        let Some((hub, _)) = &self.plugins else { return Ok(()) };
+        frozen.writers = true;
+        // A write that only has to end has a moment for it, however late it is.
+        let end = end.max(Instant::now() + MOMENT);
+        if self.snapshots.tracker.hold_writers(end) {
+            return Ok(());
+        }
+        let who = hub.writer().map_or("a plugin".to_string(), |name| plugin_name(&name));
+        self.give_up(&who, "it is in the middle of a write to guest memory")
+    }
+
+    /// Whose fault it is that vCPUs are not between two instructions.
+    pub(super) fn who_holds(&self, error: &SettleError) -> String {
+        let vcpus = || "the vCPUs".to_string();
+        let (SettleError::Waits { access, .. }, Some((hub, _))) = (error, &self.plugins) else {
+            return vcpus();
+        };
+        let space = match access.space {
+            vcpu::Space::Port => Space::Port,
+            vcpu::Space::Mmio => Space::Mmio,
+        };
+        hub.holder_of(space, access.addr).map_or_else(vcpus, |name| plugin_name(&name))
     }
 
     /// Lets every plugin go on that was asked to come to rest.
     pub(super) fn release_plugins(&self, frozen: &Frozen) {
         let epoch = self.snapshots.cut.epoch();
         frozen.plugins.iter().take(frozen.plugins_told).for_each(|plugin| plugin.thaw(epoch));
+        if frozen.writers {
+            self.snapshots.tracker.let_writers_go();
+        }
+    }
+}
+
+// Of a reset.
+impl Vm {
+    /// Plugins that have to go back to what they gave to the snapshot; or the one that cannot.
+    /// Programs that attached and take no part are left as they are, with what they have of the
+    /// machine: it is they who have it reset.
+    pub(super) fn returning(&self, state: &MicrovmState) -> Result<Vec<Holder>, String> {
+        let mut plugins = self.plugin_holders();
+        plugins.retain(|plugin| plugin.takes_part() || plugin.name == plugin::OWNER);
+        match plugins.iter().find(|plugin| state_of(state, plugin).is_none()) {
+            Some(plugin) => Err(plugin_name(&plugin.name)),
+            None => Ok(plugins),
+        }
+    }
+
+    /// Hands every plugin its state: they go back beside what follows.
+    pub(super) fn tell_plugins_back(
+        &self,
+        state: &MicrovmState,
+        frozen: &Frozen,
+    ) -> Result<(), ResetError> {
+        let epoch = self.snapshots.cut.epoch();
+        for plugin in &frozen.plugins {
+            if !state_of(state, plugin).is_some_and(|state| plugin.restore(epoch, state.clone())) {
+                let why = "it is dead or does not take messages".to_string();
+                return Err(ResetError::Plugin(plugin.name.clone(), why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all have gone back.
+    pub(super) fn await_plugins_back(&self, frozen: &Frozen) -> Result<(), ResetError> {
+        let (epoch, end) = (self.snapshots.cut.epoch(), Instant::now() + reset::LIMIT);
+        for plugin in &frozen.plugins {
+            match plugin.answer(epoch, end) {
+                PartAnswer::Restored => {}
+                other => return Err(ResetError::Plugin(plugin.name.clone(), why_not(&other))),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn state_of<'s>(state: &'s MicrovmState, plugin: &Holder) -> Option<&'s Vec<u8>> {
+    let saved = state.plugin_states.iter().find(|saved| saved.name == plugin.name);
+    saved.and_then(|saved| saved.state.as_ref()).filter(|_| plugin.takes_part())
+}
+
+/// Why a plugin's answer is not what it was asked for.
+pub(super) fn why_not(answer: &PartAnswer) -> String {
+    match answer {
+        PartAnswer::Failed(errno) => {
+            format!("it cannot: {}", std::io::Error::from_raw_os_error(*errno))
+        }
+        PartAnswer::Late => "it did not answer in time".into(),
+        PartAnswer::Gone => "its connection ended".into(),
+        PartAnswer::State(_) | PartAnswer::Restored => "it answered another question".into(),
     }
 }

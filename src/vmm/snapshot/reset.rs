@@ -26,7 +26,7 @@ use crate::vm::layout;
 use crate::vm::vmgenid::VmGenIdError;
 
 /// How long vCPUs and processes may take to come to rest.
-const LIMIT: Duration = Duration::from_secs(5);
+pub(super) const LIMIT: Duration = Duration::from_secs(5);
 
 /// Where a restored machine came from.
 pub struct Origin {
@@ -55,6 +55,8 @@ pub(super) enum ResetError {
     Overlay(#[from] crate::cell::overlay::OverlayError),
     #[error(transparent)]
     Disk(#[from] crate::transport::mmio::FreezeError),
+    #[error("plugin {0}: {1}")]
+    Plugin(String, String),
     #[error(transparent)]
     Generation(#[from] VmGenIdError),
 }
@@ -78,21 +80,23 @@ impl Vm {
             return Reply::error("a snapshot holds the VM", Some("try again"));
         }
         let begun = Instant::now();
-        if self.plugin.is_some() {
-            return Reply::error(
-                "no reset: what the VM's plugin knows cannot be put back while it runs",
-                Some("restore the snapshot anew"),
-            );
-        }
-        self.snapshots.cut.participate(self.participants(&Frozen::default()));
+        let mut frozen = Frozen::of_plugins(match self.returning(&origin.state) {
+            Ok(plugins) => plugins,
+            Err(who) => {
+                return Reply::error(
+                    format!("no reset: the snapshot has no state that {who} could go back to"),
+                    Some("restore the snapshot anew"),
+                );
+            }
+        });
+        self.snapshots.cut.participate(self.participants(&frozen));
         self.snapshots.was_paused = self.is_paused();
-        let mut frozen = Frozen::default();
         if let Err(CutError { phase, who, why }) = self.come_to_rest(&mut frozen) {
             self.thaw(frozen, Input::Thaw);
             let message = format!("no reset: {phase}: {who}: {why}");
             return Reply::error(crate::remedy::printable(&message), Some("try again"));
         }
-        let pages = match self.go_back(origin) {
+        let pages = match self.go_back(origin, &frozen) {
             Ok(pages) => pages,
             Err(error) => {
                 // Half of it is of then and half of now: no guest can go on from that.
@@ -104,6 +108,7 @@ impl Vm {
         };
         let epoch = self.vcpus.epoch();
         self.release_processes();
+        self.release_plugins(&frozen);
         let _ = self.snapshots.cut.step(Input::Failed { who: String::new(), why: String::new() });
         self.nudge();
         if !self.snapshots.was_paused
@@ -136,8 +141,9 @@ impl Vm {
     }
 
     /// Puts memory, disks and state back; returns how many pages were put back.
-    fn go_back(&mut self, origin: &mut Origin) -> Result<u64, ResetError> {
+    fn go_back(&mut self, origin: &mut Origin, frozen: &Frozen) -> Result<u64, ResetError> {
         let id = origin.chain.manifest().id;
+        self.tell_plugins_back(&origin.state, frozen)?;
         let known = self.snapshots.tracker.base() == Some(id);
         self.nothing_kept();
         // Processes forget beside what follows.
@@ -177,6 +183,7 @@ impl Vm {
             device.finish_load(begun)?;
         }
         self.load(&origin.state)?;
+        self.await_plugins_back(frozen)?;
         Ok(pages)
     }
 }

@@ -1,0 +1,150 @@
+//! Rings that a process takes over from one before it, by the record of requests in flight:
+//! what is done before a ring is given back, what it costs, and what stays broken.
+#![allow(clippy::expect_used)] // a test fails by panicking
+
+#[allow(dead_code)] // shared; each program uses a part
+mod blk_driver;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use blk_driver::{
+    Device, F_FLUSH, F_VERSION_1, Options, PATIENCE, Queue, T_FLUSH, T_IN, into, out,
+};
+use cellblock_devices::protocol::{Rate, ThrottleLimits};
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::{Bytes, GuestAddress};
+
+const FEATURES: u64 = F_VERSION_1 | F_FLUSH;
+const SIZE: u16 = 256;
+const HEADERS: u64 = 0x8000;
+const DATA: u64 = 0x10_0000;
+const LEN: u32 = 64 << 10;
+
+type Record = (VhostUserInflight, File);
+
+fn record(device: &mut Device) -> Record {
+    let shape = VhostUserInflight::new(0, 0, device.queues, SIZE);
+    device.front.get_inflight_fd(&shape).expect("record")
+}
+
+fn hand_over(device: &mut Device, (shape, file): &Record) {
+    device.front.set_inflight_fd(shape, file.as_raw_fd()).expect("hand the record over");
+}
+
+/// Has `record` say that a process died with the first `taken` chains of 3 descriptors each.
+fn leave_unfinished(record: &Record, taken: u16) {
+    let word = |at: u64, value: u64| record.1.write_all_at(&value.to_ne_bytes(), at);
+    word(8, 1 | u64::from(SIZE) << 16).expect("header");
+    for n in 0..u64::from(taken) {
+        let entry = 16 * (1 + 3 * n);
+        word(entry + 8, n).expect("counter");
+        word(entry, 1).expect("mark");
+    }
+}
+
+/// Makes so many reads of [`LEN`] bytes available, and tells nobody.
+fn read_much(device: &Device, queue: &mut Queue, chains: u16) {
+    let memory = &device.memory;
+    for n in 0..chains {
+        let header = HEADERS + 32 * u64::from(n);
+        memory.write_obj(T_IN, GuestAddress(header)).expect("type");
+        memory.write_obj(0u64, GuestAddress(header + 8)).expect("sector");
+        memory.write_obj(0xffu8, GuestAddress(header + 16)).expect("status");
+        queue.add(memory, &[out(header, 16), into(DATA, LEN), into(header + 16, 1)]);
+    }
+}
+
+#[test]
+fn what_was_left_is_answered_before_a_ring_is_given_back() {
+    let chains = 80;
+    let mut device = Device::start(&Options::default(), FEATURES);
+    let record = record(&mut device);
+    leave_unfinished(&record, chains);
+    hand_over(&mut device, &record);
+    let mut queue = Queue::new(0, SIZE, FEATURES);
+    read_much(&device, &mut queue, chains);
+    queue.connect(&mut device, 0);
+    let base = device.front.get_vring_base(0).expect("base");
+    assert_eq!((base, queue.used_index(&device.memory)), (u32::from(chains), chains));
+    assert_eq!(device.stats().reads_completed, u64::from(chains));
+}
+
+#[test]
+fn what_was_left_has_paid_before() {
+    let chains = 20;
+    let requests = Some(Rate { per_second: 1, burst: 1 });
+    let throttle = ThrottleLimits { requests, ..ThrottleLimits::default() };
+    let mut device = Device::start(&Options { throttle, ..Options::default() }, FEATURES);
+    let record = record(&mut device);
+    leave_unfinished(&record, chains);
+    hand_over(&mut device, &record);
+    let mut queue = Queue::new(0, SIZE, FEATURES);
+    // All the bucket has is for the first new one; the second has to wait.
+    read_much(&device, &mut queue, chains + 2);
+    queue.connect(&mut device, 0);
+    let end = Instant::now() + PATIENCE;
+    while device.stats().throttled_count == 0 {
+        assert!(Instant::now() < end, "the last has to wait");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(device.stats().reads_completed, u64::from(chains) + 1);
+}
+
+#[test]
+fn a_broken_ring_stays_broken_until_the_driver_starts_over() {
+    let mut device = Device::start(&Options::default(), FEATURES);
+    let memory = device.memory.clone();
+    let record = record(&mut device);
+    hand_over(&mut device, &record);
+    let mut queue = Queue::set_up(&mut device, 0, 16, FEATURES);
+    assert_eq!(queue.request(&memory, T_FLUSH, 0, &[]), (0, 1));
+    let set_avail = |index: u16| {
+        memory.write_obj(index, GuestAddress(queue.base + 0x2002)).expect("avail idx");
+    };
+    set_avail(500);
+    queue.kick.write(1).expect("kick");
+    let told = |queue: &Queue| {
+        let end = Instant::now() + PATIENCE;
+        while queue.err.read().is_err() {
+            assert!(Instant::now() < end, "the front end is told");
+        }
+    };
+    told(&queue);
+    // Repaired, it would be a good ring; and its descriptors change, and it is stopped for a
+    // snapshot and started again.
+    set_avail(2);
+    let untouched = |device: &Device, queue: &Queue| {
+        told(queue);
+        queue.kick.write(1).expect("kick");
+        std::thread::sleep(Duration::from_millis(20)); // what must not happen gives no notice
+        assert_eq!(queue.used_index(&device.memory), 1);
+    };
+    device.front.set_vring_call(0, &queue.call).expect("call");
+    untouched(&device, &queue);
+    device.front.get_vring_base(0).expect("base");
+    queue.connect(&mut device, 1);
+    untouched(&device, &queue);
+    assert_eq!(device.stats().invalid_avail_idx_count, 1);
+
+    // A successor knows it from the record.
+    let mut successor = Device::start(&Options::default(), FEATURES);
+    hand_over(&mut successor, &record);
+    let index = GuestAddress(queue.base + 0x3002);
+    successor.memory.write_obj(1u16, index).expect("used idx");
+    queue.connect(&mut successor, 1);
+    untouched(&successor, &queue);
+    assert_eq!(successor.stats().invalid_avail_idx_count, 0);
+
+    // A driver that starts over gets a record of its own.
+    device.front.get_vring_base(0).expect("base");
+    set_avail(1);
+    let record = self::record(&mut device);
+    hand_over(&mut device, &record);
+    queue.connect(&mut device, 1);
+    assert_eq!(queue.request(&memory, T_FLUSH, 0, &[]), (0, 1));
+}

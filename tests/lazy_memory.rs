@@ -336,6 +336,8 @@ fn a_pager_that_stands_still_is_noticed() {
         }
         Some(_) => {
             let Restored { ram, pager } = restore(&path, false, Duration::from_millis(400));
+            // Before that it sleeps, and nobody looks after it.
+            pager.guest_runs();
             within(Duration::from_secs(30), "failure", || {
                 matches!(pager.take_failure(), Some(PagerError::Stalled(_)))
             });

@@ -140,6 +140,28 @@ fn a_claim_that_does_not_fit_the_pool_is_refused_and_costs_it_nothing() {
 }
 
 #[test]
+fn a_disk_that_is_as_it_is_wished_for_takes_no_other_shell() {
+    let snapshot = Snapshot::take(",cow");
+    let machine = Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() };
+    let config = PoolConfig { min_size: 0, max_live: 1, release: Release::Reset, ..small() };
+    let pool = RestorePool::new(base(machine), config).unwrap();
+    let claim = |disk: &str| {
+        let disks = vec![disk.parse().unwrap()];
+        let vm = pool.claim(&ClaimOrder { disks, ..order("touch") }).unwrap();
+        assert_eq!(Console::of(&vm).who().id, vm.id().to_string());
+        vm.pid()
+    };
+    let pid = claim("id=disk0,cow");
+    assert_eq!(claim("id=disk0,cow"), pid);
+    // With another image it is made for this claim, and nobody gets it after that.
+    let other = claim(&format!("id=disk0,cow,path={}", snapshot.disk().display()));
+    assert_ne!(other, pid);
+    assert_ne!(claim("id=disk0,cow"), other);
+    assert!(pool.drain_all(LIMIT));
+    assert_eq!((pool.stats().reset_failures, pool.stats().violations), (0, 0));
+}
+
+#[test]
 fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
     let snapshot = Snapshot::take(",cow");
     let config = PoolConfig { min_size: 0, max_live: 1, release: Release::Reset, ..small() };
@@ -165,4 +187,101 @@ fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
     assert_eq!((stats.made, stats.reset_failures, stats.violations), (1, 0, 0));
     // The last one given back may have been reset before the pool was drained.
     assert!((3..=4).contains(&stats.resets), "{}", stats.resets);
+}
+
+/// What one had to say, and who listened, is no business of the next.
+#[test]
+fn the_console_of_a_vm_that_is_reset_has_nothing_of_the_life_before() {
+    let snapshot = Snapshot::take(",cow");
+    let config = PoolConfig { min_size: 0, max_live: 1, release: Release::Reset, ..small() };
+    let machine = Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() };
+    let pool = RestorePool::new(base(machine), config).unwrap();
+    let first = pool.claim(&order("secret of the first")).unwrap();
+    let pid = first.pid();
+    // One never reads what its guest says, and one stays after its VM was given back.
+    let unread = || common::poll(LIMIT, || (output(&first) > 100).then_some(()));
+    unread().expect("the guest says something");
+    drop(first);
+    let second = pool.claim(&order("secret of the second")).unwrap();
+    assert_eq!(second.pid(), pid, "it was not reset");
+    let mut stays = Console::of(&second);
+    let who = stays.wait_for("clone: ");
+    assert!(who.ends_with("data=secret of the second"), "the first line is another's: {who}");
+    stays.wait_for("clone: wrote");
+    stays.say(b"mm");
+    drop(second);
+    let third = pool.claim(&order("third")).unwrap();
+    assert_eq!(third.pid(), pid, "it was not reset");
+    let mut console = Console::of(&third);
+    let who = console.wait_for("clone: ");
+    assert!(who.ends_with("data=third"), "the first line is another's: {who}");
+    console.wait_for("clone: wrote");
+    // Who stayed has been sent away, without a word of the one that came then.
+    let rest = stays.rest();
+    assert!(!rest.contains("third"), "{rest}");
+    console.say(b"c");
+    console.wait_for("clone: own");
+    drop(third);
+    assert!(pool.drain_all(LIMIT));
+    assert_eq!((pool.stats().reset_failures, pool.stats().violations), (0, 0));
+}
+
+/// Bytes that the guest has written to its console.
+fn output(vm: &cellblock::pool::PooledRestoreVm) -> u64 {
+    let Reply::Stats(stats) = vm.control().unwrap().ask(Request::Stats).unwrap().0 else {
+        panic!("no stats")
+    };
+    stats.serials[0].output
+}
+
+/// Makes a pool in a process of its own, which is killed: there is no other way to be without it.
+#[test]
+fn what_a_killed_program_left_of_its_pool_is_removed_by_the_next() {
+    const CHILD: &str = "POOL_CLAIM_CHILD";
+    let name = "what_a_killed_program_left_of_its_pool_is_removed_by_the_next";
+    if let Some(snapshot) = std::env::var_os(CHILD) {
+        let machine = Machine::Primed { snapshot: snapshot.into(), disks: Vec::new() };
+        let pool = RestorePool::new(base(machine), small()).unwrap();
+        assert_eq!(pool.warm(1), 1);
+        eprintln!("warm");
+        std::thread::sleep(LIMIT * 4);
+        return;
+    }
+    use std::io::{BufRead, BufReader};
+    let snapshot = Snapshot::take(",cow");
+    let parent = tempfile::tempdir().unwrap();
+    let start = || {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, snapshot.path())
+            .env("TMPDIR", parent.path())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let warm = lines.map_while(Result::ok).any(|line| line == "warm");
+        assert!(warm, "no pool");
+        child
+    };
+    let there = || -> Vec<_> {
+        let entries = std::fs::read_dir(parent.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    let mut first = start();
+    let left = there();
+    assert_eq!(left.len(), 1, "{left:?}");
+    let family = common::proc::family(first.id() as i32);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    common::proc::wait_gone(&family, LIMIT).expect("nothing of it is left");
+    assert_eq!(there(), left, "it stays, or who removes it?");
+    let mut second = start();
+    let mut third = start();
+    let now = there();
+    assert!(now.len() == 2 && !now.contains(&left[0]), "{left:?} {now:?}");
+    for child in [&mut second, &mut third] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

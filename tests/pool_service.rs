@@ -230,6 +230,35 @@ fn a_disk_can_be_another_one() {
 }
 
 #[test]
+fn a_shell_that_waits_sleeps() {
+    let snapshot = Snapshot::take(",cow");
+    let service = Service::start(&snapshot, &["--min", "1", "--max", "1"]);
+    let threads = |process: &Identity| {
+        let pid = process.pid;
+        proc::threads(pid).into_iter().map(move |thread| (pid, thread))
+    };
+    let family = service.family();
+    let all = family.iter().filter(|process| process.pid != service.child.id() as i32);
+    let (pagers, others): (Vec<_>, Vec<_>) = all
+        .flat_map(threads)
+        .partition(|(pid, thread)| proc::status(*pid, *thread)["Name"] == "pager");
+    assert_eq!((pagers.len(), others.len() > 8), (1, true), "{family:?}");
+    let switches = || proc::status(pagers[0].0, pagers[0].1)["voluntary_ctxt_switches"].clone();
+    let still = common::poll(LIMIT, || {
+        let before = switches();
+        std::thread::sleep(Duration::from_millis(500));
+        (switches() == before).then_some(())
+    });
+    still.expect("its pager wakes again and again");
+    // However it was made, what somebody waits for is not behind everybody else.
+    for (pid, thread) in pagers.into_iter().chain(others) {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap();
+        let class = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(38).unwrap();
+        assert_eq!(class, "0", "thread {thread} of {pid} is of another class");
+    }
+}
+
+#[test]
 fn the_death_of_the_service_is_the_end_of_all_and_another_takes_its_place() {
     let snapshot = Snapshot::take(",cow");
     let mut service = Service::start(&snapshot, &["--min", "2", "--max", "2"]);

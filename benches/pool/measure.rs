@@ -15,6 +15,11 @@ use serde::Serialize;
 /// Longest wait for anything.
 const LIMIT: Duration = Duration::from_secs(30);
 const DISK: u64 = 64 << 20;
+/// What is reached on the way to the first output.
+const PHASES: [&str; 4] =
+    ["  a shell is found", "  it has heard of it", "  the guest runs", "  the claim is answered"];
+/// How long a pool at rest is left alone.
+const REST: Duration = Duration::from_millis(20);
 
 /// How much of it.
 pub struct Plan {
@@ -22,6 +27,8 @@ pub struct Plan {
     pub sizes: &'static [u64],
     /// Claims of each kind.
     pub claims: usize,
+    /// Shells of a pool that is at rest when one of them is claimed.
+    pub ready: usize,
     /// Starts of `cellblock restore`.
     pub cold: usize,
     /// Shells that are ready before a batch of claims.
@@ -30,8 +37,14 @@ pub struct Plan {
     pub sustained: Duration,
 }
 
-pub const SMOKE: Plan =
-    Plan { sizes: &[64], claims: 4, cold: 2, batch: 2, sustained: Duration::from_millis(500) };
+pub const SMOKE: Plan = Plan {
+    sizes: &[64],
+    claims: 4,
+    ready: 2,
+    cold: 2,
+    batch: 2,
+    sustained: Duration::from_millis(500),
+};
 
 /// Everything that was measured.
 #[derive(Default, Serialize)]
@@ -115,6 +128,26 @@ pub fn run(plan: &Plan) -> Report {
             }
             report.latencies.push(latency(kind, *mib, times));
         }
+        for (kind, machine) in [("primed, at rest", primed()), ("empty, at rest", shape())] {
+            let pool = Pool::new(machine, plan.ready, plan.ready, true);
+            let pool = Pool { snapshot: snapshot.clone(), ..pool };
+            let (mut times, mut steps) = (Vec::new(), PHASES.map(|_| Vec::new()));
+            while times.len() < plan.claims {
+                pool.await_rest(plan.ready as u64);
+                let (vm, took) = pool.claim();
+                times.push(took);
+                let at = vm.times();
+                let reached = [at.granted, at.heard, at.runs, at.answered];
+                for (all, reached) in steps.iter_mut().zip(reached) {
+                    all.push(reached.as_micros() as u64);
+                }
+                drop(vm);
+            }
+            report.latencies.push(latency(kind, *mib, times));
+            for (phase, times) in PHASES.into_iter().zip(steps) {
+                report.latencies.push(latency(phase, *mib, times));
+            }
+        }
         let times = (0..plan.cold).map(|_| cold(&snapshot)).collect();
         report.latencies.push(latency("cellblock restore", *mib, times));
 
@@ -149,6 +182,21 @@ impl Pool {
             ..PoolConfig::default()
         };
         Pool { pool: RestorePool::new(base, config).unwrap(), snapshot: PathBuf::new(), primed }
+    }
+
+    /// Waits until nothing is made or destroyed any more, and a little longer: the kernel ends
+    /// namespaces after their processes.
+    fn await_rest(&self, ready: u64) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let stats = self.pool.stats();
+            if (stats.idle, stats.alive, stats.making) == (ready, ready, 0) {
+                break;
+            }
+            assert!(Instant::now() < end, "the pool does not come to rest: {stats:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(REST);
     }
 
     /// A VM, and the microseconds from the claim to its first output.

@@ -1,7 +1,6 @@
 //! What a pool is made of, and what is wrong with that.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +11,7 @@ use super::engine::{ClaimError, Release};
 use super::ledger::{Limits, LimitsError};
 use super::parts::PartsError;
 use super::protocol::{Shape, Stage};
+use super::scratch::Scratch;
 use super::shell::{Recipe, ShellError};
 use crate::remedy::Remedy;
 use crate::snapshot::format::{Chain, FormatError, SnapshotId};
@@ -206,19 +206,29 @@ pub(super) struct Prepared {
     pub(super) recipe: Recipe,
     pub(super) limits: Limits,
     pub(super) primed: Option<(PathBuf, SnapshotId)>,
+    /// What can be wished of its disks and is so already.
+    pub(super) disks: Vec<DiskOverride>,
 }
 
 /// Checks everything that can be wrong with a pool, before anything is made.
 pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared, PoolError> {
-    let (stage, memory, primed) = match base.machine {
+    let (stage, memory, primed, disks) = match base.machine {
         Machine::Primed { snapshot, disks } => {
             let path = absolute(&snapshot)?;
             let chain = Chain::open(&path)?;
-            no_shared_disk(&Shape::of(&path, &disks)?)?;
+            let shape = Shape::of(&path, &disks)?;
+            no_shared_disk(&shape)?;
+            let cow = shape.disks.iter().filter(|disk| disk.cow.is_some());
+            let cow = cow.map(|disk| DiskOverride {
+                id: disk.id().to_string(),
+                path: None,
+                cow: disk.cow.clone(),
+            });
+            let same = disks.iter().cloned().chain(cow).collect();
             let (id, memory) = (chain.manifest().id, chain.manifest().memory);
             let track = config.release == Release::Reset;
             let stage = Stage::Primed { snapshot: path.clone(), id: id.0, disks, track };
-            (stage, memory, Some((path, id)))
+            (stage, memory, Some((path, id)), same)
         }
         Machine::Shape(mut shape) => {
             for disk in &mut shape.disks {
@@ -226,7 +236,7 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
             }
             no_shared_disk(&shape)?;
             let memory = shape.memory;
-            (Stage::Shape(shape), memory, None)
+            (Stage::Shape(shape), memory, None, Vec::new())
         }
     };
     let limits = Limits {
@@ -247,7 +257,7 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
         seccomp: base.seccomp,
         log: base.log,
     };
-    Ok(Prepared { recipe, limits, primed })
+    Ok(Prepared { recipe, limits, primed, disks })
 }
 
 /// VMs of one image that each write to it would be no clones, and are none but the first.
@@ -256,18 +266,11 @@ fn no_shared_disk(shape: &Shape) -> Result<(), PoolError> {
     shared.map_or(Ok(()), |disk| Err(PoolError::SharedDisk(disk.id().to_string())))
 }
 
-fn directory(
-    given: Option<PathBuf>,
-) -> Result<(PathBuf, Option<Arc<tempfile::TempDir>>), PoolError> {
+fn directory(given: Option<PathBuf>) -> Result<(PathBuf, Option<Arc<Scratch>>), PoolError> {
     let (path, keep) = match given {
         Some(path) => (absolute(&path)?, None),
         None => {
-            let private = std::fs::Permissions::from_mode(0o700);
-            let made = tempfile::Builder::new()
-                .prefix("cellblock-pool-")
-                .permissions(private)
-                .tempdir()
-                .map_err(PoolError::Directory)?;
+            let made = Scratch::new(&std::env::temp_dir()).map_err(PoolError::Directory)?;
             (made.path().to_path_buf(), Some(Arc::new(made)))
         }
     };

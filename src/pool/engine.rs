@@ -20,6 +20,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -45,8 +46,9 @@ pub trait Factory: Send + Sync + 'static {
     /// Why one cannot be made or reset.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// Makes one; called by several threads at once. `id` is never used twice.
-    fn make(&self, id: u64) -> Result<Self::Shell, Self::Error>;
+    /// Makes one; called by several threads at once. `id` is never used twice. While nobody
+    /// waits, which is to be asked from time to time, it is in no hurry.
+    fn make(&self, id: u64, waits: &dyn Fn() -> bool) -> Result<Self::Shell, Self::Error>;
 
     /// Whether an idle one can still be handed out. Called often, and under the pool's lock.
     fn is_alive(&self, shell: &mut Self::Shell) -> bool;
@@ -109,6 +111,8 @@ struct Inner<F: Factory> {
     ending: Condvar,
     /// Something has changed.
     changed: Condvar,
+    /// Somebody waits for a shell that is to be made.
+    hurry: AtomicBool,
 }
 
 /// Lets the threads end.
@@ -226,6 +230,7 @@ impl<F: Factory> Engine<F> {
             making: Condvar::new(),
             ending: Condvar::new(),
             changed: Condvar::new(),
+            hurry: AtomicBool::new(false),
         });
         // Made first: where a thread cannot be started, those that were end.
         let closer = Arc::new(Closer(inner.clone()));
@@ -327,6 +332,8 @@ impl<F: Factory> Inner<F> {
     /// Does all that can be done at once, and wakes who has to do the rest.
     fn settle(&self, state: &mut State<F>) {
         state.settle(&self.factory, &self.options.limits);
+        let hurry = state.warm > 0 || state.books.servable(&self.options.limits) > 0;
+        self.hurry.store(hurry, Ordering::Relaxed);
         // Where the refill waits, a maker has to know until when.
         if state.lacks_shells(&self.options.limits) {
             self.making.notify_one();

@@ -19,22 +19,28 @@
 //! | [`engine`] | who waits, who makes, who destroys; for any kind of shell |
 //! | [`config`] | what a pool is made of |
 //! | [`shell`] | a shell's process, seen from the pool |
+//! | `background` | shells in the making take what the processors have left |
+//! | `scratch` | the directory of a pool that was given none |
 //! | [`protocol`] | what the two say to each other |
 //! | [`vm`] | a VM that somebody has |
+//! | [`times`] | where the time of a claim goes |
 //! | [`parts`] | a VM as bytes: guest memory and state |
 //! | [`stats`] | how a pool is, as JSON and for Prometheus |
 //! | [`service`] | a pool for other programs, at a socket |
 //!
 //! The other end of a shell is `crate::vmm::shell`.
 
+mod background;
 pub mod config;
 pub mod engine;
 pub mod ledger;
 pub mod parts;
 pub mod protocol;
+mod scratch;
 pub mod service;
 pub mod shell;
 pub mod stats;
+pub mod times;
 pub mod vm;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,6 +51,7 @@ use std::time::{Duration, Instant};
 pub use config::{BaseConfig, Machine, PoolConfig, PoolError};
 pub use engine::Release;
 pub use protocol::Shape;
+pub use times::ClaimTimes;
 pub use vm::PooledRestoreVm;
 
 use crate::snapshot::format::{SnapshotId, describe};
@@ -55,6 +62,7 @@ use engine::{Engine, Options, Wish};
 use protocol::{Claim, Origin, Stage};
 use shell::{Recipe, ShellError};
 use stats::PoolStats;
+use times::monotonic_ns;
 
 /// How often a claim takes another shell after one that had died.
 const TRIES: usize = 3;
@@ -74,6 +82,8 @@ struct Pool {
     memory: u64,
     /// What primed shells are primed with.
     primed: Option<(PathBuf, SnapshotId)>,
+    /// What can be wished of the disks of primed shells and is so already.
+    disks: Vec<DiskOverride>,
 }
 
 impl Drop for Pool {
@@ -89,8 +99,8 @@ impl Drop for Pool {
 pub struct ClaimOrder<'a> {
     /// What the guest finds in its metadata ([`crate::vm::metadata`]).
     pub data: Vec<u8>,
-    /// Disks that are to be others than those of the pool. No shell can wait with these: the VM
-    /// is made on demand then.
+    /// Disks that are to be others than those of the pool: the VM is made on demand then, for a
+    /// shell's process has its image in its jail already.
     pub disks: Vec<DiskOverride>,
     /// How long to wait; the pool's `acquire_timeout` where not given.
     pub patience: Option<Duration>,
@@ -104,12 +114,12 @@ impl RestorePool {
     /// # Errors
     /// Limits that make no sense, and a snapshot that no VM can go on from.
     pub fn new(base: BaseConfig, config: PoolConfig) -> Result<RestorePool, PoolError> {
-        let Prepared { recipe, limits, primed } = config::prepare(base, &config)?;
+        let Prepared { recipe, limits, primed, disks } = config::prepare(base, &config)?;
         let makers = std::thread::available_parallelism().map_or(2, usize::from).clamp(1, 4);
         let options = Options { limits, release: config.release, makers, enders: makers };
         let engine = Engine::new(recipe, options).map_err(PoolError::Thread)?;
         let (charge, memory) = (limits.charge, limits.memory);
-        Ok(RestorePool(Arc::new(Pool { engine, config, charge, memory, primed })))
+        Ok(RestorePool(Arc::new(Pool { engine, config, charge, memory, primed, disks })))
     }
 
     /// A VM with this memory, whose bytes are guest RAM from its start on, and this state, as
@@ -177,22 +187,25 @@ impl RestorePool {
         if order.data.len() > MAX_DATA {
             return Err(PoolError::Data(order.data.len()));
         }
-        let begun = Instant::now();
+        let (begun, begun_ns) = (Instant::now(), monotonic_ns());
         let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         let patience = order.patience.unwrap_or(pool.config.acquire_timeout);
         for again in 0.. {
             let left = patience.saturating_sub(begun.elapsed());
             let wish = Wish { patience: left, first: again > 0, wanted: order.wanted };
             let mut lease = pool.engine.claim(wish)?;
+            let granted_ns = monotonic_ns();
             let claim = Claim { from: from.clone(), data: order.data.clone() };
             let done = self.with_disks(&mut lease, &order.disks).and_then(|()| {
                 let shell = lease.shell().ok_or(ShellError::Died(None))?;
                 shell.claim(claim, &fds).map_err(PoolError::from)
             });
             match done {
-                Ok(()) => {
-                    pool.engine.note_duration(begun.elapsed());
-                    return Ok(PooledRestoreVm::new(lease));
+                Ok((heard_ns, runs_ns)) => {
+                    let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
+                    let times = ClaimTimes::since(begun_ns, points);
+                    pool.engine.note_duration(times.answered);
+                    return Ok(PooledRestoreVm::new(lease, times));
                 }
                 // Not the claim's fault: another one may live.
                 Err(PoolError::Shell(ShellError::Died(_) | ShellError::Silent))
@@ -223,12 +236,17 @@ impl RestorePool {
         else {
             return Err(PoolError::DisksOfShape);
         };
+        // A shell's cow disk is as empty as a new one.
+        let has = |disk: &DiskOverride| self.0.disks.iter().any(|own| own == disk);
+        if disks.iter().all(has) {
+            return Ok(());
+        }
         let others = own.into_iter().filter(|own| disks.iter().all(|disk| disk.id != own.id));
         let disks = others.chain(disks.iter().cloned()).collect();
         let stage = Stage::Primed { snapshot, id, disks, track };
         Ok(lease.exchange(move |recipe, shell| {
             drop(shell);
-            recipe.make(&stage)
+            recipe.make(&stage, &|| true)
         })?)
     }
 

@@ -103,7 +103,12 @@ pub enum FromShell {
     /// It waits.
     Ready,
     /// The guest runs.
-    Claimed,
+    Claimed {
+        /// When the claim was heard of, on this host's monotonic clock.
+        heard_ns: u64,
+        /// When the vCPUs were told to run.
+        runs_ns: u64,
+    },
     /// It does not, and never will.
     Failed {
         /// One line.

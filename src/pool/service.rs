@@ -215,12 +215,10 @@ impl Shared {
         let _ = self.bell.write(1); // it fails only when it rings already
     }
 
-    /// Takes no more claims, and ends the idle shells.
-    fn drain(&self) -> u64 {
+    /// The pool is drained: the service ends with its last VM.
+    fn end_when_empty(&self) {
         self.draining.store(true, Ordering::Release);
-        self.pool.drain();
         self.ring();
-        self.pool.stats().in_use
     }
 
     /// Takes every VM back.

@@ -12,8 +12,10 @@ use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_wire::{Channel, ChannelError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::background::{self, Background};
 use super::engine::Factory;
 use super::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
+use super::scratch::Scratch;
 use crate::remedy::{Remedy, printable};
 use crate::snapshot::format::SnapshotId;
 
@@ -23,6 +25,10 @@ pub(crate) const COMMAND: &str = "pool-shell";
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long a claim or a reset may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// How often a maker looks whether somebody waits by now.
+const LOOK: Duration = Duration::from_millis(3);
+/// How often it is looked for processes that were being started in the background.
+const STARTING: Duration = Duration::from_millis(10);
 /// How long one may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
@@ -71,7 +77,7 @@ pub(super) struct Recipe {
     pub(super) seccomp: SeccompMode,
     pub(super) log: LogLevel,
     /// The directory, if it is to go with the last of them.
-    pub(super) _keep: Option<Arc<tempfile::TempDir>>,
+    pub(super) _keep: Option<Arc<Scratch>>,
 }
 
 /// A shell, or the VM it became. Dropped, it is ended, and nothing of it is left.
@@ -85,9 +91,13 @@ pub struct Shell {
 }
 
 impl Recipe {
-    /// Makes one. To be called on a thread that outlives it: the kernel ends a shell with the
-    /// thread that started it.
-    pub(super) fn make(&self, stage: &Stage) -> Result<Shell, ShellError> {
+    /// Makes one, in the background as long as nobody waits for it. To be called on a thread that
+    /// outlives it: the kernel ends a shell with the thread that started it.
+    pub(super) fn make(
+        &self,
+        stage: &Stage,
+        waits: &dyn Fn() -> bool,
+    ) -> Result<Shell, ShellError> {
         let id = SnapshotId::random().map_err(ShellError::Id)?;
         let name: String = id.to_string().chars().take(16).collect();
         let (control, console) =
@@ -112,7 +122,13 @@ impl Recipe {
             seccomp: self.seccomp,
             log: self.log,
         };
+        let background = if waits() { None } else { Background::begin(shell.pid()) };
         shell.say(&ToShell::Prepare(Box::new(preparation)), &[])?;
+        if let Some(background) = background {
+            shell.await_word(background::MOST, waits);
+            background.end();
+            shell.come_forward(&background);
+        }
         match shell.hear(READY_LIMIT)? {
             FromShell::Ready => Ok(shell),
             _ => Err(ShellError::Silent),
@@ -124,8 +140,8 @@ impl Factory for Recipe {
     type Shell = Shell;
     type Error = ShellError;
 
-    fn make(&self, _id: u64) -> Result<Shell, ShellError> {
-        self.make(&self.stage)
+    fn make(&self, _id: u64, waits: &dyn Fn() -> bool) -> Result<Shell, ShellError> {
+        self.make(&self.stage, waits)
     }
 
     fn is_alive(&self, shell: &mut Shell) -> bool {
@@ -141,16 +157,26 @@ impl Factory for Recipe {
     }
 
     fn destroy(&self, shell: Shell) {
+        let background = Background::begin_all(shell.pid());
+        let _ = shell.channel.try_send(&ToShell::End, &[]); // it may have ended
+        if let Some(background) = background {
+            shell.ends_within(background::MOST);
+            background.end();
+        }
         drop(shell);
     }
 }
 
 impl Shell {
-    /// Becomes a VM that runs.
-    pub(super) fn claim(&mut self, claim: Claim, fds: &[BorrowedFd<'_>]) -> Result<(), ShellError> {
+    /// Becomes a VM that runs; returns when it heard of that, and when it ran.
+    pub(super) fn claim(
+        &mut self,
+        claim: Claim,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(u64, u64), ShellError> {
         self.say(&ToShell::Claim(Box::new(claim)), fds)?;
         match self.hear(ANSWER_LIMIT)? {
-            FromShell::Claimed => Ok(()),
+            FromShell::Claimed { heard_ns, runs_ns } => Ok((heard_ns, runs_ns)),
             _ => Err(ShellError::Silent),
         }
     }
@@ -175,6 +201,29 @@ impl Shell {
             Err(ChannelError::Closed) => Err(self.died()),
             Err(ChannelError::TimedOut(_)) => Err(ShellError::Silent),
             Err(error) => Err(ShellError::Channel(error)),
+        }
+    }
+
+    /// Waits until it has something to say, for so long at most and while nobody `waits`.
+    fn await_word(&self, most: Duration, waits: &dyn Fn() -> bool) {
+        let end = Instant::now() + most;
+        while !waits() && Instant::now() < end {
+            if self.hangs_up(LOOK, PollFlags::POLLIN) != Some(false) {
+                return;
+            }
+        }
+    }
+
+    /// Takes all of it out of the background, those included that are being started.
+    fn come_forward(&self, background: &Background) {
+        let end = Instant::now() + READY_LIMIT;
+        loop {
+            // Once it has said something there are all of them.
+            let all = self.hangs_up(STARTING, PollFlags::POLLIN) != Some(false);
+            background.end();
+            if all || Instant::now() > end {
+                return;
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::engine::Lease;
 use super::shell::{Recipe, Shell};
+use super::times::ClaimTimes;
 use crate::control::client::{Client, ClientError};
 use crate::snapshot::format::SnapshotId;
 
@@ -15,11 +16,17 @@ use crate::snapshot::format::SnapshotId;
 #[derive(Debug)]
 pub struct PooledRestoreVm {
     lease: Lease<Recipe>,
+    times: ClaimTimes,
 }
 
 impl PooledRestoreVm {
-    pub(super) fn new(lease: Lease<Recipe>) -> PooledRestoreVm {
-        PooledRestoreVm { lease }
+    pub(super) fn new(lease: Lease<Recipe>, times: ClaimTimes) -> PooledRestoreVm {
+        PooledRestoreVm { lease, times }
+    }
+
+    /// Where the time of its claim went.
+    pub fn times(&self) -> ClaimTimes {
+        self.times
     }
 
     fn shell(&self) -> &Shell {

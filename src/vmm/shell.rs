@@ -13,6 +13,7 @@ mod empty;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use cellblock_devices::protocol::{FromCell, ToCell};
 use cellblock_wire::{Channel, ChannelError};
 use nix::sys::epoll::Epoll;
 
@@ -21,6 +22,7 @@ use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
 use super::{VmEnd, VmmError};
 use crate::control::protocol::{Reply, Request};
 use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
+use crate::pool::times::monotonic_ns;
 use crate::remedy::{Remedy, chain};
 use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::spec::SerialSpec;
@@ -34,6 +36,8 @@ const WORD_LIMIT: Duration = Duration::from_secs(10);
 const RECORD_LIMIT: Duration = Duration::from_secs(10);
 /// How long the vCPUs may take to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// How long consoles may take to forget.
+const PART_LIMIT: Duration = Duration::from_secs(5);
 /// How long the spawner may take to end every device process.
 const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 
@@ -177,6 +181,8 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 return Err(ShellError::OtherSnapshot { found, wanted });
             }
             await_record(&vm)?;
+            // What was on its way in the snapshot is done before anybody waits for it.
+            vm.nudge();
             (vm, Waiting::Primed)
         }
     };
@@ -204,7 +210,9 @@ impl Vm {
         let done = match shell.channel.try_recv::<ToShell>() {
             Ok(None) => return ON,
             Ok(Some((ToShell::Claim(claim), fds))) => {
-                self.claim(*claim, fds, epoll).map(|()| FromShell::Claimed)
+                let heard_ns = monotonic_ns();
+                let claimed = self.claim(*claim, fds, epoll);
+                claimed.map(|()| FromShell::Claimed { heard_ns, runs_ns: monotonic_ns() })
             }
             Ok(Some((ToShell::Reset, _))) => self.unclaim().map(|()| FromShell::Ready),
             Ok(Some((ToShell::Prepare(_), _))) => Err(ShellError::Order),
@@ -241,6 +249,7 @@ impl Vm {
     fn claim(&mut self, claim: Claim, fds: Vec<OwnedFd>, epoll: &Epoll) -> Result<(), ShellError> {
         let Some(shell) = &mut self.shell else { return Err(ShellError::Order) };
         let id = shell.id;
+        let primed = matches!(shell.stage, Waiting::Primed);
         match (std::mem::replace(&mut shell.stage, Waiting::Claimed), claim.from) {
             (Waiting::Claimed, _) => return Err(ShellError::Twice),
             (Waiting::Primed, Some(_)) => return Err(ShellError::Primed),
@@ -266,7 +275,10 @@ impl Vm {
             vmgenid.new_life(&self.ram, Some(id), claim.data).map_err(VmmError::from)?;
         }
         self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
-        self.nudge();
+        // A primed one was told to look when it was made.
+        if !primed {
+            self.nudge();
+        }
         match self.is_paused() {
             true => self.vcpus.resume().map_err(|error| ShellError::Reset(chain(&error))),
             false => Ok(self.run_vcpus()?),
@@ -281,6 +293,9 @@ impl Vm {
         {
             return fail(chain(&error));
         }
+        if let Err(why) = self.part_consoles() {
+            return fail(why);
+        }
         if let Reply::Error { message, .. } = self.reset() {
             return fail(message);
         }
@@ -290,6 +305,28 @@ impl Vm {
         }
         if let Some(shell) = &mut self.shell {
             shell.stage = Waiting::Primed;
+        }
+        Ok(())
+    }
+
+    /// Has consoles keep nothing of what was said to one user for the next, nor the user.
+    fn part_consoles(&mut self) -> Result<(), String> {
+        let end = Instant::now() + PART_LIMIT;
+        for n in 0..self.cells.len() {
+            if self.cells[n].role() != "serial" {
+                continue;
+            }
+            let silent = |vm: &Vm| format!("the process of {} does not answer", vm.cells[n].id());
+            if !matches!(self.cells[n].channel().try_send(&ToCell::Part, &[]), Ok(true)) {
+                return Err(silent(self));
+            }
+            loop {
+                match self.cells[n].wait_message(end) {
+                    Some(FromCell::Parted) => break,
+                    Some(other) => self.cell_message(n, other),
+                    None => return Err(silent(self)),
+                }
+            }
         }
         Ok(())
     }

@@ -109,6 +109,14 @@ impl Console {
         }
     }
 
+    /// All that comes until its end.
+    #[track_caller]
+    pub fn rest(&mut self) -> String {
+        let mut rest = Vec::new();
+        std::io::Read::read_to_end(&mut self.lines, &mut rest).expect("its end");
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+
     pub fn say(&mut self, bytes: &[u8]) {
         self.lines.get_mut().write_all(bytes).unwrap();
     }

@@ -367,6 +367,7 @@ impl Blk {
                 self.backend().wake();
                 return Ok(true);
             }
+            ToCell::Part => return Ok(true), // not for a disk
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
             ToCell::Ping => FromCell::Alive,

@@ -205,6 +205,9 @@ pub enum ToCell {
     /// Go on from where a device of this kind once stood; answer [`FromCell::Loaded`]. Only for
     /// a process that has served nothing yet, or is quiesced.
     Load(Box<CellLoad>),
+    /// A serial process only: whoever listens and types has no business here any more, and what
+    /// the guest wrote is nobody else's. Answer [`FromCell::Parted`].
+    Part,
     /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
     /// instead.
     Stats,
@@ -250,6 +253,8 @@ pub enum FromCell {
     },
     /// Answer to [`ToCell::Load`]: whether it was possible.
     Loaded(bool),
+    /// Answer to [`ToCell::Part`]: the client is gone, and nothing is kept for another.
+    Parted,
     /// Answer to [`ToCell::Stats`].
     Stats(CellStats),
     /// The user typed the escape sequence at the console.

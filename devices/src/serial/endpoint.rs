@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::socket::{Shutdown, SockFlag, accept4, shutdown};
 
 use super::SerialError;
 use super::input::{Pipe, Reader};
@@ -159,6 +159,17 @@ impl Endpoint {
         if let Endpoint::Socket(socket) = self {
             socket.news = false;
         }
+    }
+
+    /// Sends the client of a socket away, and those who wait to be one.
+    pub(super) fn part(&mut self) {
+        let Endpoint::Socket(socket) = self else { return };
+        if let Some(client) = socket.client.take() {
+            // Somebody else may hold it too: the VMM for a successor, or a write under way.
+            let _ = shutdown(client.stream.as_raw_fd(), Shutdown::Both); // or it has left
+            socket.news = true;
+        }
+        while socket.accept().is_some() {}
     }
 
     /// A write found that the reader has gone.

@@ -85,6 +85,7 @@ pub(super) struct Output(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     work: Condvar,
+    forgotten: Condvar,
     event: EventFd,
     on_error: OnError,
     way: Way,
@@ -110,6 +111,8 @@ struct State {
     watched: bool,
     /// The thread waits for work.
     idle: bool,
+    /// All that is there is to be given up, by the thread, which has a part of it in hand.
+    forgetting: bool,
     closed: bool,
 }
 
@@ -142,9 +145,11 @@ impl Output {
                 lost: None,
                 watched: false,
                 idle: false,
+                forgetting: false,
                 closed: false,
             }),
             work: Condvar::new(),
+            forgotten: Condvar::new(),
             event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             on_error,
             way,
@@ -187,6 +192,18 @@ impl Output {
     /// The reader that a write found gone, once.
     pub(super) fn lost(&self) -> Option<Arc<OwnedFd>> {
         self.0.lock().lost.take()
+    }
+
+    /// Gives up all that is there, with its reader, who has been shut out: waits for no more than
+    /// a write that fails.
+    pub(super) fn forget(&self) {
+        let mut state = self.0.lock();
+        state.sink = None;
+        state.forgetting = true;
+        self.0.work.notify_one();
+        while state.forgetting {
+            state = self.0.forgotten.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Whether nothing is left that a reader could still take. If something is, the
@@ -395,6 +412,17 @@ impl Shared {
                 return None;
             }
             let mut behind = false;
+            if state.forgetting {
+                let left = self.in_pipe.load(Ordering::Relaxed);
+                if left > 0 {
+                    self.discard(true, left, chunk);
+                }
+                state.start = state.end;
+                self.settle(state.start);
+                self.journal.dropped().store(0, Ordering::Relaxed);
+                (state.forgetting, state.lost) = (false, None);
+                self.forgotten.notify_one();
+            }
             if let Some(sink) = state.sink.clone() {
                 if self.in_pipe.load(Ordering::Relaxed) == 0 && state.start != state.end {
                     if let Way::Write { own } = self.way {

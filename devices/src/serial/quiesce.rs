@@ -71,6 +71,24 @@ impl Serial {
         self.send(FromCell::Loaded(loaded), cell)
     }
 
+    /// Ends with whoever is at the line, before its guest is put back to be another's: what they
+    /// have not read is given up, what they sent is dropped by the load that follows.
+    pub(super) fn part(&mut self, cell: &Channel) -> Result<(), SerialError> {
+        while self.take_accesses()? > 0 {}
+        self.hand_over();
+        self.report_markers(cell)?;
+        self.endpoint.part();
+        if let Some(output) = &self.output {
+            output.forget();
+        }
+        if let Some(None) = self.endpoint.client_news()
+            && cell.try_send(&FromCell::Client, &[]).map_err(SerialError::Channel)?
+        {
+            self.endpoint.news_told();
+        }
+        self.send(FromCell::Parted, cell)
+    }
+
     /// Waits for the VMM, and for nothing else but the output that is on its way.
     pub(super) fn stand_still(&mut self, cell: &Channel) -> Result<(), SerialError> {
         let to_send = if self.has_sent_all() { PollFlags::empty() } else { PollFlags::POLLOUT };

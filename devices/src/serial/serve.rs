@@ -34,6 +34,8 @@ struct Last {
     access: Instant,
     /// Everything but the ring was looked at.
     look: Instant,
+    /// Output was handed over.
+    output: Instant,
 }
 
 /// What poll said.
@@ -48,7 +50,7 @@ impl Serial {
     pub(super) fn run(&mut self, cell: &Channel) -> Result<(), SerialError> {
         self.resume(cell)?;
         let now = Instant::now();
-        let mut last = Last { access: now, look: now };
+        let mut last = Last { access: now, look: now, output: now };
         loop {
             match self.turn(&mut last, cell) {
                 Err(SerialError::Channel(ChannelError::Closed)) => return self.leave(),
@@ -69,9 +71,19 @@ impl Serial {
             last.access = now;
         }
         let watching = busy || now - last.access < self.poll;
-        // A line at a time, or what there is of one, for a prompt ends with none.
+        // A line at a time, or what there is of one, for a prompt ends with none. After a silence
+        // the first of it goes at once: whoever waits for a sign of life has it that much sooner.
         let is_due = now - last.look >= GLANCE;
-        if !watching || is_due || self.line_ended || self.end - self.handed >= 1024 {
+        let breaks_silence = self.end != self.handed && now - last.output >= GLANCE;
+        if !watching
+            || is_due
+            || breaks_silence
+            || self.line_ended
+            || self.end - self.handed >= 1024
+        {
+            if self.end != self.handed {
+                last.output = now;
+            }
             self.hand_over();
             self.send_all(cell)?;
         }
@@ -307,6 +319,7 @@ impl Serial {
             ToCell::Thaw { epoch } => self.thaw(epoch),
             ToCell::Load(load) => self.load(*load, cell),
             ToCell::Ping => self.send(FromCell::Alive, cell),
+            ToCell::Part => self.part(cell),
             ToCell::Stats => {
                 let stats = CellStats::Serial {
                     output: self.transmitted,

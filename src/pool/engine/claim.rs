@@ -73,6 +73,8 @@ pub struct Lease<F: Factory> {
     shell: Option<F::Shell>,
     /// It did not become a VM.
     spoilt: bool,
+    /// It is another one than the factory's, made for this claim alone.
+    special: bool,
 }
 
 impl<F: Factory> Engine<F> {
@@ -100,7 +102,7 @@ impl<F: Factory> Engine<F> {
             None => self.leave(ticket, &answer, begun, wish),
         };
         let (id, shell) = answered?;
-        Ok(Lease { inner: inner.clone(), id, shell: Some(shell), spoilt: false })
+        Ok(Lease { inner: inner.clone(), id, shell: Some(shell), spoilt: false, special: false })
     }
 
     /// The answer, or nothing where the time is over or nobody wants it any more.
@@ -180,12 +182,14 @@ impl<F: Factory> Lease<F> {
     }
 
     /// Has a maker exchange the shell for another: a thread that lives as long as that one.
-    /// Where it fails there is none any more.
+    /// Where it fails there is none any more. The other one is for this claim alone: it is never
+    /// reset.
     pub fn exchange(
         &mut self,
         make: impl FnOnce(&F, F::Shell) -> Result<F::Shell, F::Error> + Send + 'static,
     ) -> Result<(), ClaimError<F::Error>> {
         let Some(shell) = self.shell.take() else { return Ok(()) };
+        self.special = true;
         let (send, made) = sync_channel(1);
         let errand = Box::new(move |factory: &F| {
             let _ = send.send(make(factory, shell)); // somebody waits
@@ -226,7 +230,7 @@ impl<F: Factory> Drop for Lease<F> {
             state.book(Change::Returned, limits);
             return self.inner.settle(&mut state);
         };
-        let reset = !self.spoilt && self.inner.options.release == Release::Reset;
+        let reset = !self.spoilt && !self.special && self.inner.options.release == Release::Reset;
         state.ending.push_back(Doomed { id: self.id, shell, was_live: true, reset });
         self.inner.settle(&mut state);
     }

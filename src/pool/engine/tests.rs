@@ -48,7 +48,7 @@ impl Factory for Fake {
     type Shell = Thing;
     type Error = Cold;
 
-    fn make(&self, id: u64) -> Result<Thing, Cold> {
+    fn make(&self, id: u64, _: &dyn Fn() -> bool) -> Result<Thing, Cold> {
         self.0.attempts.fetch_add(1, Ordering::SeqCst);
         std::thread::sleep(Duration::from_micros(self.0.slow_us.load(Ordering::SeqCst)));
         assert!(!self.0.panics.load(Ordering::SeqCst), "told to panic");
@@ -366,6 +366,25 @@ fn a_reset_shell_is_used_again_and_one_that_cannot_be_is_destroyed() {
     let books = pool.stats().books;
     assert_eq!((books.resets, books.reset_failures, books.returned), (1, 1, 1));
     assert_eq!((books.hits, books.misses), (1, 1));
+    all_gone(pool, &knobs);
+}
+
+#[test]
+fn what_was_made_for_one_claim_is_nobody_elses() {
+    let (pool, knobs) = pool_with(limits(0, 1, 1), Release::Reset);
+    let mut lease = claim(&pool, LONG).expect("one");
+    lease
+        .exchange(|factory, shell| {
+            drop(shell);
+            factory.make(77, &|| true)
+        })
+        .expect("made");
+    assert_eq!(lease.get().expect("the other").id, 77);
+    drop(lease);
+    let lease = claim(&pool, LONG).expect("one");
+    assert_ne!(lease.get().expect("one").id, 77, "it was reset and used again");
+    assert_eq!((pool.stats().books.resets, pool.stats().books.returned), (0, 1));
+    drop(lease);
     all_gone(pool, &knobs);
 }
 

@@ -2,6 +2,7 @@
 //! closed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -62,7 +63,8 @@ fn make<F: Factory>(inner: &Inner<F>) {
         // There may be work for the next of us.
         inner.settle(&mut state);
         drop(state);
-        let made = catch_unwind(AssertUnwindSafe(|| inner.factory.make(id)));
+        let waits = || inner.hurry.load(Ordering::Relaxed);
+        let made = catch_unwind(AssertUnwindSafe(|| inner.factory.make(id, &waits)));
         state = inner.lock();
         match made {
             Ok(Ok(shell)) => {

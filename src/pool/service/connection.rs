@@ -22,7 +22,8 @@ pub(super) fn run(shared: &Shared, stream: &UnixStream) {
     if stream.set_write_timeout(Some(WRITE_LIMIT)).is_err() {
         return;
     }
-    let mut connection = Connection { shared, stream, buffer: Vec::new(), vm: None };
+    let mut connection =
+        Connection { shared, stream, buffer: Vec::new(), vm: None, drained: false };
     // How it ended is the client's affair.
     let _ = connection.serve();
 }
@@ -33,6 +34,8 @@ struct Connection<'a> {
     /// What came and is no whole line yet.
     buffer: Vec<u8>,
     vm: Option<PooledRestoreVm>,
+    /// It has had the pool drained, and is yet to be told.
+    drained: bool,
 }
 
 impl Connection<'_> {
@@ -45,7 +48,12 @@ impl Connection<'_> {
                     return self.say(&answer);
                 }
             };
-            self.say(&answer)?;
+            let said = self.say(&answer);
+            // Not before: with the service its connections end.
+            if std::mem::take(&mut self.drained) {
+                self.shared.end_when_empty();
+            }
+            said?;
         }
         Ok(())
     }
@@ -106,7 +114,11 @@ impl Connection<'_> {
     fn answer(&mut self, request: Request) -> Answer {
         match request {
             Request::Stats => Answer::Stats(Box::new(self.shared.pool.stats())),
-            Request::Drain => Answer::Drain { in_use: self.shared.drain() },
+            Request::Drain => {
+                self.shared.pool.drain();
+                self.drained = true;
+                Answer::Drain { in_use: self.shared.pool.stats().in_use }
+            }
             Request::Release => match self.vm.take() {
                 Some(vm) => {
                     drop(vm);

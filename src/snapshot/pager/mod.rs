@@ -138,6 +138,8 @@ struct Shared {
     runs: AtomicBool,
     /// Counts every step of the thread, for the watch.
     steps: AtomicU64,
+    /// It sleeps until somebody waits, as it may before the guest runs.
+    rests: AtomicBool,
     /// The chunk that is on its way, counted from 1; 0 while none is.
     coming: AtomicU64,
     faults: AtomicU64,
@@ -245,6 +247,7 @@ impl Prospect {
             hurry: AtomicBool::new(false),
             runs: AtomicBool::new(false),
             steps: AtomicU64::new(0),
+            rests: AtomicBool::new(false),
             coming: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
@@ -323,7 +326,7 @@ impl Source {
         shared.prefetch.store(config.prefetch == Prefetch::All, Ordering::Relaxed);
         let target = Target::new(uffd, windows);
         let record = config.prefetch != Prefetch::Nothing;
-        let worker = Worker::new(shared.clone(), chain.clone(), target, record);
+        let worker = Worker::new(shared.clone(), chain.clone(), target, record, config.stall_limit);
         thread::spawn(worker, config.confine.clone())?;
         let watch = Watch { limit: config.stall_limit, last_resort: config.last_resort };
         watch::spawn(shared.clone(), watch, config.confine)?;

@@ -17,8 +17,10 @@ use crate::snapshot::format::{CHUNK, Chain, PAGE};
 
 /// Most mappings of guest memory in one process.
 const MAX_WINDOWS: usize = 8;
-/// Longest sleep: the watch wants to see it live.
+/// Longest sleep while there is something to do later.
 const LOOK: Duration = Duration::from_millis(100);
+/// Steps within the time that the watch gives one.
+const STEPS: u32 = 16;
 /// Most faults taken from one process before others have their turn.
 const ROUND: usize = 16;
 /// How long what nobody asked for is left alone, unless a record names it: the guest's first
@@ -64,6 +66,8 @@ pub(super) struct Worker {
     busy: Instant,
     /// The chunk that is likely to be wanted next, and how many from it on.
     likely: (usize, usize),
+    /// Longest sleep while the guest runs: the watch wants to see it live.
+    longest: Duration,
 }
 
 impl Target {
@@ -119,7 +123,13 @@ impl Drop for End<'_> {
 
 impl Worker {
     /// `early`: bring what the record names without being asked.
-    pub(super) fn new(shared: Arc<Shared>, chain: Arc<Chain>, vmm: Target, early: bool) -> Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        chain: Arc<Chain>,
+        vmm: Target,
+        early: bool,
+        stall_limit: Duration,
+    ) -> Worker {
         let mut record = Record::open(&chain);
         let order = if early { record.take_order() } else { Vec::new() };
         Worker {
@@ -135,6 +145,7 @@ impl Worker {
             runs: None,
             busy: Instant::now(),
             likely: (0, 0),
+            longest: stall_limit / STEPS,
         }
     }
 
@@ -157,9 +168,11 @@ impl Worker {
             }
             let wanted = self.prefetch_next();
             let somebody = self.wait(match wanted {
-                Ahead::Now(_) => Duration::ZERO,
-                Ahead::In(time) => time.clamp(Duration::from_millis(1), LOOK),
-                Ahead::Never => LOOK,
+                Ahead::Now(_) => Some(Duration::ZERO),
+                Ahead::In(time) => Some(time.clamp(Duration::from_millis(1), LOOK)),
+                Ahead::Never if self.shared.runs.load(Ordering::Relaxed) => Some(self.longest),
+                // Many wait in a pool like this: none of them is to cost a processor anything.
+                Ahead::Never => None,
             })?;
             if somebody {
                 self.welcome();
@@ -175,16 +188,22 @@ impl Worker {
         Ok(())
     }
 
-    /// Sleeps until somebody waits or joins; false if nobody does.
-    fn wait(&self, time: Duration) -> Result<bool, PagerError> {
+    /// Sleeps until somebody waits or joins; false if nobody does in `time`.
+    fn wait(&self, time: Option<Duration>) -> Result<bool, PagerError> {
         let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![watch(self.shared.bell.as_fd()), watch(self.vmm.uffd.as_fd())];
         for device in &self.devices {
             fds.push(watch(device.channel.as_fd()));
             fds.extend(device.target.iter().map(|target| watch(target.uffd.as_fd())));
         }
-        let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO);
-        match poll(&mut fds, time) {
+        let limit = match time {
+            Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO),
+            None => PollTimeout::NONE,
+        };
+        self.shared.rests.store(time.is_none(), Ordering::Relaxed);
+        let woken = poll(&mut fds, limit);
+        self.shared.rests.store(false, Ordering::Relaxed);
+        match woken {
             Ok(ready) => Ok(ready > 0),
             Err(Errno::EINTR) => Ok(false),
             Err(e) => Err(step("waiting for accesses to memory")(e.into())),

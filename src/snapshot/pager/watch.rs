@@ -40,15 +40,20 @@ pub(super) fn spawn(
 }
 
 impl Watch {
-    /// The thread counts a step at least once between two looks, however little there is to
-    /// do, so that one that stopped is found without asking who waits for it.
+    /// The thread counts a step at least once between two looks, so that one that stopped is found
+    /// without asking who waits for it. Before the guest runs it may say that it sleeps instead.
     fn run(&self, shared: &Shared) {
         // Looks are counted, not time: a VM that was stopped as a whole got no further either.
         let (mut seen, mut looks) = (0, 0);
         while !shared.ended.load(Ordering::Acquire) {
             std::thread::sleep(self.limit / LOOKS);
             let steps = shared.steps.load(Ordering::Relaxed);
-            looks = if steps == seen { looks + 1 } else { 0 };
+            let rests = shared.rests.load(Ordering::Relaxed);
+            let runs = shared.runs.load(Ordering::Relaxed);
+            looks = if steps == seen && (runs || !rests) { looks + 1 } else { 0 };
+            if runs && rests {
+                let _ = shared.bell.write(1); // it fails only when it is rung already
+            }
             seen = steps;
             if looks == LOOKS {
                 return shared.end(Err(PagerError::Stalled(self.limit)));

@@ -76,7 +76,6 @@ impl Serial {
     pub(super) fn part(&mut self, cell: &Channel) -> Result<(), SerialError> {
         while self.take_accesses()? > 0 {}
         self.hand_over();
-        self.report_markers(cell)?;
         self.endpoint.part();
         if let Some(output) = &self.output {
             output.forget();

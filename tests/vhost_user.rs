@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::{DeviceState, EventKind};
 use cellblock_wire::sealed_memfd;
@@ -551,7 +551,7 @@ fn a_silent_back_end_is_given_up() {
     let dir = image_dir();
     let socket = dir.path().join("socket");
     let start = |what: &str| {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let mut vm = vm_on(&socket, "mode=blk").start();
         let status = vm.wait_exit();
         let line = vm.stderr.finished(LIMIT);
@@ -568,4 +568,28 @@ fn a_silent_back_end_is_given_up() {
     start("it serves another front end, or hangs");
     drop(listener);
     start("Connection refused (os error 111); start the back end first");
+}
+
+/// The budget is the disk's, whoever is connected to it, and by however many processes it is
+/// served: each would otherwise begin with a full bucket.
+#[test]
+fn front_ends_that_come_again_have_spent_what_they_had() {
+    let mut server = Server::start(",iops=2000,iops-burst=2000");
+    let begun = Instant::now();
+    let mut vm = vm_on(&server.path("socket"), "mode=storm n=6000 qd=16 mib=1").start();
+    for _ in 0..3 {
+        let process = server.serves();
+        std::thread::sleep(Duration::from_millis(150));
+        send(process, Signal::SIGKILL);
+    }
+    server.serves();
+    vm.wait_for("storm: ok");
+    vm.ends_well();
+    let mut vm = vm_on(&server.path("socket"), "mode=storm n=2000 qd=16 mib=1").start();
+    vm.wait_for("storm: ok");
+    vm.ends_well();
+    // So many and twice 256 reads at the end, less the burst, at 2000 a second.
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(3256), "{took:?}");
+    server.ends_well(Signal::SIGTERM);
 }

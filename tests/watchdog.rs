@@ -8,7 +8,9 @@ use std::time::Duration;
 use cellblock::control::protocol::{EventKind, Request};
 use common::deaths::replaced;
 use common::output::Events;
-use common::{LIMIT, Options, Vm, poll, send};
+use common::trace::Traced;
+use common::{LIMIT, Options, Vm, is_root, poll, send};
+use nix::libc;
 use nix::sys::signal::Signal;
 
 fn with(cmdline: &str, limit: &str) -> Options {
@@ -114,4 +116,32 @@ fn nobody_is_looked_at_while_the_vm_is_paused() {
         vm.wait_for("echo: ok");
         vm.ends_well();
     }
+}
+
+/// A thread that waits for the image is waited for; one that stands still anywhere else hangs,
+/// though the process answers.
+#[test]
+fn a_slow_image_is_not_a_thread_that_hangs() {
+    if !is_root("holding a thread of a jailed process") {
+        return;
+    }
+    let mut vm = with("mode=storm n=20000000 qd=4 queues=2 mib=4 reads=100", "1s")
+        .disk_with(4 << 20, ",queues=2,engine=sync,iops=1000")
+        .start();
+    vm.wait_for("storm: begins");
+    let events = vm.events();
+    let pid = vm.pid_of("blk", "disk0");
+    let thread = Traced::hold(pid, "blk-q0");
+    thread.run_until(|call| call.entered && call.number == libc::SYS_pread64);
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(!any_hung(&events), "{:?}", events.all());
+    let other = |call: &i64| [libc::SYS_epoll_wait, libc::SYS_timerfd_settime].contains(call);
+    thread.run_until(|call| call.entered && other(&call.number));
+    hung(&mut vm, &events, "blk", "disk0", pid);
+    thread.bury();
+    replaced(&mut vm, &events, "disk0", 1);
+    let before = done(&mut vm);
+    assert!(poll(LIMIT, || (done(&mut vm) > before + 100).then_some(())).is_some());
+    vm.ask(Request::Stop);
+    vm.ends_well();
 }

@@ -153,12 +153,66 @@ fn a_disk_that_is_as_it_is_wished_for_takes_no_other_shell() {
     };
     let pid = claim("id=disk0,cow");
     assert_eq!(claim("id=disk0,cow"), pid);
-    // With another image it is made for this claim, and nobody gets it after that.
-    let other = claim(&format!("id=disk0,cow,path={}", snapshot.disk().display()));
-    assert_ne!(other, pid);
-    assert_ne!(claim("id=disk0,cow"), other);
+    // It gets another image as well, and nobody gets it after that.
+    assert_eq!(claim(&format!("id=disk0,cow,path={}", snapshot.disk().display())), pid);
+    assert_ne!(claim("id=disk0,cow"), pid);
     assert!(pool.drain_all(LIMIT));
     assert_eq!((pool.stats().reset_failures, pool.stats().violations), (0, 0));
+}
+
+#[test]
+fn another_disk_is_put_behind_a_shell_that_waits() {
+    let snapshot = Snapshot::take("");
+    let machine =
+        Machine::Primed { snapshot: snapshot.path(), disks: vec!["id=disk0,cow".parse().unwrap()] };
+    let config = PoolConfig { min_size: 0, max_size: 4, ..small() };
+    let pool = RestorePool::new(base(machine), config).unwrap();
+    assert_eq!(pool.warm(4), 4);
+    let before = std::fs::read(snapshot.disk()).unwrap();
+    let claim = |disk: &str, data: &str| {
+        pool.claim(&ClaimOrder { disks: vec![disk.parse().unwrap()], ..order(data) })
+    };
+    // Its guest reads it, and writes to it.
+    let other = snapshot.disk().with_extension("other");
+    std::fs::copy(snapshot.disk(), &other).unwrap();
+    let vm = claim(&format!("id=disk0,path={}", other.display()), "one").unwrap();
+    let mut console = Console::of(&vm);
+    console.wait_for("clone: wrote");
+    console.say(b"cs");
+    console.wait_for("clone: own");
+    assert_eq!(console.wait_for("clone: serial="), "clone: serial=disk0");
+    let Reply::Stats(stats) = vm.control().unwrap().ask(Request::Stats).unwrap().0 else {
+        panic!("no stats")
+    };
+    assert_eq!(stats.disks[0].restarts, 0, "an exchange is no death");
+    drop((console, vm));
+    let gone = || common::poll(LIMIT, || (pool.stats().in_use == 0).then_some(()));
+    gone().expect("its end, and that of its lock");
+    assert!(std::fs::read(&other).unwrap() != before, "it was not written to");
+    assert!(std::fs::read(snapshot.disk()).unwrap() == before, "the pool's own was written to");
+    // What is in it by now is not what the guest expects, and it says so.
+    let vm = claim(&format!("id=disk0,cow,path={}", other.display()), "two").unwrap();
+    let mut lines = std::io::BufReader::new(vm.console().unwrap());
+    lines.get_mut().set_read_timeout(Some(LIMIT)).unwrap();
+    let mut said = String::new();
+    while !said.contains("FAIL") {
+        let read = std::io::BufRead::read_line(&mut lines, &mut said);
+        assert!(matches!(read, Ok(1..)) && !said.contains("clone: wrote"), "{said} {read:?}");
+    }
+    drop(vm);
+    gone().expect("its end");
+    // One of another size is no such disk, and a file that is not there none at all.
+    std::fs::File::options().write(true).open(&other).unwrap().set_len(1 << 20).unwrap();
+    let line = |error| cellblock::remedy::one_line(&error);
+    let text = line(claim(&format!("id=disk0,path={}", other.display()), "").unwrap_err());
+    assert!(text.contains("has 1048576 bytes, and had 4194304"), "{text}");
+    let text = line(claim("id=disk0,path=/nowhere", "").unwrap_err());
+    assert!(text.contains("/nowhere"), "{text}");
+    // All of them were shells that waited.
+    assert_eq!(pool.stats().made, 4);
+    assert!(pool.drain_all(LIMIT));
+    let stats = pool.stats();
+    assert_eq!((stats.restore_failures, stats.violations, stats.alive), (2, 0, 0));
 }
 
 #[test]

@@ -4,8 +4,9 @@
 mod common;
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use cellblock::control::client::{Client, ClientError, Cut};
@@ -153,4 +154,53 @@ fn a_held_vm_stands_still_until_its_client_says_or_goes() {
     let (mut client, _held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
     client.ask(Request::Stop).unwrap();
     vm.ends_well();
+}
+
+/// Memory is copied in turns: who else has a request is answered in between.
+#[test]
+fn a_live_copy_lets_others_have_their_answers_first() {
+    let mut vm = Vm::with("mode=pause every=20 touch=100").memory("256M").start();
+    vm.wait_for_line("pause: n=20 ");
+    let events = vm.events();
+    let connect = || {
+        let mut stream = UnixStream::connect(vm.path("control")).unwrap();
+        ask(&mut stream, &Request::Stats);
+        line(&mut stream); // it is let in
+        stream
+    };
+    let [mut copies, mut snapshots, mut pauses] = [connect(), connect(), connect()];
+    let wanted = |live| Request::Snapshot { hold: false, live, timeout_us: None, trigger: None };
+    // All requests are there when the VMM looks.
+    vm.signal(Signal::SIGSTOP);
+    ask(&mut copies, &wanted(true));
+    ask(&mut snapshots, &wanted(false));
+    ask(&mut pauses, &Request::Pause);
+    vm.signal(Signal::SIGCONT);
+    let refused = line(&mut snapshots);
+    assert!(refused.contains("another snapshot of the VM is being taken"), "{refused}");
+    line(&mut pauses);
+    let paused = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Pause { .. }));
+    let cut = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Snapshot { .. }));
+    assert!(paused.seq < cut.seq, "{paused:?} after {cut:?}");
+    let report = line(&mut copies);
+    assert!(report.contains(r#""reply":"snapshot""#), "{report}");
+    // It was paused when the cut was made, and stays so.
+    assert_eq!(vm.stats().state, State::Paused);
+    vm.resume();
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+fn ask(stream: &mut UnixStream, request: &Request) {
+    let line = serde_json::to_string(request).unwrap() + "\n";
+    stream.write_all(line.as_bytes()).unwrap();
+}
+
+fn line(stream: &mut UnixStream) -> String {
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    line
 }

@@ -17,6 +17,8 @@ use cellblock_wire::{Access, ShmError, sealed_memfd};
 use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::format::table;
+
 /// Bytes copied at once.
 const COPY: usize = CHUNK as usize;
 
@@ -89,6 +91,12 @@ impl Overlay {
         Ok(Overlay { file, map, bits, size })
     }
 
+    /// One that [`Overlay::new`] made elsewhere, for a disk of `size` bytes.
+    pub fn from_parts(file: File, map: OwnedFd, size: u64) -> Result<Overlay, OverlayError> {
+        let bits = Bitmap::map(&map, size, Access::ReadWrite)?;
+        Ok(Overlay { file, map, bits, size })
+    }
+
     /// What the block process is given: the file, then its map.
     pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
         [self.file.as_fd(), self.map.as_fd()]
@@ -102,11 +110,41 @@ impl Overlay {
     /// Copies what the guest has written to the same places of `to`, a new, empty file,
     /// and says which they are. What is zero stays a hole.
     pub fn save(&self, to: &File) -> Result<Vec<Extent>, OverlayError> {
-        let wrap = |source| OverlayError::Copy { what: "copying", source };
-        to.set_len(overlay_bytes(self.size)).map_err(wrap)?;
-        let extents = self.extents();
-        copy(&self.file, to, &extents).map_err(wrap)?;
-        Ok(extents)
+        self.make_room(to)?;
+        (0..self.chunks()).try_for_each(|chunk| self.copy_chunk(chunk, to, true).map(drop))?;
+        Ok(self.extents())
+    }
+
+    /// Gives `to`, a new, empty file, the size of the overlay.
+    pub fn make_room(&self, to: &File) -> Result<(), OverlayError> {
+        to.set_len(overlay_bytes(self.size)).map_err(copying)
+    }
+
+    /// Parts of the disk, for [`Overlay::copy_chunk`].
+    pub fn chunks(&self) -> u64 {
+        self.bits.chunks()
+    }
+
+    /// Copies what the guest has written to a chunk to the same places of `to`; how many bytes. The
+    /// guest may go on writing: a chunk is copied as a whole first (`all`, where `to` has nothing of
+    /// it), and then, as often as one likes, what was written since. When the disk stands still, and
+    /// its process is the same as at first, that makes `to` what the overlay is.
+    pub fn copy_chunk(&self, chunk: u64, to: &File, all: bool) -> Result<u64, OverlayError> {
+        let written = self.bits.written(chunk);
+        // A map is mostly a hole, which a store would fill.
+        let since = match written.load(Ordering::SeqCst) {
+            0 => 0,
+            _ => written.swap(0, Ordering::SeqCst),
+        };
+        let wanted = self.bits.word(chunk).load(Ordering::Acquire) & if all { !0 } else { since };
+        let mut copied = 0;
+        for (block, count) in table::runs(wanted) {
+            let offset = chunk * CHUNK + block as u64 * BLOCK;
+            let len = (count as u64 * BLOCK).min(overlay_bytes(self.size).saturating_sub(offset));
+            copy_run(&self.file, to, &Extent { offset, len }, all).map_err(copying)?;
+            copied += len;
+        }
+        Ok(copied)
     }
 
     /// Replaces what the guest has written by `extents` of `from`, which
@@ -115,9 +153,9 @@ impl Overlay {
     pub fn load(&self, from: &File, extents: &[Extent]) -> Result<(), OverlayError> {
         self.check(extents)?;
         self.clear()?;
-        copy(from, &self.file, extents)
-            .map_err(|source| OverlayError::Copy { what: "putting back", source })?;
+        let put_back = |source| OverlayError::Copy { what: "putting back", source };
         for extent in extents {
+            copy_run(from, &self.file, extent, true).map_err(put_back)?;
             for block in extent.offset / BLOCK..(extent.offset + extent.len) / BLOCK {
                 self.bits.word(block / 64).fetch_or(1 << (block % 64), Ordering::Release);
             }
@@ -158,21 +196,23 @@ impl Overlay {
     }
 }
 
-/// Copies `extents`, leaving blocks of zeros out.
-fn copy(from: &File, to: &File, extents: &[Extent]) -> io::Result<()> {
-    let mut buffer = vec![0; COPY];
-    for extent in extents {
-        let end = extent.offset + extent.len;
-        let mut at = extent.offset;
-        while at < end {
-            let len = (end - at).min(COPY as u64) as usize;
-            let bytes = &mut buffer[..len];
-            from.read_exact_at(bytes, at)?;
-            if bytes.iter().any(|byte| *byte != 0) {
-                to.write_all_at(bytes, at)?;
-            }
-            at += len as u64;
+fn copying(source: io::Error) -> OverlayError {
+    OverlayError::Copy { what: "copying", source }
+}
+
+/// Copies a run of blocks. Into a `fresh` file zeros need not be written.
+fn copy_run(from: &File, to: &File, extent: &Extent, fresh: bool) -> io::Result<()> {
+    let mut buffer = vec![0; extent.len.min(COPY as u64) as usize];
+    let end = extent.offset + extent.len;
+    let mut at = extent.offset;
+    while at < end {
+        let len = (end - at).min(COPY as u64) as usize;
+        let bytes = &mut buffer[..len];
+        from.read_exact_at(bytes, at)?;
+        if !fresh || bytes.iter().any(|byte| *byte != 0) {
+            to.write_all_at(bytes, at)?;
         }
+        at += len as u64;
     }
     Ok(())
 }
@@ -188,6 +228,7 @@ mod tests {
         for block in blocks {
             overlay.file.write_all_at(&[value; BLOCK as usize], block * BLOCK).unwrap();
             overlay.bits.word(block / 64).fetch_or(1 << (block % 64), Ordering::Release);
+            overlay.bits.wrote(block * BLOCK, BLOCK);
         }
     }
 
@@ -231,6 +272,31 @@ mod tests {
             assert_eq!(overlay.file.metadata().unwrap().len(), overlay_bytes(SIZE));
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it has a name");
+    }
+
+    /// A copy that was begun while the guest writes is completed with what it wrote since.
+    #[test]
+    fn a_copy_is_completed_with_what_was_written_since() {
+        let overlay = Overlay::new(SIZE, &Place::Memory).unwrap();
+        let copy = tempfile::tempfile().unwrap();
+        overlay.make_room(&copy).unwrap();
+        let chunk = |n, all| overlay.copy_chunk(n, &copy, all).unwrap();
+        let pass = |all| (0..overlay.chunks()).map(|n| chunk(n, all)).sum::<u64>();
+        write(&overlay, 3..70, 1);
+        assert_eq!(pass(true), 67 * BLOCK);
+        assert_eq!(pass(false), 0);
+        // New blocks, others once more, and zeros in the place of something.
+        write(&overlay, 60..66, 2);
+        write(&overlay, 191..193, 3);
+        write(&overlay, 10..11, 0);
+        assert_eq!(pass(false), 9 * BLOCK);
+        assert_eq!(pass(false), 0);
+        let all = |file: &File| {
+            let mut bytes = vec![0; overlay_bytes(SIZE) as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        assert!(all(&copy) == all(&overlay.file));
     }
 
     #[test]

@@ -198,10 +198,18 @@ impl ControlServer {
     /// Answers a request for which the handler said [`Response::Later`]. Its client
     /// may be gone, or `token` answered already: then nothing happens.
     pub fn complete(&mut self, token: Token, reply: &Reply) {
+        self.complete_with(token, reply, Vec::new());
+    }
+
+    /// The same, with what comes with the answer.
+    pub fn complete_with(&mut self, token: Token, reply: &Reply, fds: Vec<OwnedFd>) {
         let Some(client) = self.clients.get_mut(&token.client) else { return };
         if client.pending == Some(token.request) {
             client.pending = None;
-            client.send_json(reply);
+            match fds.is_empty() {
+                true => client.send_json(reply),
+                false => client.send_fds(reply, fds),
+            }
             self.settle(token.client);
         }
     }

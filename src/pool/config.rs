@@ -16,6 +16,7 @@ use super::shell::{Recipe, ShellError};
 use crate::remedy::Remedy;
 use crate::snapshot::format::{Chain, FormatError, SnapshotId};
 use crate::vm::metadata::MAX_DATA;
+use crate::vmm::VmmError;
 use crate::vmm::restore::{DiskOverride, RestoreError};
 
 /// What a shell is counted as beyond guest memory.
@@ -135,6 +136,8 @@ pub enum PoolError {
     DisksOfShape,
     #[error("{0} bytes for the guest are more than the {MAX_DATA} that its metadata has room for")]
     Data(usize),
+    #[error("opening its disks")]
+    Disks(#[from] Box<VmmError>),
     #[error("a VM of bytes")]
     Parts(#[source] PartsError),
     #[error(transparent)]
@@ -148,6 +151,7 @@ impl Remedy for PoolError {
         match self {
             PoolError::Format(error) => error.remedy(),
             PoolError::Restore(error) => error.remedy(),
+            PoolError::Disks(error) => error.remedy(),
             PoolError::Shell(error) => error.remedy(),
             PoolError::SharedDisk(id) => {
                 Some(format!("keep each VM's writes to itself with '--disk id={id},cow'"))

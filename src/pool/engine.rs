@@ -151,16 +151,11 @@ struct Doomed<F: Factory> {
     reset: bool,
 }
 
-/// Something for a maker to do.
-type Errand<F> = Box<dyn FnOnce(&F) + Send>;
-
 struct State<F: Factory> {
     books: Ledger,
     idle: VecDeque<(u64, F::Shell)>,
     waiting: VecDeque<Waiter<F>>,
     ending: VecDeque<Doomed<F>>,
-    /// What makers are to do besides: see [`Lease::exchange`].
-    errands: VecDeque<Errand<F>>,
     /// Idle shells wanted, by [`Engine::warm`]; what it asked for is kept up until a claim.
     warm: usize,
     draining: bool,
@@ -208,7 +203,6 @@ impl<F: Factory> Engine<F> {
             idle: VecDeque::new(),
             waiting: VecDeque::new(),
             ending: VecDeque::new(),
-            errands: VecDeque::new(),
             warm: 0,
             draining: false,
             closed: false,
@@ -266,6 +260,7 @@ impl<F: Factory> Engine<F> {
             state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.warm = 0;
+        inner.settle(&mut state); // nobody waits for these any more
         state.books.idle
     }
 

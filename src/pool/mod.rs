@@ -54,12 +54,14 @@ pub use protocol::Shape;
 pub use times::ClaimTimes;
 pub use vm::PooledRestoreVm;
 
+use crate::cell::overlay::Overlay;
 use crate::snapshot::format::{SnapshotId, describe};
+use crate::spec::{DiskSpec, OpenedDisk};
 use crate::vm::metadata::MAX_DATA;
-use crate::vmm::restore::DiskOverride;
+use crate::vmm::restore::{self, DiskOverride};
 use config::Prepared;
-use engine::{Engine, Options, Wish};
-use protocol::{Claim, Origin, Stage};
+use engine::{Engine, Lease, Options, Wish};
+use protocol::{Claim, Origin, OtherDisk, Stage};
 use shell::{Recipe, ShellError};
 use stats::PoolStats;
 use times::monotonic_ns;
@@ -99,8 +101,8 @@ impl Drop for Pool {
 pub struct ClaimOrder<'a> {
     /// What the guest finds in its metadata ([`crate::vm::metadata`]).
     pub data: Vec<u8>,
-    /// Disks that are to be others than those of the pool: the VM is made on demand then, for a
-    /// shell's process has its image in its jail already.
+    /// Disks that are to be others than those of the pool. Their processes are made on demand, and
+    /// a VM that has had some is never reset for another claim.
     pub disks: Vec<DiskOverride>,
     /// How long to wait; the pool's `acquire_timeout` where not given.
     pub patience: Option<Duration>,
@@ -195,11 +197,7 @@ impl RestorePool {
             let wish = Wish { patience: left, first: again > 0, wanted: order.wanted };
             let mut lease = pool.engine.claim(wish)?;
             let granted_ns = monotonic_ns();
-            let claim = Claim { from: from.clone(), data: order.data.clone() };
-            let done = self.with_disks(&mut lease, &order.disks).and_then(|()| {
-                let shell = lease.shell().ok_or(ShellError::Died(None))?;
-                shell.claim(claim, &fds).map_err(PoolError::from)
-            });
+            let done = self.claim_shell(&mut lease, from.clone(), &fds, order);
             match done {
                 Ok((heard_ns, runs_ns)) => {
                     let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
@@ -222,32 +220,56 @@ impl RestorePool {
         unreachable!("the last try ends in one way or the other")
     }
 
-    /// Has the shell exchanged for one with other disks, if they are to be others.
-    fn with_disks(
+    fn claim_shell(
         &self,
-        lease: &mut engine::Lease<Recipe>,
-        disks: &[DiskOverride],
-    ) -> Result<(), PoolError> {
-        if disks.is_empty() {
-            return Ok(());
+        lease: &mut Lease<Recipe>,
+        from: Option<Origin>,
+        files: &[BorrowedFd<'_>],
+        order: &ClaimOrder<'_>,
+    ) -> Result<(u64, u64), PoolError> {
+        // A shell's cow disk is as empty as a new one.
+        let has = |disk: &DiskOverride| self.0.disks.iter().any(|own| own == disk);
+        let others = match order.disks.iter().all(has) {
+            true => Vec::new(),
+            false => {
+                // Nobody else wants it then.
+                lease.keep_from_others();
+                self.open_others(lease.shell().ok_or(ShellError::Died(None))?.id(), &order.disks)?
+            }
+        };
+        let mut files = files.to_vec();
+        let mut disks = Vec::new();
+        for (spec, image) in &others {
+            files.push(image.fd.as_fd());
+            files.extend(image.overlay.iter().flat_map(Overlay::fds));
+            let (spec, size, cow) = (spec.clone(), image.size, image.overlay.is_some());
+            disks.push(OtherDisk { spec, size, cow });
         }
-        let Stage::Primed { snapshot, id, disks: own, track } =
-            self.0.engine.factory().stage.clone()
+        let claim = Claim { from, data: order.data.clone(), disks };
+        let shell = lease.shell().ok_or(ShellError::Died(None))?;
+        Ok(shell.claim(claim, &files)?)
+    }
+
+    /// Opens disks for the shell `id` in the place of those that it has: it may open nothing.
+    fn open_others(
+        &self,
+        id: SnapshotId,
+        disks: &[DiskOverride],
+    ) -> Result<Vec<(DiskSpec, OpenedDisk)>, PoolError> {
+        let Stage::Primed { snapshot, id: wanted, disks: own, .. } = &self.0.engine.factory().stage
         else {
             return Err(PoolError::DisksOfShape);
         };
-        // A shell's cow disk is as empty as a new one.
-        let has = |disk: &DiskOverride| self.0.disks.iter().any(|own| own == disk);
-        if disks.iter().all(has) {
-            return Ok(());
-        }
-        let others = own.into_iter().filter(|own| disks.iter().all(|disk| disk.id != own.id));
-        let disks = others.chain(disks.iter().cloned()).collect();
-        let stage = Stage::Primed { snapshot, id, disks, track };
-        Ok(lease.exchange(move |recipe, shell| {
-            drop(shell);
-            recipe.make(&stage, &|| true)
-        })?)
+        let named: Vec<DiskOverride> = disks
+            .iter()
+            .chain(own.iter().filter(|own| disks.iter().all(|disk| disk.id != own.id)))
+            .cloned()
+            .collect();
+        let serial = shell::serial_of(id);
+        let mut opened = restore::open_others(snapshot, SnapshotId(*wanted), &named, &serial)
+            .map_err(Box::new)?;
+        opened.retain(|(spec, _)| disks.iter().any(|disk| disk.id == spec.id()));
+        Ok(opened)
     }
 
     /// Number of idle shells.

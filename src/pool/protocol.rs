@@ -86,6 +86,20 @@ pub struct Claim {
     pub from: Option<Origin>,
     /// For the guest.
     pub data: Vec<u8>,
+    /// Disks that are to be others. Of each the image comes along, and of a cow disk the two
+    /// files of its overlay; of a primed shell only.
+    pub disks: Vec<OtherDisk>,
+}
+
+/// A disk in the place of one that a shell has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OtherDisk {
+    /// Of the same id.
+    pub spec: DiskSpec,
+    /// Bytes of the image.
+    pub size: u64,
+    /// Whether it has an overlay.
+    pub cow: bool,
 }
 
 /// Where a VM goes on from.

@@ -65,6 +65,11 @@ impl Remedy for ShellError {
     }
 }
 
+/// Of the cow disks of the VM `id`: 20 characters are what a disk's serial number can have.
+pub(crate) fn serial_of(id: SnapshotId) -> String {
+    id.to_string().chars().take(20).collect()
+}
+
 /// What all shells of a pool have in common.
 #[derive(Clone, Debug)]
 pub(super) struct Recipe {

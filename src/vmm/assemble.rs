@@ -6,16 +6,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{self, Producer};
 use cellblock_devices::protocol::{OUTPUT_MAX, SeccompMode, SerialStart};
 use cellblock_seccomp::filter::Policy;
-use cellblock_seccomp::plugin::Plan;
-use cellblock_seccomp::spawner::{SpawnError, Spawner};
-use cellblock_seccomp::{filter, jail, spawner, violation};
+use cellblock_seccomp::{filter, jail, violation};
 use cellblock_wire::{Access, Mapping, sealed_memfd};
 use kvm_ioctls::VcpuFd;
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
@@ -26,10 +22,9 @@ use super::event_loop::{BackEnd, DiskFacts, ImageFacts, Vm};
 use super::hardware::{Hardware, Made};
 use super::hold::Hold;
 use super::notice::Notifier;
-use super::phases::Phases;
+use super::parts::{Begun, Parts, Switches, write_logs};
 use super::plugins::Guests;
 use super::ports::{KeyboardController, MarkerPort, SleepControl};
-use super::signals::Signals;
 use super::snapshot::Snapshots;
 use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
@@ -44,7 +39,7 @@ use crate::control::server::ControlServer;
 use crate::event;
 use crate::logging;
 use crate::plugin_process;
-use crate::snapshot::dirty::{Tracker, WriteLogs};
+use crate::snapshot::dirty::Tracker;
 use crate::snapshot::state::Host;
 use crate::spec::{self, Backing};
 use crate::transport::mmio::{VirtioMmio, WINDOW};
@@ -57,40 +52,13 @@ use crate::vm::memory::GuestRam;
 use crate::vm::vmgenid::VmGenId;
 use crate::vm::{acpi, boot, layout};
 
-/// What a machine is made of, open.
-pub(super) struct Parts {
-    pub(super) phases: Phases,
-    pub(super) spawner: Spawner,
-    pub(super) signals: Signals,
-    pub(super) common: Common,
-    pub(super) specs: Vec<spec::DiskSpec>,
-    pub(super) disks: Vec<Backing>,
-    pub(super) control: Option<ControlServer>,
-    pub(super) console: OpenedConsole,
-    pub(super) hardware: Hardware,
-    pub(super) ram: GuestRam,
-    /// Deaths of its process by which a device fails.
-    pub(super) max_deaths: u16,
-    /// Of a process that gives no sign of life.
-    pub(super) device_timeout: Duration,
-    pub(super) hold: Arc<Hold>,
-    /// Plugins that take part.
-    pub(super) guests: Guests,
-    /// Where programs attach.
-    pub(super) plugin_socket: Option<PathBuf>,
-    /// The main thread is confined by the caller, once nothing is left to be opened; before
-    /// that the guest must not run.
-    pub(super) confine_later: bool,
-}
-
 /// A machine that boots a kernel.
 ///
 /// `scribe` is the connection of the process that writes its snapshots, if it is to take some.
 pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Result<Vm, VmmError> {
-    let mut phases = Phases::begin();
     let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
     let plan = config.plugin.as_ref().map(plan).transpose()?;
-    let (spawner, signals) = begin(&config.serial, &config.disks, plan)?;
+    let begun = Begun::new(&config.serial, &config.disks, plan)?;
 
     // Everything that has a path is opened here, before privileges go.
     spec::name_disks(&mut config.disks)?;
@@ -114,33 +82,16 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
     }
     let guests = Guests::open(&config, &ram)?;
-    let common = Common {
-        seccomp: config.seccomp,
-        sandbox: config.sandbox,
-        log: config.log,
-        lazy: None,
-        writes: Some(write_logs(ram.len())),
-    };
-    let specs = std::mem::take(&mut config.disks);
-    phases.end("open");
-    let parts = Parts {
-        phases,
-        spawner,
-        signals,
-        common,
-        specs,
-        disks,
-        control,
-        console,
-        hardware,
-        ram,
-        max_deaths: config.max_deaths,
-        device_timeout: config.device_timeout,
-        hold,
-        guests,
-        plugin_socket: config.plugin_socket.take().map(|spec| spec.path),
-        confine_later: false,
-    };
+    let VmConfig { sandbox, seccomp, log, .. } = config;
+    let disks = (std::mem::take(&mut config.disks), disks);
+    let switches = Switches { sandbox, seccomp, log };
+    let parts = begun
+        .parts(switches, (ram, hardware), console, disks)
+        .control(control)
+        .max_deaths(config.max_deaths)
+        .device_timeout(config.device_timeout)
+        .hold(hold)
+        .guests(guests, config.plugin_socket.take());
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
     let mut vm = build(parts, |machine, model, _, slots| {
         let ram = machine.ram();
@@ -151,18 +102,6 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
     })?;
     vm.triggers = triggers;
     Ok(vm)
-}
-
-/// What has to come before everything else, while there is one thread and nothing to inherit.
-pub(super) fn begin(
-    serial: &spec::SerialSpec,
-    disks: &[spec::DiskSpec],
-    plugin: Option<Plan>,
-) -> Result<(Spawner, Signals), VmmError> {
-    let spawner = fork_spawner(serial, disks, plugin)?;
-    let signals = Signals::install()
-        .map_err(|source| VmmError::System { what: "taking signals over", source })?;
-    Ok((spawner, signals))
 }
 
 /// Brings a machine up as far as it goes without running: processes in their jails, KVM,
@@ -349,26 +288,6 @@ pub(super) fn filter_mode(common: Common) -> Option<filter::Mode> {
         SeccompMode::Kill => filter::Mode::Kill,
         SeccompMode::Log => filter::Mode::Log,
     })
-}
-
-/// Where device processes note what they write: one VM's, which is the process's only one.
-pub(super) fn write_logs(memory: u64) -> &'static WriteLogs {
-    Box::leak(Box::new(WriteLogs::new(memory)))
-}
-
-/// Has to come first: what the spawner forks from, it has in it.
-fn fork_spawner(
-    serial: &spec::SerialSpec,
-    disks: &[spec::DiskSpec],
-    plugin: Option<Plan>,
-) -> Result<Spawner, SpawnError> {
-    let restore_terminal = match serial {
-        spec::SerialSpec::Stdout => crate::terminal::stdin_terminal(),
-        _ => None,
-    };
-    // In the order of the machine's back ends.
-    let connect = disks.iter().filter_map(|disk| disk.vhost_user.clone()).collect();
-    spawner::fork(spawner::Options { restore_terminal, plugin, connect })
 }
 
 fn console_recipe(

@@ -13,7 +13,7 @@ use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};
 use cellblock_seccomp::spawner::{Event as SpawnerEvent, ExitStatus, Spawner};
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::notice::{Notice, Notifier};
@@ -217,7 +217,9 @@ impl Vm {
 
         let mut events = [EpollEvent::empty(); 16];
         loop {
-            let count = match epoll.wait(&mut events, self.supervision_due()) {
+            // A live snapshot goes on between events.
+            let wait = if self.copies() { EpollTimeout::ZERO } else { self.supervision_due() };
+            let count = match epoll.wait(&mut events, wait) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(system("waiting for events")(e)),
@@ -229,6 +231,7 @@ impl Vm {
                 }
             }
             self.supervise(&epoll);
+            self.copy_on();
         }
     }
 
@@ -442,7 +445,7 @@ impl Vm {
         }
     }
 
-    fn spawner_events(&mut self, epoll: &Epoll) -> Flow {
+    pub(super) fn spawner_events(&mut self, epoll: &Epoll) -> Flow {
         loop {
             match self.spawner.try_event() {
                 Ok(Some(SpawnerEvent::Exited { pid, status })) => {
@@ -494,6 +497,9 @@ impl Vm {
         let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
         self.last_words(n);
+        if self.supervisor.exchanges(&id) {
+            return self.process_over(epoll, n);
+        }
         let how = self.cells[n].obituary(status);
         tracing::error!(role, device = id, pid, "device process died: {how}");
         if let Some(violation) = self.cells[n].violation() {

@@ -27,6 +27,7 @@ mod farewell;
 mod hardware;
 mod hold;
 mod notice;
+mod parts;
 mod phases;
 mod plugin;
 mod plugin_vm;

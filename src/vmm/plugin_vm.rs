@@ -9,9 +9,10 @@ use cellblock_seccomp::filter::{self, Policy};
 use cellblock_seccomp::spawner;
 
 use super::VmmError;
-use super::assemble::{confine, drop_privileges, vcpu_filter, write_logs};
+use super::assemble::{confine, drop_privileges, vcpu_filter};
 use super::event_loop::Vm;
 use super::notice::{Notice, Notifier};
+use super::parts::write_logs;
 use super::phases::Phases;
 use super::signals::Signals;
 use super::snapshot::Snapshots;

@@ -15,11 +15,10 @@ use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
 use serde::{Deserialize, Serialize};
 
-use super::assemble::{self, Parts};
+use super::assemble;
 use super::event_loop::Vm;
 use super::hardware::Hardware;
-use super::hold::Hold;
-use super::phases::Phases;
+use super::parts::{Begun, Switches};
 use super::plugins::Guests;
 use super::snapshot::{Kept, LoadError, Origin};
 use super::{VmEnd, VmmError};
@@ -32,12 +31,12 @@ use crate::plugin::{self, Arrived};
 use crate::plugin_process::{self, PluginConfig};
 use crate::remedy::Remedy;
 use crate::snapshot::eager::{self, FillError};
-use crate::snapshot::format::{Chain, FormatError, describe};
+use crate::snapshot::format::{Chain, FormatError, SnapshotId, describe};
 use crate::snapshot::pager::{self, Pager, PagerError, Prefetch, Source};
 use crate::snapshot::state::compat::Incompatible;
 use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
 use crate::snapshot::state::{MicrovmState, StateError};
-use crate::spec::{Backing, DiskSpec, PluginSocketSpec, SerialSpec};
+use crate::spec::{Backing, DiskSpec, OpenedDisk, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
 
@@ -189,10 +188,9 @@ pub fn restore(config: RestoreConfig, progress: &dyn Progress) -> Result<VmEnd, 
 }
 
 pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result<Vm, VmmError> {
-    let mut phases = Phases::begin();
     let plan = |plugin| plugin_process::plan(plugin, config.sandbox);
     let plan = config.plugin.as_ref().map(plan).transpose()?;
-    let (spawner, signals) = assemble::begin(&config.serial, &[], plan)?;
+    let begun = Begun::new(&config.serial, &[], plan)?;
     let path = &config.snapshot;
     let (ram, hardware) = begin_hardware(path)?;
     let chain = Arc::new(Chain::open(path).map_err(RestoreError::from)?);
@@ -213,33 +211,17 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     let states = state.plugin_states.iter();
     let states = states.filter_map(|p| Some((p.name.clone(), p.state.clone()?))).collect();
     let guests = Guests::restored(&config, &ram, arrived, states)?;
-    let inviter = lazy.as_ref().map(|source| source.inviter().map(Box::new)).transpose();
-    let common = Common {
-        seccomp: config.seccomp,
-        sandbox: config.sandbox,
-        log: config.log,
-        lazy: inviter.map_err(RestoreError::from)?.map(|inviter| &*Box::leak(inviter)),
-        writes: Some(assemble::write_logs(ram.len())),
-    };
-    phases.end("open");
-    let parts = Parts {
-        phases,
-        spawner,
-        signals,
-        common,
-        specs,
-        disks,
-        control,
-        console,
-        hardware,
-        ram,
-        max_deaths: config.max_deaths,
-        device_timeout: config.device_timeout,
-        hold: Arc::new(Hold::new(false)),
-        guests,
-        plugin_socket: config.plugin_socket.map(|spec| spec.path),
-        confine_later: false,
-    };
+    let inviter = lazy.as_ref().map(Source::inviter).transpose().map_err(RestoreError::from)?;
+    let RestoreConfig { sandbox, seccomp, log, .. } = config;
+    let switches = Switches { sandbox, seccomp, log };
+    let parts = begun
+        .parts(switches, (ram, hardware), console, (specs, disks))
+        .control(control)
+        .max_deaths(config.max_deaths)
+        .device_timeout(config.device_timeout)
+        .guests(guests, config.plugin_socket)
+        .lazy(inviter);
+    let common = parts.common;
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
     let mut pager = None;
@@ -405,6 +387,30 @@ pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, Res
         return Err(RestoreError::Plugin(crate::remedy::printable(&plugin.name)));
     }
     Ok(state)
+}
+
+/// Opens the disks that `named` makes others than those of the VM that the snapshot at `path`
+/// was of; with `serial` for those of them that are cow.
+pub(crate) fn open_others(
+    path: &Path,
+    id: SnapshotId,
+    named: &[DiskOverride],
+    serial: &str,
+) -> Result<Vec<(DiskSpec, OpenedDisk)>, VmmError> {
+    let chain = Chain::open(path).map_err(RestoreError::from)?;
+    if chain.manifest().id != id {
+        return Err(RestoreError::Other(path.into()).into());
+    }
+    let state = read_state(path, &chain)?;
+    let (specs, disks) = open_disks(&state, &chain, named, Some(serial))?;
+    let both = specs.into_iter().zip(disks).filter_map(|(mut spec, disk)| match disk {
+        Backing::Image(image) if named.iter().any(|disk| disk.id == spec.id()) => {
+            spec.path = spec.path.canonicalize().unwrap_or(spec.path);
+            Some((spec, image))
+        }
+        _ => None,
+    });
+    Ok(both.collect())
 }
 
 /// A disk of the snapshot.

@@ -8,6 +8,7 @@
 //! While it waits its main loop runs, as for a VM whose vCPUs are still to be started: a device
 //! process that dies is replaced, and the end of the pool is the end of the shell.
 
+mod disks;
 mod empty;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,15 +19,18 @@ use cellblock_wire::{Channel, ChannelError};
 use nix::sys::epoll::Epoll;
 
 use super::event_loop::{Flow, ON, Vm};
+use super::parts::Switches;
 use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
 use super::{VmEnd, VmmError};
 use crate::control::protocol::{Reply, Request};
 use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
+use crate::pool::shell::serial_of;
 use crate::pool::times::monotonic_ns;
 use crate::remedy::{Remedy, chain};
 use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::spec::SerialSpec;
 use crate::vm::layout;
+pub use disks::DisksError;
 use empty::Empty;
 pub use empty::EmptyError;
 
@@ -59,6 +63,8 @@ pub enum ShellError {
     Primed,
     #[error("the claim does not say from which snapshot")]
     NoOrigin,
+    #[error(transparent)]
+    Disks(#[from] DisksError),
     #[error(transparent)]
     Empty(#[from] EmptyError),
     #[error(transparent)]
@@ -147,12 +153,12 @@ fn failed(error: &ShellError) -> FromShell {
 
 fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
     let id = order.id;
-    // 20 characters are what a disk's serial number can have.
-    let serial: String = SnapshotId(id).to_string().chars().take(20).collect();
+    let serial = serial_of(SnapshotId(id));
     let (mut vm, stage) = match order.stage {
         Stage::Shape(shape) => {
             let places = (order.control, order.console);
-            let switches = (order.sandbox, order.seccomp, order.log);
+            let Preparation { sandbox, seccomp, log, .. } = order;
+            let switches = Switches { sandbox, seccomp, log };
             let (vm, empty) = empty::assemble(shape, places, switches, &serial)?;
             (vm, Waiting::Empty(Box::new(empty)))
         }
@@ -254,6 +260,7 @@ impl Vm {
             (Waiting::Claimed, _) => return Err(ShellError::Twice),
             (Waiting::Primed, Some(_)) => return Err(ShellError::Primed),
             (Waiting::Primed, None) => {
+                self.exchange_disks(claim.disks, fds, epoll)?;
                 if let Some(origin) = &self.origin {
                     origin
                         .state

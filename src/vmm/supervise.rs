@@ -104,9 +104,20 @@ pub(super) struct Watched {
     /// Successors that took over.
     pub(super) restarts: u64,
     failed: bool,
+    exchange: Exchange,
     /// Number of the connection there is.
     pub(super) link: u64,
     died: Instant,
+}
+
+/// A process that goes by our will, for one that is made otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Exchange {
+    None,
+    /// The old one is there still.
+    Ending,
+    /// The new one is not there yet.
+    Starting,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +158,7 @@ impl Supervisor {
             deaths: VecDeque::new(),
             restarts: 0,
             failed: false,
+            exchange: Exchange::None,
             link: 0,
             died: Instant::now(),
         });
@@ -166,6 +178,11 @@ impl Supervisor {
         !matches!(self.watched[w].phase, Phase::Resting(_))
     }
 
+    /// Whether the process of this device is to go, and that is no news.
+    pub(super) fn exchanges(&self, id: &str) -> bool {
+        self.find(id).is_some_and(|n| self.watched[n].is_exchanged())
+    }
+
     /// Whether a process that is gone gets a successor that does what this one did.
     pub(super) fn replaces(&self, id: &str) -> bool {
         self.find(id).is_some_and(|n| !self.watched[n].failed)
@@ -173,6 +190,16 @@ impl Supervisor {
 }
 
 impl Watched {
+    /// The process is to be ended, which is no death that counts.
+    pub(super) fn exchange(&mut self) {
+        self.exchange = Exchange::Ending;
+    }
+
+    /// Whether that process is still there.
+    pub(super) fn is_exchanged(&self) -> bool {
+        self.exchange == Exchange::Ending
+    }
+
     /// Counts a death; true when it is one too many.
     fn died(&mut self, now: Instant, most: usize) -> bool {
         self.died = now;
@@ -252,6 +279,11 @@ impl Vm {
     fn bury(&mut self, epoll: &Epoll, w: usize) {
         let (now, most) = (Instant::now(), self.supervisor.most_deaths);
         let watched = &mut self.supervisor.watched[w];
+        if watched.exchange == Exchange::Ending {
+            watched.exchange = Exchange::Starting;
+            return self.start_successor(epoll, w);
+        }
+        watched.exchange = Exchange::None;
         let too_often = watched.died(now, most);
         if watched.failed {
             watched.phase = Phase::Resting(now + REST);
@@ -414,6 +446,9 @@ impl Vm {
             return;
         };
         watched.phase = Phase::Serving;
+        if std::mem::replace(&mut watched.exchange, Exchange::None) == Exchange::Starting {
+            return;
+        }
         watched.restarts += 1;
         let took_us = watched.died.elapsed().as_micros() as u64;
         let (role, id) = (watched.role().to_string(), watched.id.clone());

@@ -13,6 +13,7 @@
 //!   look at the bit to the setting of it: two queues that write parts of one block would
 //!   else both copy it up, and the later copy undo the earlier write.
 //! - Once it is set, the overlay is a file like any other, and no lock is taken.
+//! - Every write is noted in the map when it is over, for who copies the overlay meanwhile.
 //!
 //! Nothing here is ever made durable: the overlay ends with the virtual machine.
 
@@ -170,6 +171,19 @@ impl Overlay {
         data: &[Slice<'_>],
         offset: u64,
     ) -> Result<(), ExecuteError> {
+        let result = self.write_all(executor, image, data, offset);
+        // Of one that failed a part may be there.
+        self.bitmap.wrote(offset, total(data));
+        result
+    }
+
+    fn write_all(
+        &self,
+        executor: &mut Executor,
+        image: &File,
+        data: &[Slice<'_>],
+        offset: u64,
+    ) -> Result<(), ExecuteError> {
         let len = total(data);
         if let Some((file, true)) = self.holder(image, offset, len) {
             return executor.write(file, data, offset);
@@ -191,7 +205,7 @@ impl Overlay {
             if piece.len() == 0 {
                 continue;
             }
-            self.change(image, piece, |piece| {
+            let result = self.change(image, piece, |piece| {
                 if whole.len() > 0 {
                     let range = Range { offset: whole.start, len: whole.len(), unmap: true };
                     clear::zero(&self.file, &range, None)?;
@@ -202,7 +216,9 @@ impl Overlay {
                     self.file.write_all_at(zeros, edge.start).map_err(ExecuteError::Io)?;
                 }
                 Ok(())
-            })?;
+            });
+            self.bitmap.wrote(piece.start, piece.len());
+            result?;
         }
         Ok(())
     }

@@ -8,6 +8,11 @@
 //! A bit is set, with [`Ordering::Release`], after the whole block is in the overlay, and
 //! never cleared while a device serves. What a process wrote into the map is only ever
 //! taken as bits: any pattern names blocks of this disk and nothing else.
+//!
+//! Behind them the map has a second bit for each block, which is set after every write to it
+//! and cleared by whoever copies the overlay while it is written to: before the block is
+//! copied, so that a write that the copy has not is noted behind the clearing. What a process
+//! was writing when it died is not noted.
 
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
@@ -55,7 +60,7 @@ impl Bitmap {
 
     fn bytes(size: u64) -> usize {
         // A disk too large for the address space fails to map, which is an error.
-        usize::try_from(size.div_ceil(CHUNK).saturating_mul(8)).unwrap_or(usize::MAX)
+        usize::try_from(size.div_ceil(CHUNK).saturating_mul(16)).unwrap_or(usize::MAX)
     }
 
     /// Words of the map.
@@ -69,6 +74,30 @@ impl Bitmap {
     /// If there is no such chunk: the caller has checked its range.
     pub fn word(&self, chunk: u64) -> &AtomicU64 {
         self.words.u64(usize::try_from(chunk).unwrap_or(usize::MAX).saturating_mul(8))
+    }
+
+    /// The bits of the blocks of a chunk that were written since they were cleared.
+    ///
+    /// # Panics
+    /// As [`Bitmap::word`].
+    pub fn written(&self, chunk: u64) -> &AtomicU64 {
+        assert!(chunk < self.chunks());
+        self.word(self.chunks() + chunk)
+    }
+
+    /// Notes that `len` bytes at `offset` of the disk were written.
+    pub fn wrote(&self, offset: u64, len: u64) {
+        let Some(last) = len.checked_sub(1).and_then(|more| offset.checked_add(more)) else {
+            return;
+        };
+        let (first, last) = (offset / BLOCK, last / BLOCK);
+        for chunk in first / 64..=(last / 64).min(self.chunks().saturating_sub(1)) {
+            let from = first.max(chunk * 64) % 64;
+            let to = last.min(chunk * 64 + 63) % 64;
+            let bits = (u64::MAX << from) & (u64::MAX >> (63 - to));
+            // Each time, though it may be set: what was seen set may be cleared by now.
+            self.written(chunk).fetch_or(bits, Ordering::SeqCst);
+        }
     }
 
     /// The blocks in the overlay, in order, as the map says at this moment.
@@ -131,10 +160,26 @@ mod tests {
     fn a_map_of_another_disk_is_refused() {
         let fd = Bitmap::create(CHUNK).expect("memfd");
         let error = Bitmap::map(&fd, CHUNK + 512, Access::ReadOnly).expect_err("too small");
-        assert!(matches!(error, ShmError::TooSmall { found: 8, needed: 16 }), "{error}");
+        assert!(matches!(error, ShmError::TooSmall { found: 16, needed: 32 }), "{error}");
         let error =
             Bitmap::create(u64::MAX).and_then(|fd| Bitmap::map(fd, 1 << 62, Access::ReadOnly));
         assert!(error.is_err());
+    }
+
+    #[test]
+    fn what_was_written_is_noted_by_blocks() {
+        let map = map(3 * CHUNK);
+        let noted = || [0, 1, 2].map(|chunk| map.written(chunk).swap(0, Ordering::SeqCst));
+        map.wrote(5 * BLOCK - 1, 2);
+        assert_eq!(noted(), [0b11 << 4, 0, 0]);
+        map.wrote(63 * BLOCK, 66 * BLOCK);
+        assert_eq!(noted(), [1 << 63, u64::MAX, 1]);
+        map.wrote(3 * CHUNK - 1, u64::MAX);
+        map.wrote(7, 0);
+        assert_eq!(noted(), [0, 0, 0]);
+        map.wrote(3 * CHUNK - 1, CHUNK);
+        assert_eq!(noted(), [0, 0, 1 << 63]);
+        assert_eq!(map.extents().next(), None);
     }
 
     proptest! {

@@ -54,6 +54,8 @@ pub struct Options {
     pub dir: Option<PathBuf>,
     /// A process before this one died with a request of queue 0 put back.
     pub stalled: bool,
+    /// A process before this one died with so many requests of queue 0 begun.
+    pub begun: u16,
 }
 
 impl Default for Options {
@@ -67,6 +69,7 @@ impl Default for Options {
             engine: engine_under_test(),
             dir: None,
             stalled: false,
+            begun: 0,
         }
     }
 }
@@ -129,8 +132,10 @@ impl Device {
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");
+        let before = CountersPage::map(&page, Access::ReadWrite).expect("map").queue(0);
+        (0..options.begun).for_each(|_| before.begin());
         if options.stalled {
-            CountersPage::map(&page, Access::ReadWrite).expect("map").queue(0).stalled();
+            before.stalled();
         }
         let fds = vec![OwnedFd::from(opened), page];
         let device = blk::prepare(start, fds, theirs).expect("prepare");

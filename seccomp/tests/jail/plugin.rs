@@ -24,6 +24,7 @@ pub const TESTS: &[Test] = &[
     ("plugin_of_an_ordinary_user", ordinary_user),
     ("plugin_mounts_and_groups", mounts_and_groups),
     ("plugin_policies", policies),
+    ("plugin_under_landlock", under_landlock),
     ("plugin_libraries_by_rpath", libraries_by_rpath),
     ("plugin_that_cannot_start", cannot_start),
     ("plugin_without_a_jail", without_a_jail),
@@ -256,6 +257,26 @@ fn policies() {
     let mut spec = probe.spec(&["p", "exec"]);
     spec.policy = Some(Policy::parse("p", "{write, ioctl}: 1").expect("reads"));
     assert_eq!(run(&spec).1, killed);
+}
+
+/// What a policy lets through by mistake: Landlock refuses it all the same. Before version 4 it knew
+/// nothing of TCP; then there is only no way to anywhere.
+fn under_landlock() {
+    let probe = Probe::new(&[]);
+    let mut spec = probe.spec(&["p", "connect"]);
+    let policy = Policy::parse("p", "{write, ioctl, socket, connect}: 1");
+    spec.policy = Some(policy.expect("reads"));
+    let expected = if landlock_version() >= 4 { libc::EACCES } else { libc::ENETUNREACH };
+    assert_eq!(run(&spec), (format!("connect=-{expected}\n"), ExitStatus::Code(0)));
+}
+
+/// Of this kernel; 0 where it is not in use.
+#[allow(unsafe_code)] // the call has no wrapper that does nothing else
+fn landlock_version() -> i64 {
+    const VERSION: u32 = 1;
+    // SAFETY: no memory is involved.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, VERSION) };
+    version.max(0)
 }
 
 fn libraries_by_rpath() {

@@ -3,11 +3,13 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -76,6 +78,12 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "write")) {
         int fd = open(argv[2], O_WRONLY | O_CREAT, 0600);
         say("write", fd < 0 ? fd : write(fd, "x", 1));
+        return 0;
+    }
+    if (!strcmp(what, "connect")) {
+        struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(9), .sin_addr.s_addr = htonl(0x7f000001)};
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        say("connect", fd < 0 ? fd : connect(fd, (struct sockaddr *)&to, sizeof to));
         return 0;
     }
     if (!strcmp(what, "sleep")) {

@@ -73,7 +73,7 @@ pub struct Lease<F: Factory> {
     shell: Option<F::Shell>,
     /// It did not become a VM.
     spoilt: bool,
-    /// It is another one than the factory's, made for this claim alone.
+    /// It is not to be reset.
     special: bool,
 }
 
@@ -181,29 +181,9 @@ impl<F: Factory> Lease<F> {
         self.shell.as_ref()
     }
 
-    /// Has a maker exchange the shell for another: a thread that lives as long as that one.
-    /// Where it fails there is none any more. The other one is for this claim alone: it is never
-    /// reset.
-    pub fn exchange(
-        &mut self,
-        make: impl FnOnce(&F, F::Shell) -> Result<F::Shell, F::Error> + Send + 'static,
-    ) -> Result<(), ClaimError<F::Error>> {
-        let Some(shell) = self.shell.take() else { return Ok(()) };
+    /// It is made into something for this claim alone: it is destroyed after that, never reset.
+    pub fn keep_from_others(&mut self) {
         self.special = true;
-        let (send, made) = sync_channel(1);
-        let errand = Box::new(move |factory: &F| {
-            let _ = send.send(make(factory, shell)); // somebody waits
-        });
-        self.inner.lock().errands.push_back(errand);
-        self.inner.making.notify_one();
-        match made.recv() {
-            Ok(Ok(shell)) => {
-                self.shell = Some(shell);
-                Ok(())
-            }
-            Ok(Err(error)) => Err(ClaimError::Make(Arc::new(error))),
-            Err(_) => Err(ClaimError::Panicked),
-        }
     }
 
     /// Gives it back: it did not become a VM, and is destroyed whatever becomes of others.

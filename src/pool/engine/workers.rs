@@ -33,13 +33,6 @@ fn make<F: Factory>(inner: &Inner<F>) {
     let limits = &inner.options.limits;
     let mut state = inner.lock();
     loop {
-        if let Some(errand) = state.errands.pop_front() {
-            drop(state);
-            // Whoever waits for it sees that it did not come to its end.
-            let _ = catch_unwind(AssertUnwindSafe(|| errand(&inner.factory)));
-            state = inner.lock();
-            continue;
-        }
         let now = Instant::now();
         if !state.wants_shell(limits, now) {
             if state.is_over() {

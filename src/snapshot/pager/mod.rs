@@ -20,6 +20,7 @@
 //! ends; it must not go on with memory that is not there, nor hang. Its userfaultfd then
 //! stays open to the end of the process: closed, missing pages would become zeros.
 
+mod coming;
 mod record;
 mod thread;
 mod watch;
@@ -38,6 +39,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::format::{Chain, FormatError};
 use crate::vm::memory::GuestRam;
+use coming::Coming;
 use thread::{Target, Worker};
 use watch::Watch;
 
@@ -140,8 +142,7 @@ struct Shared {
     steps: AtomicU64,
     /// It sleeps until somebody waits, as it may before the guest runs.
     rests: AtomicBool,
-    /// The chunk that is on its way, counted from 1; 0 while none is.
-    coming: AtomicU64,
+    coming: Coming,
     faults: AtomicU64,
     demanded: AtomicU64,
     prefetched: AtomicU64,
@@ -248,7 +249,7 @@ impl Prospect {
             runs: AtomicBool::new(false),
             steps: AtomicU64::new(0),
             rests: AtomicBool::new(false),
-            coming: AtomicU64::new(0),
+            coming: Coming::new(),
             faults: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             prefetched: AtomicU64::new(0),
@@ -386,15 +387,10 @@ impl Pager {
 
     /// Waits until a chunk that is on its way is there: before that, parts of it may be, and may
     /// have been written to. What is absent afterwards was so when this was called, all of it.
-    pub fn settle(&self) {
-        let coming = self.shared.coming.load(Ordering::SeqCst);
-        // One that fails on the way ends the VM.
-        while coming != 0
-            && self.shared.coming.load(Ordering::SeqCst) == coming
-            && !self.shared.ended.load(Ordering::Acquire)
-        {
-            std::thread::yield_now();
-        }
+    /// False where a part of one will be missing for ever: the VM is about to end.
+    #[must_use]
+    pub fn settle(&self) -> bool {
+        self.shared.coming.settle(|| self.shared.ended.load(Ordering::Acquire))
     }
 
     /// Whether everything is there.

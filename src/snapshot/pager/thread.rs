@@ -284,7 +284,21 @@ impl Worker {
             return Ok(false);
         }
         self.chain.read_chunk(index, &mut self.buffer)?;
-        self.shared.coming.store(index as u64 + 1, Ordering::SeqCst);
+        let there = || self.shared.presence.set(index);
+        self.shared.coming.bring(index, || self.fill(index), there)?;
+        let offset = index as u64 * CHUNK as u64;
+        self.shared.absent.fetch_sub(1, Ordering::Relaxed);
+        for target in self.devices.iter().filter_map(|device| device.target.as_ref()) {
+            for (start, len) in target.places(offset) {
+                // It fails for a process that is no more.
+                let _ = target.uffd.wake(start, len);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Copies the buffer to where chunk `index` belongs.
+    fn fill(&self, index: usize) -> Result<(), PagerError> {
         let offset = index as u64 * CHUNK as u64;
         let vmm = &self.vmm;
         let mut done = 0;
@@ -299,16 +313,7 @@ impl Worker {
                 Err(e) => return Err(step("filling guest memory")(e)),
             }
         }
-        self.shared.presence.set(index);
-        self.shared.coming.store(0, Ordering::SeqCst);
-        self.shared.absent.fetch_sub(1, Ordering::Relaxed);
-        for target in self.devices.iter().filter_map(|device| device.target.as_ref()) {
-            for (start, len) in target.places(offset) {
-                // It fails for a process that is no more.
-                let _ = target.uffd.wake(start, len);
-            }
-        }
-        Ok(true)
+        Ok(())
     }
 
     /// What to bring next if nobody waits.

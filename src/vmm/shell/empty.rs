@@ -10,7 +10,6 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::filter::Policy;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -34,12 +33,10 @@ use crate::vm::kvm;
 use crate::vm::layout;
 use crate::vm::memory::{GuestRam, MemoryError};
 use crate::vmm::VmmError;
-use crate::vmm::assemble::{self, Parts};
+use crate::vmm::assemble;
 use crate::vmm::event_loop::Vm;
 use crate::vmm::hardware::Hardware;
-use crate::vmm::hold::Hold;
-use crate::vmm::phases::Phases;
-use crate::vmm::plugins::Guests;
+use crate::vmm::parts::{Begun, Switches};
 use crate::vmm::restore::{self, RestoreError};
 use crate::vmm::snapshot::{Kept, LoadError, Origin};
 
@@ -114,12 +111,11 @@ fn vmm(error: impl Into<VmmError>) -> EmptyError {
 pub(super) fn assemble(
     mut shape: Shape,
     places: (PathBuf, PathBuf),
-    (sandbox, seccomp, log): (bool, SeccompMode, LogLevel),
+    switches: Switches,
     serial: &str,
 ) -> Result<(Vm, Empty), EmptyError> {
-    let mut phases = Phases::begin();
     let endpoint = SerialSpec::Socket(places.1);
-    let (spawner, signals) = assemble::begin(&endpoint, &[], None).map_err(vmm)?;
+    let begun = Begun::new(&endpoint, &[], None).map_err(vmm)?;
     let ram = GuestRam::new(shape.memory)?;
     let kvm = kvm::open().map_err(vmm)?;
     let hardware = Hardware::begin(kvm, shape.cpus.into(), &ram).map_err(vmm)?;
@@ -144,35 +140,13 @@ pub(super) fn assemble(
             None
         }
     };
-    let inviter = prospect.as_ref().map(|prospect| prospect.inviter().map(Box::new)).transpose()?;
-    let common = Common {
-        seccomp,
-        sandbox,
-        log,
-        lazy: inviter.map(|inviter| &*Box::leak(inviter)),
-        writes: Some(assemble::write_logs(ram.len())),
-    };
     // Nobody attaches to it.
-    let guests = Guests::none();
-    phases.end("open");
-    let parts = Parts {
-        phases,
-        spawner,
-        signals,
-        common,
-        specs: shape.disks,
-        disks,
-        control: Some(control),
-        console,
-        hardware,
-        ram,
-        max_deaths: crate::config::DEFAULT_MAX_DEATHS,
-        device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
-        hold: Arc::new(Hold::new(false)),
-        guests,
-        plugin_socket: None,
-        confine_later: true,
-    };
+    let parts = begun
+        .parts(switches, (ram, hardware), console, (shape.disks, disks))
+        .control(Some(control))
+        .lazy(prospect.as_ref().map(Prospect::inviter).transpose()?)
+        .confine_later();
+    let common = parts.common;
     let vm = assemble::build(parts, |machine, _, _, _| {
         (0..shape.cpus).map(|id| Ok(machine.create_vcpu(id)?)).collect()
     });

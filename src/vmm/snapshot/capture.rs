@@ -8,7 +8,6 @@ use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::CellState;
 use cellblock_wire::{CodecError, ShmError, sealed_memfd};
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::{DiskFacts, Vm};
@@ -38,6 +37,8 @@ pub(super) enum CaptureError {
     Copy(#[source] io::Error),
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    #[error("it does not come any more")]
+    Broken,
     #[error("reading what has not come yet")]
     Chain(#[from] crate::snapshot::format::FormatError),
     #[error(transparent)]
@@ -129,24 +130,6 @@ fn written(disk: &DiskFacts) -> Option<Vec<Extent>> {
     Some(overlay.extents())
 }
 
-/// Copies of what the guest has written to each `cow` disk, in the order of the disks.
-pub(super) fn overlays(disks: &[DiskFacts]) -> Result<Vec<OwnedFd>, CaptureError> {
-    let mut copies = Vec::new();
-    for disk in disks {
-        let Some((overlay, _)) = disk.image.as_ref().and_then(|image| image.overlay.as_ref())
-        else {
-            continue;
-        };
-        let flags = MFdFlags::MFD_CLOEXEC;
-        let file =
-            memfd_create(c"snapshot-disk", flags).map_err(|e| CaptureError::Copy(e.into()))?;
-        let file = File::from(file);
-        overlay.save(&file)?;
-        copies.push(file.into());
-    }
-    Ok(copies)
-}
-
 /// What a disk is made of, with the image's fingerprint as of now.
 fn record(disk: &DiskFacts) -> Result<Option<DiskRecord>, CaptureError> {
     let Some(image) = &disk.image else { return Ok(None) };
@@ -175,23 +158,52 @@ pub(super) fn shared(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
     ram.fd().try_clone_to_owned().map_err(CaptureError::Copy)
 }
 
+/// Room for a copy of guest memory.
+pub(super) fn room(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
+    Ok(sealed_memfd("snapshot-memory", ram.len())?)
+}
+
 /// A copy of guest memory: of what has pages, so that a guest costs what it uses.
 pub(super) fn copy(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
-    let copy = sealed_memfd("snapshot-memory", ram.len())?;
-    let end = ram.len() as i64;
-    let mut at = 0;
-    while at < end {
-        let start = match lseek(ram.fd(), at, Whence::SeekData) {
-            Ok(start) => start,
-            Err(Errno::ENXIO) => break, // nothing but holes
-            Err(error) => return Err(CaptureError::Copy(error.into())),
-        };
-        let hole = lseek(ram.fd(), start, Whence::SeekHole);
-        let stop = hole.map_err(|e| CaptureError::Copy(e.into()))?;
-        copy_range(ram.fd(), &copy, start, stop).map_err(CaptureError::Copy)?;
-        at = stop;
-    }
+    let copy = room(ram)?;
+    let mut whole = Whole::default();
+    while whole.copy(ram, &copy, u64::MAX)? > 0 {}
     Ok(copy)
+}
+
+/// How far a copy of all of memory is.
+#[derive(Default)]
+pub(super) struct Whole {
+    at: i64,
+    /// Where the pages end that begin before it.
+    stop: i64,
+}
+
+impl Whole {
+    /// Copies up to `most` bytes; how many those are, and 0 at the end.
+    pub(super) fn copy(
+        &mut self,
+        ram: &GuestRam,
+        to: &OwnedFd,
+        most: u64,
+    ) -> Result<u64, CaptureError> {
+        let failed = |errno: Errno| CaptureError::Copy(errno.into());
+        if self.at == self.stop {
+            if self.at >= ram.len() as i64 {
+                return Ok(0);
+            }
+            self.at = match lseek(ram.fd(), self.at, Whence::SeekData) {
+                Ok(start) => start,
+                Err(Errno::ENXIO) => return Ok(0), // nothing but holes
+                Err(errno) => return Err(failed(errno)),
+            };
+            self.stop = lseek(ram.fd(), self.at, Whence::SeekHole).map_err(failed)?;
+        }
+        let len = most.min((self.stop - self.at) as u64) as i64;
+        copy_range(ram.fd(), to, self.at, self.at + len).map_err(CaptureError::Copy)?;
+        self.at += len;
+        Ok(len as u64)
+    }
 }
 
 #[allow(unsafe_code)] // sendfile, from page cache to page cache

@@ -1,4 +1,4 @@
-//! Guest memory for a cut: copied while the guest stands still, or before, in rounds.
+//! Guest memory for a cut: copied while the guest stands still, or before, in rounds ([`super::rounds`]).
 //!
 //! A live copy begins with all of memory while the guest runs, then what was written
 //! meanwhile, and so on while that gets less; the cut has the last round only. What has not
@@ -15,58 +15,32 @@ use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::Vm;
 use super::capture::{self, CaptureError};
+use super::layers::Layer;
 use crate::snapshot::dirty;
 use crate::snapshot::format::{CHUNK, PAGE, table};
 use crate::snapshot::pager::Pager;
 
-/// Few enough pages for the guest to stand still: 1 MiB.
-const ENOUGH: u64 = 256;
-/// Most rounds: a guest that writes faster than we copy is not waited for.
-const MOST_ROUNDS: u32 = 8;
-
 /// A copy of memory, as of some moment while the guest ran.
 #[derive(Debug)]
 pub(super) struct Copy {
-    memory: OwnedFd,
+    pub(super) memory: OwnedFd,
     pub(super) rounds: u32,
     /// What is not there yet, by chunk, when its copy began.
-    absent: Vec<bool>,
+    pub(super) absent: Vec<bool>,
+    /// The same of what is written to `cow` disks.
+    pub(super) layers: Vec<Layer>,
 }
 
 /// The set of chunks that have not come yet; whatever is in it is as in the snapshot.
-pub(super) fn absent(pager: Option<&Pager>, chunks: usize) -> Vec<bool> {
-    if let Some(pager) = pager {
-        pager.settle();
+pub(super) fn absent(pager: Option<&Pager>, chunks: usize) -> Result<Vec<bool>, CaptureError> {
+    if pager.is_some_and(|pager| !pager.settle()) {
+        return Err(CaptureError::Broken);
     }
     let has = |index| pager.is_none_or(|pager| pager.presence().has(index));
-    (0..chunks).map(|index| !has(index)).collect()
+    Ok((0..chunks).map(|index| !has(index)).collect())
 }
 
 impl Vm {
-    /// Copies memory in rounds while the guest runs.
-    pub(super) fn copy_live(&mut self, limit: Duration) -> Result<Copy, CaptureError> {
-        let end = Instant::now() + limit;
-        self.snapshots.tracker.begin(&self.machine)?;
-        // From here on every write is in the next round.
-        self.snapshots.tracker.round(&self.machine)?;
-        let absent = absent(self.pager.as_ref(), self.snapshots.tracker.chunks());
-        let memory = capture::copy(&self.ram)?;
-        let mut copy = Copy { memory, rounds: 1, absent };
-        copy.fill_absent(self.pager.as_ref())?;
-        let mut before = u64::MAX;
-        while copy.rounds < MOST_ROUNDS && Instant::now() < end {
-            let pages = self.snapshots.tracker.round(&self.machine)?;
-            copy.pages(self.ram.fd(), &pages, self.has_holes()).map_err(CaptureError::Copy)?;
-            copy.rounds += 1;
-            let count = dirty::count(&pages);
-            if count <= ENOUGH || count >= before / 2 {
-                break;
-            }
-            before = count;
-        }
-        Ok(copy)
-    }
-
     /// Completes a copy, or makes one, while everybody stands still. Returns memory, how
     /// many pages were copied now, and all that was written since the tracker's base.
     pub(super) fn copy_still(
@@ -85,13 +59,18 @@ impl Vm {
         if hold {
             return Ok((capture::shared(&self.ram)?, 0, since));
         }
-        let absent = absent(self.pager.as_ref(), since.len());
-        let mut copy = Copy { memory: capture::copy(&self.ram)?, rounds: 0, absent };
-        copy.fill_absent(self.pager.as_ref())?;
+        let absent = absent(self.pager.as_ref(), since.len())?;
+        let memory = capture::copy(&self.ram)?;
+        let copy = Copy { memory, rounds: 0, absent, layers: Vec::new() };
+        let mut next = 0;
+        while let Some(index) = copy.next_absent(next) {
+            copy.fill_absent(index, self.pager.as_ref())?;
+            next = index + 1;
+        }
         Ok((copy.memory, 0, since))
     }
 
-    fn has_holes(&self) -> bool {
+    pub(super) fn has_holes(&self) -> bool {
         self.pager.as_ref().is_some_and(|pager| !pager.is_complete())
     }
 
@@ -108,35 +87,54 @@ impl Vm {
 }
 
 impl Copy {
-    /// Copies what has not come from where it would come from. Some of it may have come
-    /// meanwhile, in part; and if it was written to since, it is in a later round.
-    fn fill_absent(&mut self, pager: Option<&Pager>) -> Result<(), CaptureError> {
-        let Some(pager) = pager else { return Ok(()) };
-        let file = std::fs::File::from(self.memory.try_clone().map_err(CaptureError::Copy)?);
-        let mut chunk = vec![0; CHUNK];
-        for index in (0..self.absent.len()).filter(|index| self.absent[*index]) {
-            pager.chain().read_chunk(index, &mut chunk)?;
-            file.write_all_at(&chunk, (index * CHUNK) as u64).map_err(CaptureError::Copy)?;
-        }
-        Ok(())
+    /// The first chunk from `from` on that has not come.
+    pub(super) fn next_absent(&self, from: usize) -> Option<usize> {
+        (from..self.absent.len()).find(|index| self.absent[*index])
     }
 
-    /// Copies single pages. While memory still comes (`holes`), one that is not there was
-    /// marked and not written: it is as it was copied before.
+    /// Copies a chunk that has not come from where it would come from. Some of it may have come
+    /// meanwhile, in part; and if it was written to since, it is in a later round.
+    pub(super) fn fill_absent(
+        &self,
+        index: usize,
+        pager: Option<&Pager>,
+    ) -> Result<(), CaptureError> {
+        let Some(pager) = pager else { return Ok(()) };
+        let mut chunk = vec![0; CHUNK];
+        pager.chain().read_chunk(index, &mut chunk)?;
+        let written = nix::sys::uio::pwrite(self.memory.as_fd(), &chunk, (index * CHUNK) as i64);
+        match written.map_err(|errno| CaptureError::Copy(errno.into()))? {
+            CHUNK => Ok(()),
+            _ => Err(CaptureError::Copy(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    /// Copies single pages, a word of them for each chunk.
     fn pages(&self, ram: BorrowedFd<'_>, pages: &[u64], holes: bool) -> io::Result<()> {
-        let mut buffer = vec![0; CHUNK];
-        for (index, pages) in pages.iter().enumerate() {
-            for (page, run) in table::runs(*pages) {
-                let at = (index * CHUNK + page * PAGE) as i64;
-                if holes {
-                    for at in (0..run).map(|page| at + (page * PAGE) as i64) {
-                        if is_there(ram, at)? {
-                            self.copy(ram, at, &mut buffer[..PAGE])?;
-                        }
+        let written = pages.iter().enumerate().filter(|(_, pages)| **pages != 0);
+        written.into_iter().try_for_each(|(index, pages)| self.chunk(ram, index, *pages, holes))
+    }
+
+    /// Copies single pages of a chunk. While memory still comes (`holes`), one that is not there
+    /// was marked and not written: it is as it was copied before.
+    pub(super) fn chunk(
+        &self,
+        ram: BorrowedFd<'_>,
+        index: usize,
+        pages: u64,
+        holes: bool,
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; PAGE * pages.count_ones() as usize];
+        for (page, run) in table::runs(pages) {
+            let at = (index * CHUNK + page * PAGE) as i64;
+            if holes {
+                for at in (0..run).map(|page| at + (page * PAGE) as i64) {
+                    if is_there(ram, at)? {
+                        self.copy(ram, at, &mut buffer[..PAGE])?;
                     }
-                } else {
-                    self.copy(ram, at, &mut buffer[..run * PAGE])?;
                 }
+            } else {
+                self.copy(ram, at, &mut buffer[..run * PAGE])?;
             }
         }
         Ok(())

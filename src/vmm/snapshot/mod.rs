@@ -8,18 +8,21 @@
 //! |---|---|
 //! | `devices` | brings device processes to rest, and lets them go on |
 //! | `capture` | reads the state, and copies guest memory |
-//! | `live` | copies guest memory, in the cut or in rounds before it |
+//! | `live`, `rounds` | copies guest memory, in the cut or in rounds before it |
+//! | `layers` | copies what the guest has written to `cow` disks |
 //! | `plugins` | brings plugins to rest, and lets them go on |
 //! | `load` | brings a machine to where a state is |
 //! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
 mod capture;
 mod devices;
+mod layers;
 mod live;
 mod load;
 mod plugins;
 mod put_back;
 mod reset;
+mod rounds;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -38,6 +41,7 @@ use devices::{Frozen, Strangers};
 pub use load::LoadError;
 pub use put_back::Kept;
 pub use reset::Origin;
+use rounds::Live;
 
 /// How long each phase may take where the request does not say.
 const PHASE_LIMIT: Duration = Duration::from_secs(5);
@@ -62,11 +66,17 @@ pub(super) struct Snapshots {
     cut: Coordinator,
     /// The cut that a client holds: its connection, and what has to be thawed.
     held: Option<(u64, Frozen)>,
+    /// The live snapshot that is under way.
+    live: Option<Live>,
     /// The VM was paused before the cut.
     was_paused: bool,
 }
 
+/// A cut, and its descriptors.
+type Cut = (SnapshotReport, Vec<OwnedFd>);
+
 /// What a request asks for.
+#[derive(Clone)]
 pub(super) struct Wanted {
     pub(super) hold: bool,
     pub(super) live: bool,
@@ -87,6 +97,7 @@ impl Snapshots {
             cutter: None,
             cut,
             held: None,
+            live: None,
             was_paused: false,
         }
     }
@@ -114,63 +125,78 @@ impl Vm {
                 Some("have it take that memory away again, or end it, and try again"),
             ));
         }
-        if self.snapshots.held.is_some() {
-            return Response::Now(Reply::error("another snapshot holds the VM", Some("try again")));
+        if self.is_held() || self.copies() {
+            return Response::Now(Reply::error(
+                "another snapshot of the VM is being taken",
+                Some("try again"),
+            ));
         }
         let limit = timeout_us.map_or(PHASE_LIMIT, Duration::from_micros).min(PHASE_MOST);
         let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
         let wanted = Wanted { hold, live: live && !hold, limit, trigger };
-        let cut = self.cut(&wanted, token.client());
-        self.release_guest(token.client());
+        self.nothing_kept();
+        self.snapshots.cutter = Some(token.client());
+        let cut = match wanted.live {
+            true => match self.prepare_live(wanted, token) {
+                Ok(()) => return Response::Later,
+                Err(error) => Err(error),
+            },
+            false => self.cut(&wanted, None, token.client()),
+        };
+        let (reply, fds) = self.told(cut, token.client());
+        Response::WithFds(reply, fds)
+    }
+
+    /// What is said of a cut, and what goes with it.
+    fn told(&mut self, cut: Result<Cut, CutError>, client: u64) -> (Reply, Vec<OwnedFd>) {
+        self.release_guest(client);
         match cut {
             Ok((report, fds)) => {
                 let (epoch, still_us) = (report.epoch, report.still_us);
                 self.event(EventKind::Snapshot { epoch, still_us });
-                Response::WithFds(Reply::Snapshot(report), fds)
+                (Reply::Snapshot(report), fds)
             }
             Err(CutError { phase, who, why }) => {
                 let (phase, why) = (phase.to_string(), crate::remedy::printable(&why));
                 let message = format!("no snapshot: {phase}: {who}: {why}");
                 self.event(EventKind::SnapshotFailed { phase, who, why });
-                Response::Now(Reply::error(message, Some("the VM goes on; try again")))
+                (Reply::error(message, Some("the VM goes on; try again")), Vec::new())
             }
         }
+    }
+
+    fn prepare_live(&mut self, wanted: Wanted, token: Token) -> Result<(), CutError> {
+        let why = "what its back end writes to guest memory is in no log of ours: take the \
+                   snapshot without --live";
+        self.refuse_strangers(Strangers::Refused(why))?;
+        self.begin_live(wanted, token)
+    }
+
+    /// Memory is copied but for what was written last.
+    fn cut_live(&mut self, live: Live) -> Result<Cut, CutError> {
+        let wanted = live.wanted.clone();
+        let client = live.token.client();
+        let (copy, rounds_us) = live.finish();
+        let rounds = copy.rounds;
+        let (report, fds) = self.cut(&wanted, Some(copy), client)?;
+        Ok((SnapshotReport { rounds_us, rounds, ..report }, fds))
     }
 
     fn cut(
         &mut self,
         wanted: &Wanted,
+        live: Option<live::Copy>,
         client: u64,
-    ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
+    ) -> Result<Cut, CutError> {
         let mut frozen = Frozen::of_plugins(self.plugin_holders());
         self.snapshots.cut.participate(self.participants(&frozen));
         self.snapshots.was_paused = self.is_paused();
-        self.nothing_kept();
-        self.snapshots.cutter = Some(client);
-        let mut clock = Stopwatch::new();
         if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
             let (who, why) = ("guest memory".into(), "it has not come in time".into());
             return Err(CutError { phase: Phase::Running, who, why });
         }
-        if wanted.live {
-            let why = "what its back end writes to guest memory is in no log of ours: take the \
-                       snapshot without --live";
-            self.refuse_strangers(Strangers::Refused(why))?;
-        }
-        let live = wanted.live.then(|| self.copy_live(ROUNDS_LIMIT)).transpose();
-        let live = live.map_err(|error| CutError {
-            phase: Phase::Running,
-            who: "guest memory".into(),
-            why: crate::remedy::chain(&error),
-        })?;
-        let rounds = live.as_ref().map_or((0, 0), |copy| (clock.lap(), copy.rounds));
         let begun = Instant::now();
-        let result = self.make_cut(wanted, live, &mut frozen);
-        let result = result.map(|(mut report, fds)| {
-            (report.rounds_us, report.rounds) = rounds;
-            (report, fds)
-        });
-        match result {
+        match self.make_cut(wanted, live, &mut frozen) {
             Ok((mut report, fds)) if wanted.hold => {
                 report.still_us = 0;
                 self.snapshots.held = Some((client, frozen));
@@ -193,9 +219,9 @@ impl Vm {
     fn make_cut(
         &mut self,
         wanted: &Wanted,
-        live: Option<live::Copy>,
+        mut live: Option<live::Copy>,
         frozen: &mut Frozen,
-    ) -> Result<(SnapshotReport, Vec<OwnedFd>), CutError> {
+    ) -> Result<Cut, CutError> {
         let mut clock = Stopwatch::new();
         self.refuse_strangers(Strangers::Saved)?;
         self.step(Input::Begin)?;
@@ -211,12 +237,13 @@ impl Vm {
         let state = self.or_give_up("the VMM", state)?;
         let capture_us = clock.lap();
         let base = self.snapshots.tracker.base();
+        let layers = live.as_mut().map(|live| std::mem::take(&mut live.layers)).unwrap_or_default();
         let memory = self.copy_still(live, wanted.hold);
         let (memory, last_pages, since) = self.or_give_up("guest memory", memory)?;
         self.snapshots.unkept = base.map(|_| since.clone());
         let pages = base.map(|_| live::pages_file(&since)).transpose();
         let pages = self.or_give_up("guest memory", pages)?;
-        let overlays = capture::overlays(&self.disks);
+        let overlays = self.finish_layers(layers);
         let overlays = self.or_give_up("the cow disks", overlays)?;
         let memory_us = clock.lap();
         let bytes = state.len() as u64;
@@ -339,6 +366,10 @@ impl Vm {
     /// A client is gone: what it held goes on.
     pub(super) fn client_gone(&mut self, client: u64) {
         self.release_guest(client);
+        if self.snapshots.live.as_ref().is_some_and(|live| live.token.client() == client) {
+            tracing::warn!("who asked for a live snapshot is gone; it is given up");
+            self.snapshots.live = None;
+        }
         if self.snapshots.held.as_ref().is_some_and(|(holder, _)| *holder == client)
             && !self.asked_to_stop
         {

@@ -82,8 +82,8 @@ pub(super) fn all(
     pager: Option<&Pager>,
     written: &mut [u64],
 ) -> Result<u64, ResetError> {
-    if let Some(pager) = pager {
-        pager.settle();
+    if pager.is_some_and(|pager| !pager.settle()) {
+        return Err(ResetError::Memory);
     }
     let mut pages = 0;
     let (mut was, mut is) = (vec![0; CHUNK], vec![0; CHUNK]);

@@ -49,6 +49,8 @@ pub(super) enum ResetError {
     Fill(#[from] FillError),
     #[error(transparent)]
     Log(#[from] crate::vm::kvm::KvmError),
+    #[error("guest memory does not come any more")]
+    Memory,
     #[error("looking at guest memory")]
     Look(#[source] Errno),
     #[error(transparent)]
@@ -76,8 +78,8 @@ impl Vm {
     }
 
     fn reset_to(&mut self, origin: &mut Origin) -> Reply {
-        if self.is_held() {
-            return Reply::error("a snapshot holds the VM", Some("try again"));
+        if self.is_held() || self.copies() {
+            return Reply::error("a snapshot of the VM is being taken", Some("try again"));
         }
         let begun = Instant::now();
         let mut frozen = Frozen::of_plugins(match self.returning(&origin.state) {

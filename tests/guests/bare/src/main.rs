@@ -22,6 +22,7 @@
 //! | `touch` | writes and checks memory | `mib=` (16) `high` |
 //! | `clone` | stops for a snapshot; whoever goes on from it says who it is and writes that everywhere, then commands: `c` `s` `m` `q` | `mib=` (1) `blocks=` (64) |
 //! | `snap` | prints dots and does as it is told, to be measured: `t` touches 64 MiB, `w` writes 1 MiB, `q` | `touch=` (16, MiB) |
+//! | `vector` | keeps values in all registers of AVX, SSE and x87, for a while each round | `every=` (20) `spins=` (1000000) |
 //! | `demo` | a short tour, then commands: `t` `w` `q` | `mib=` (8) |
 //!
 //! Words for every mode: `marks=1,3` writes these bytes to the readiness port before the mode

@@ -53,6 +53,17 @@ pub fn write_msr(msr: u32, value: u64) {
     unsafe { asm!("wrmsr", in("ecx") msr, in("eax") low, in("edx") high) }
 }
 
+/// Makes the registers of AVX usable. (Both are carried out by src/arch/gates.rs.)
+pub fn enable_avx() {
+    let cr4 = u64::from(super::entry::CR4) | 1 << 18; // OSXSAVE
+    // SAFETY: adds registers to those there are.
+    unsafe {
+        asm!("mov cr4, rax", in("rax") cr4);
+        // x87, SSE and AVX.
+        asm!("xsetbv", in("ecx") 0, in("eax") 7, in("edx") 0);
+    }
+}
+
 /// Raises an invalid-opcode exception.
 pub fn undefined_instruction() -> ! {
     // SAFETY: the exception does not return here.

@@ -27,7 +27,7 @@ pub const BOOTED_BY_PVH: u32 = 1;
 /// Paging, write protection, native FPU errors, protection.
 const CR0: u32 = 0x8001_0033;
 /// PAE; and OSFXSR with OSXMMEXCPT, because the compiler uses SSE registers for copies.
-const CR4: u32 = 0x620;
+pub const CR4: u32 = 0x620;
 const EFER: u32 = 0xc000_0080;
 const EFER_LME: u32 = 1 << 8;
 /// Interrupts enabled, and the bit that is always one.

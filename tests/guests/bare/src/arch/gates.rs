@@ -1,8 +1,8 @@
 //! The code behind the interrupt gates, all of what runs at privilege level 0 after start-up.
 //!
 //! An interrupt is counted and acknowledged, in three instructions. A privileged instruction at
-//! level 3 is carried out on its behalf, so that the body can simply say `hlt`, `cli`, `sti`
-//! or `wrmsr`. Any other exception ends the guest with a report, written at level 3.
+//! level 3 is carried out on its behalf, so that the body can simply say `hlt`, `cli`, `sti`,
+//! `wrmsr`, `xsetbv` or `mov cr4, rax`. Any other exception ends the guest with a report, written at level 3.
 #![allow(unsafe_code)] // assembly, and the record it leaves
 
 use core::arch::global_asm;
@@ -85,6 +85,10 @@ global_asm!(
     "je 4f",
     "cmp ax, 0x300f",
     "je 5f",
+    "cmp ax, 0x220f",
+    "je 6f",
+    "cmp ax, 0x010f",
+    "je 7f",
     "9:",
     "pop rax",
     "push 13",
@@ -121,6 +125,20 @@ global_asm!(
     "add rsp, 8",
     "add qword ptr [rsp], 2",
     "wrmsr",
+    "iretq",
+    // mov cr4, rax
+    "6:",
+    "pop rax",
+    "add rsp, 8",
+    "add qword ptr [rsp], 3",
+    "mov cr4, rax",
+    "iretq",
+    // xsetbv
+    "7:",
+    "pop rax",
+    "add rsp, 8",
+    "add qword ptr [rsp], 3",
+    "xsetbv",
     "iretq",
 
     // Stack: vector, error code, RIP, CS, RFLAGS, RSP, SS. Nothing returns, so registers may go.

@@ -15,6 +15,7 @@ mod snap;
 mod storm;
 mod touch;
 mod uart;
+mod vector;
 
 use crate::arch::{cpu, smp};
 use crate::boot::Boot;
@@ -51,6 +52,7 @@ pub fn run(boot: &Boot) {
         "touch" => touch::run(boot),
         "clone" => clone::run(boot),
         "snap" => snap::run(boot),
+        "vector" => vector::run(boot),
         "demo" => demo::run(boot),
         _ => crate::exit::fail(format_args!("there is no mode {mode}")),
     }

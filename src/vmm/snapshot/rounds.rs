@@ -1,0 +1,176 @@
+//! A live copy of guest memory, in turns of the main loop: between two of them requests are answered
+//! and device processes looked after, so that nobody waits for the copy but who asked for it.
+
+use std::time::Instant;
+
+use super::super::event_loop::Vm;
+use super::capture::{self, CaptureError, Whole};
+use super::layers::At;
+use super::live::{Copy, absent};
+use super::{ROUNDS_LIMIT, Wanted, micros};
+use crate::control::server::Token;
+use crate::snapshot::coordinator::{CutError, Phase};
+use crate::snapshot::dirty;
+use crate::snapshot::format::{CHUNK, PAGE};
+
+/// Few enough pages for the guest to stand still: 1 MiB.
+const ENOUGH: u64 = 256;
+/// Most rounds: a guest that writes faster than we copy is not waited for.
+const MOST_ROUNDS: u32 = 8;
+/// What is copied in a turn, or a little more: some milliseconds.
+const TURN: u64 = 4 << 20;
+/// What a look at a part of a disk counts for where nothing is to be copied.
+const LOOK: u64 = 256;
+
+/// A live snapshot that is under way.
+pub(super) struct Live {
+    pub(super) wanted: Wanted,
+    /// Who is answered in the end.
+    pub(super) token: Token,
+    begun: Instant,
+    copy: Copy,
+    work: Work,
+    /// Pages of this round, and of the one before.
+    pages: u64,
+    before: u64,
+}
+
+/// What a round has to do yet.
+enum Work {
+    /// Of the first: all of memory.
+    All(Whole),
+    /// Then what has not come, from this chunk on.
+    Absent(usize),
+    /// Of the others: what was written meanwhile, from this chunk on.
+    Written(Vec<u64>, usize),
+    /// Of each, last: what was written to `cow` disks.
+    Layers(At),
+}
+
+impl Live {
+    /// The copy, and how long it took so far.
+    pub(super) fn finish(self) -> (Copy, u64) {
+        (self.copy, micros(self.begun.elapsed()))
+    }
+
+    /// Copies a part; whether it was the last one.
+    fn turn(&mut self, vm: &mut Vm) -> Result<bool, CaptureError> {
+        let mut left = TURN;
+        while left > 0 {
+            let done = match &mut self.work {
+                Work::All(whole) => match whole.copy(&vm.ram, &self.copy.memory, left)? {
+                    0 => {
+                        self.work = Work::Absent(0);
+                        0
+                    }
+                    copied => copied,
+                },
+                Work::Absent(next) => match self.copy.next_absent(*next) {
+                    Some(index) => {
+                        *next = index + 1;
+                        self.copy.fill_absent(index, vm.pager.as_ref())?;
+                        CHUNK as u64
+                    }
+                    None => {
+                        self.work = Work::Layers(At::default());
+                        0
+                    }
+                },
+                Work::Written(pages, next) => {
+                    let found = pages.iter().enumerate().skip(*next).find(|(_, set)| **set != 0);
+                    match found {
+                        Some((index, set)) => {
+                            let (index, set) = (index, *set);
+                            *next = index + 1;
+                            let copied = self.copy.chunk(vm.ram.fd(), index, set, vm.has_holes());
+                            copied.map_err(CaptureError::Copy)?;
+                            u64::from(set.count_ones()) * PAGE as u64
+                        }
+                        None => {
+                            self.work = Work::Layers(At::default());
+                            0
+                        }
+                    }
+                }
+                Work::Layers(at) => {
+                    let first = self.copy.rounds == 0;
+                    match vm.copy_layers(&self.copy.layers, at, first)? {
+                        // Chunks that are looked at in vain take their time too.
+                        Some(copied) => copied.max(LOOK),
+                        None if self.next_round(vm)? => 0,
+                        None => return Ok(true),
+                    }
+                }
+            };
+            left = left.saturating_sub(done);
+        }
+        Ok(false)
+    }
+
+    /// A round is complete: whether one more is to follow.
+    fn next_round(&mut self, vm: &mut Vm) -> Result<bool, CaptureError> {
+        self.copy.rounds += 1;
+        if self.copy.rounds > 1 {
+            if self.pages <= ENOUGH || self.pages >= self.before / 2 {
+                return Ok(false);
+            }
+            self.before = self.pages;
+        }
+        if self.copy.rounds >= MOST_ROUNDS || self.begun.elapsed() >= ROUNDS_LIMIT {
+            return Ok(false);
+        }
+        let pages = vm.snapshots.tracker.round(&vm.machine)?;
+        self.pages = dirty::count(&pages);
+        self.work = Work::Written(pages, 0);
+        Ok(true)
+    }
+}
+
+impl Vm {
+    /// Begins to copy memory while the guest runs.
+    pub(super) fn begin_live(&mut self, wanted: Wanted, token: Token) -> Result<(), CutError> {
+        let copy = self.begin_copy().map_err(|error| copying(&error))?;
+        let work = Work::All(Whole::default());
+        let begun = Instant::now();
+        let (pages, before) = (0, u64::MAX);
+        self.snapshots.live = Some(Live { wanted, token, begun, copy, work, pages, before });
+        Ok(())
+    }
+
+    fn begin_copy(&mut self) -> Result<Copy, CaptureError> {
+        self.snapshots.tracker.begin(&self.machine)?;
+        // From here on every write is in the next round.
+        self.snapshots.tracker.round(&self.machine)?;
+        let absent = absent(self.pager.as_ref(), self.snapshots.tracker.chunks())?;
+        let (memory, layers) = (capture::room(&self.ram)?, self.begin_layers()?);
+        Ok(Copy { memory, rounds: 0, absent, layers })
+    }
+
+    /// Whether a live snapshot is under way.
+    pub(in super::super) fn copies(&self) -> bool {
+        self.snapshots.live.is_some()
+    }
+
+    /// Goes on with a live snapshot, if one is under way: a turn, or all that comes after the last.
+    pub(in super::super) fn copy_on(&mut self) {
+        let Some(mut live) = self.snapshots.live.take() else { return };
+        let token = live.token;
+        let cut = match live.turn(self) {
+            Ok(false) => {
+                self.snapshots.live = Some(live);
+                return;
+            }
+            Ok(true) => self.cut_live(live),
+            Err(error) => Err(copying(&error)),
+        };
+        let (reply, fds) = self.told(cut, token.client());
+        if let Some(control) = &mut self.control {
+            control.complete_with(token, &reply, fds);
+        }
+    }
+}
+
+fn copying(error: &CaptureError) -> CutError {
+    let (who, why) = ("guest memory".into(), crate::remedy::chain(error));
+    CutError { phase: Phase::Running, who, why }
+}

@@ -48,6 +48,8 @@ pub(super) const START_LIMIT: Duration = Duration::from_secs(5);
 const REST: Duration = Duration::from_secs(1);
 /// How long until it is looked again whether a cut still holds the VM.
 const HELD: Duration = Duration::from_millis(20);
+/// How often it is looked whether requests of a process that has ended are over.
+const DRAINING: Duration = Duration::from_millis(2);
 
 /// What front ends report of their connections, to the main thread.
 #[derive(Debug)]
@@ -231,7 +233,8 @@ impl Vm {
 
     /// How long the main loop may sleep.
     pub(super) fn supervision_due(&self) -> EpollTimeout {
-        let due = self.supervisor.watched.iter().filter_map(Watched::due).min();
+        let due = self.supervisor.watched.iter().filter_map(Watched::due);
+        let due = due.chain(self.watchdog.due()).min();
         due.map_or(EpollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
@@ -241,6 +244,7 @@ impl Vm {
     /// Does what is due.
     pub(super) fn supervise(&mut self, epoll: &Epoll) {
         let now = Instant::now();
+        self.look_for_life(now);
         for w in 0..self.supervisor.watched.len() {
             let watched = &self.supervisor.watched[w];
             if watched.due().is_none_or(|at| at > now) {
@@ -303,11 +307,21 @@ impl Vm {
 
     /// Asks for a process in the place of one that has ended.
     fn start_successor(&mut self, epoll: &Epoll, w: usize) {
-        let held = self.is_held();
-        if held && matches!(self.supervisor.watched[w].kind, Kind::Blk { .. }) {
+        if let Kind::Blk { recipe, .. } = &self.supervisor.watched[w].kind {
             // Its rings would go on, under whoever copies memory and disks.
-            self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + HELD);
-            return;
+            let wait = if self.is_held() {
+                Some(HELD)
+            // What the kernel still does for the one before may write to guest memory. Nothing is
+            // answered until that is over, were it with errors.
+            } else if recipe.is_held() {
+                Some(DRAINING)
+            } else {
+                None
+            };
+            if let Some(wait) = wait {
+                self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + wait);
+                return;
+            }
         }
         let watched = &self.supervisor.watched[w];
         let (id, failed) = (watched.id.clone(), watched.failed);
@@ -368,10 +382,11 @@ impl Vm {
         }
         let n = self.cells.iter().position(|cell| cell.id() == watched.id);
         let n = n.ok_or(ReplaceError::Unknown)?;
+        // Whatever the one before wrote there. Before there is another: the head that is put
+        // right here must not be one that it has moved.
+        ring.set_dead(false);
         let (spawner, common) = (&mut self.spawner, self.supervisor.common);
         self.cells[n].succeed(|before| recipe.launch(spawner, common, before.client()))?;
-        // Whatever the one before wrote there.
-        ring.set_dead(false);
         Ok(true)
     }
 
@@ -456,7 +471,7 @@ impl Vm {
         }
     }
 
-    fn kill_process(&mut self, w: usize) {
+    pub(super) fn kill_process(&mut self, w: usize) {
         let id = &self.supervisor.watched[w].id;
         let pid = self.cells.iter().find(|cell| cell.id() == id).and_then(|cell| cell.pid());
         if let Some(pid) = pid

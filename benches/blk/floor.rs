@@ -22,6 +22,8 @@ pub enum Floor {
     Calls,
     /// io_uring, as deep as the guest's queue.
     Ring,
+    /// The same with the memory registered, which is then held in place, all of it.
+    Registered,
     /// A part: a system call that does nothing.
     Call,
     /// A part: one byte of the block, which is a system call and the search for the page.
@@ -34,8 +36,15 @@ impl Floor {
     /// Those that say something about `work`.
     pub fn of(work: Workload) -> &'static [Floor] {
         match (work.op, work.depth) {
-            ("read", 1) => &[Floor::Calls, Floor::Ring, Floor::Call, Floor::Byte, Floor::Copy],
-            _ => &[Floor::Calls, Floor::Ring],
+            ("read", 1) => &[
+                Floor::Calls,
+                Floor::Ring,
+                Floor::Registered,
+                Floor::Call,
+                Floor::Byte,
+                Floor::Copy,
+            ],
+            _ => &[Floor::Calls, Floor::Ring, Floor::Registered],
         }
     }
 
@@ -44,6 +53,7 @@ impl Floor {
         match self {
             Floor::Calls => "host: pread/pwrite",
             Floor::Ring => "host: io_uring",
+            Floor::Registered => "host: io_uring, registered",
             Floor::Call => "host: no more than a call",
             Floor::Byte => "host: pread of one byte",
             Floor::Copy => "host: copy from a mapping",
@@ -57,7 +67,8 @@ impl Floor {
         let mut places = Places { work, blocks: size / work.bytes, random: 1, turn: 0 };
         let mut block = vec![0; work.bytes as usize];
         match self {
-            Floor::Ring => ring(&file, &mut places, time),
+            Floor::Ring => ring(&file, &mut places, time, false),
+            Floor::Registered => ring(&file, &mut places, time, true),
             Floor::Calls if work.is_write() => {
                 repeat(&mut places, time, |at| file.write_all_at(&block, at).expect("write"))
             }
@@ -122,11 +133,16 @@ fn repeat(places: &mut Places, time: u64, mut one: impl FnMut(u64)) -> Measured 
     Measured::new(latencies, now - start, cpu::of_this_thread() - cpu)
 }
 
-fn ring(file: &File, places: &mut Places, time: u64) -> Measured {
+fn ring(file: &File, places: &mut Places, time: u64, registered: bool) -> Measured {
     let (depth, bytes) = (places.work.depth as usize, places.work.bytes as usize);
+    let mut memory = vec![0u8; bytes * depth];
     let mut ring = IoUring::new(128).expect("io_uring");
     ring.submitter().register_files(&[file.as_raw_fd()]).expect("file");
-    let mut blocks = vec![vec![0u8; bytes]; depth];
+    if registered {
+        let all = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: memory.len() };
+        // SAFETY: the memory outlives the ring, which is dropped first.
+        unsafe { ring.submitter().register_buffers(&[all]) }.expect("memory");
+    }
     let mut started = vec![0; depth];
     let mut latencies = Vec::with_capacity(1 << 20);
     let mut idle: Vec<usize> = (0..depth).collect();
@@ -136,11 +152,13 @@ fn ring(file: &File, places: &mut Places, time: u64) -> Measured {
         while now - start < time
             && let Some(slot) = idle.pop()
         {
-            let (at, block) = (places.next(), blocks[slot].as_mut_ptr());
-            let entry = if places.work.is_write() {
-                opcode::Write::new(Fixed(0), block, bytes as u32).offset(at).build()
-            } else {
-                opcode::Read::new(Fixed(0), block, bytes as u32).offset(at).build()
+            let (at, block) = (places.next(), memory[slot * bytes..].as_mut_ptr());
+            let (file, len) = (Fixed(0), bytes as u32);
+            let entry = match (places.work.is_write(), registered) {
+                (true, false) => opcode::Write::new(file, block, len).offset(at).build(),
+                (true, true) => opcode::WriteFixed::new(file, block, len, 0).offset(at).build(),
+                (false, false) => opcode::Read::new(file, block, len).offset(at).build(),
+                (false, true) => opcode::ReadFixed::new(file, block, len, 0).offset(at).build(),
             };
             // SAFETY: the block is neither touched nor freed before its request is over.
             unsafe { ring.submission().push(&entry.user_data(slot as u64)) }.expect("room");

@@ -163,12 +163,20 @@ fn a_start_is_over_when_the_last_message_is_acknowledged() {
     front_end.wait(&front_end.reset()).expect("nothing to stop");
 }
 
+/// Nothing of an activation that was refused is in the way of the next.
 #[test]
 fn a_back_end_that_refuses_a_queue_is_not_started() {
     let (front_end, mut peer) = opened();
-    let answer = front_end.activate(activation());
+    let refused = front_end.activate(activation());
     peer.behave_until(script::SET_VRING_ENABLE);
     peer.reply_to(script::SET_VRING_ENABLE, &1u64.to_le_bytes());
-    let error = front_end.wait(&answer).expect_err("refused");
+    let message = peer.next().expect("the ring is taken back");
+    assert_eq!(message.request, script::GET_VRING_BASE);
+    peer.answer(&message, script::FEATURES, script::PROTOCOL, 0);
+    let error = front_end.wait(&refused).expect_err("refused");
     assert!(error.to_string().contains("starting a queue of disk0"), "{error}");
+    let accepted = front_end.activate(activation());
+    peer.behave_until(script::SET_VRING_ENABLE);
+    peer.reply_to(script::SET_VRING_ENABLE, &0u64.to_le_bytes());
+    front_end.wait(&accepted).expect("the next activation");
 }

@@ -423,7 +423,9 @@ impl VirtioMmio {
     fn activation(&self, registers: &Registers) -> Result<Activation, ActivateError> {
         let mut queues = Vec::new();
         for (index, queue) in registers.queues.iter().enumerate().filter(|(_, q)| q.ready) {
-            queue.check(&self.ram).map_err(|source| ActivateError::Queue { index, source })?;
+            queue
+                .check(&self.ram, registers.driver_features)
+                .map_err(|source| ActivateError::Queue { index, source })?;
             queues.push(QueueSetup {
                 index,
                 config: *queue,

@@ -1,6 +1,7 @@
 //! What a driver told us about a virtqueue, checked before anyone believes it.
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::vm::memory::GuestRam;
 
@@ -48,12 +49,19 @@ pub enum QueueError {
         /// Its length in bytes.
         len: u64,
     },
+    /// What a device that interprets the rings takes for a queue that is not set up.
+    #[error("avail ring at address 0")]
+    Nowhere,
+    /// Two parts share bytes.
+    #[error("{0} and {1} overlap")]
+    Overlap(&'static str, &'static str),
 }
 
 impl QueueConfig {
     /// Checks size, alignment and bounds (virtio 1.2 section 2.7): every part lies in
-    /// one region of guest RAM.
-    pub fn check(&self, ram: &GuestRam) -> Result<(), QueueError> {
+    /// one region of guest RAM, and none in another. What is refused here is never shown to a
+    /// back end, which could refuse it only by ending the connection.
+    pub fn check(&self, ram: &GuestRam, features: u64) -> Result<(), QueueError> {
         if self.size == 0 || !self.size.is_power_of_two() || self.size > QUEUE_SIZE_MAX {
             return Err(QueueError::Size(self.size));
         }
@@ -76,6 +84,21 @@ impl QueueConfig {
                 return Err(QueueError::Outside { part, address, len });
             }
         }
+        if self.avail == 0 {
+            return Err(QueueError::Nowhere);
+        }
+        // The event fields at the ends are only there where they were agreed on.
+        let unused = if features & 1 << VIRTIO_RING_F_EVENT_IDX == 0 { 2 } else { 0 };
+        let parts = parts.map(|(part, at, align, len)| {
+            (part, at..at + len - if align < 16 { unused } else { 0 })
+        });
+        for (n, (a, one)) in parts.iter().enumerate() {
+            if let Some((b, _)) =
+                parts[..n].iter().find(|(_, other)| one.start < other.end && other.start < one.end)
+            {
+                return Err(QueueError::Overlap(b, a));
+            }
+        }
         Ok(())
     }
 }
@@ -93,9 +116,10 @@ mod tests {
     #[test]
     fn only_whole_rings_inside_ram_are_accepted() {
         let ram = GuestRam::new(32 * MIB).expect("ram");
-        assert_eq!(good().check(&ram), Ok(()));
+        let check = |queue: QueueConfig| queue.check(&ram, 1 << VIRTIO_RING_F_EVENT_IDX);
+        assert_eq!(check(good()), Ok(()));
         for size in [0, 3, 512, u16::MAX] {
-            assert_eq!(QueueConfig { size, ..good() }.check(&ram), Err(QueueError::Size(size)));
+            assert_eq!(check(QueueConfig { size, ..good() }), Err(QueueError::Size(size)));
         }
         let bad = [
             QueueConfig { desc: 0x1008, ..good() },
@@ -107,10 +131,31 @@ mod tests {
             QueueConfig { used: 32 * MIB - 6 - 8 * 256, ..good() },
         ];
         for queue in &bad[..6] {
-            assert!(queue.check(&ram).is_err(), "{queue:x?}");
+            assert!(check(*queue).is_err(), "{queue:x?}");
         }
         // The last one ends exactly at the end of RAM, but for its alignment.
         assert_eq!(bad[6].used % 4, 2);
-        assert!(QueueConfig { used: 32 * MIB - 8 - 8 * 256, ..good() }.check(&ram).is_ok());
+        assert!(check(QueueConfig { used: 32 * MIB - 8 - 8 * 256, ..good() }).is_ok());
+    }
+
+    #[test]
+    fn parts_that_overlap_are_refused() {
+        let ram = GuestRam::new(32 * MIB).expect("ram");
+        let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
+        let overlap = |a, b| Err(QueueError::Overlap(a, b));
+        let (table, avail, used) = ("descriptor table", "avail ring", "used ring");
+        for (queue, features, wanted) in [
+            (QueueConfig { avail: 0x1000, ..good() }, 0, overlap(table, avail)),
+            (QueueConfig { avail: 0x1ffe, ..good() }, 0, overlap(table, avail)),
+            (QueueConfig { used: 0x1ffc, ..good() }, 0, overlap(table, used)),
+            (QueueConfig { used: 0x2200, ..good() }, 0, overlap(avail, used)),
+            // 4 bytes and 256 entries of 2; with the event field that is 2 more.
+            (QueueConfig { used: 0x2204, ..good() }, 0, Ok(())),
+            (QueueConfig { used: 0x2204, ..good() }, event_idx, overlap(avail, used)),
+            (QueueConfig { used: 0x2208, ..good() }, event_idx, Ok(())),
+            (QueueConfig { avail: 0, ..good() }, 0, Err(QueueError::Nowhere)),
+        ] {
+            assert_eq!(queue.check(&ram, features), wanted, "{queue:x?}");
+        }
     }
 }

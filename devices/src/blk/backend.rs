@@ -253,11 +253,12 @@ impl Backend {
         if features != self.acked && self.any_running() {
             return Err(Error::InvalidOperation("features cannot change while a ring runs"));
         }
-        self.acked = features;
         // Without flushes there is no cache to begin with (virtio 1.2, 5.2.5.2).
-        if has(features, VIRTIO_BLK_F_CONFIG_WCE) && !has(features, VIRTIO_BLK_F_FLUSH) {
-            self.config[WRITEBACK] = 0;
+        if features != self.acked && has(features, VIRTIO_BLK_F_CONFIG_WCE) {
+            self.config[WRITEBACK] = has(features, VIRTIO_BLK_F_FLUSH).into();
+            self.record_cache_mode();
         }
+        self.acked = features;
         Ok(())
     }
 
@@ -278,6 +279,7 @@ impl Backend {
             return Ok(());
         }
         self.config[WRITEBACK] = writeback.into();
+        self.record_cache_mode();
         for index in 0..self.vrings.len() {
             if self.pause(index)? {
                 self.settle(index, false)?;
@@ -305,8 +307,24 @@ impl Backend {
             return Err(Error::InvalidOperation("the record cannot change while a ring runs"));
         }
         let queues = self.vrings.len() as u16;
-        self.records = Some(Records::map(told, file, queues).map_err(internal)?);
+        let records = Records::map(told, file, queues).map_err(internal)?;
+        // The first ring's says it for the disk.
+        let first = records.queue(0);
+        if let Some(record) = first.filter(Record::is_used)
+            && has(self.acked, VIRTIO_BLK_F_CONFIG_WCE)
+        {
+            self.config[WRITEBACK] = (!record.is_durable()).into();
+        }
+        self.records = Some(records);
+        self.record_cache_mode();
         Ok(())
+    }
+
+    /// For a process that comes after this one.
+    fn record_cache_mode(&self) {
+        if let Some(record) = self.records.as_ref().and_then(|records| records.queue(0)) {
+            record.set_durable(!self.writeback());
+        }
     }
 
     fn try_set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {

@@ -5,7 +5,7 @@
 //!
 //! | bytes | header | | bytes | entry |
 //! |---|---|---|---|---|
-//! | 8 | features: none but [`BROKEN`] | | 1 | in flight, or not |
+//! | 8 | features: none, but see below | | 1 | in flight, or not |
 //! | 2 | version: 1; 0 before it is used | | 5 | |
 //! | 2 | entries | | 2 | the one before in its batch |
 //! | 2 | head of the last batch | | 8 | counter |
@@ -18,6 +18,9 @@
 //! sees either that the answers were not published, and carries the requests out (again),
 //! or that they were, by how far the used index has come, and clears the marks along the
 //! links. So an answer appears exactly once.
+//!
+//! Split rings have no features here, so that bits of ours are there: [`BROKEN`] and
+//! [`DURABLE`].
 //!
 //! What is found is not to be believed: it may be another front end's, or a process's
 //! that a guest had taken over. Every figure is bounded before it is used.
@@ -37,9 +40,11 @@ const ENTRY: usize = 16;
 const LINE: usize = 64;
 /// The only version there is.
 const VERSION: u16 = 1;
-/// The driver broke the ring: nobody serves it before the driver has reset the device. Our
-/// own bit of the features, of which split rings have none.
+/// The driver broke the ring: nobody serves it before the driver has reset the device.
 const BROKEN: u64 = 1 << 63;
+/// The driver turned the disk's write cache off. Not every front end says so again to a process
+/// that comes after.
+const DURABLE: u64 = 1 << 62;
 
 /// A record that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -236,7 +241,20 @@ impl Record {
 
     /// Says so to whoever comes to serve it.
     pub fn set_broken(&self) {
-        self.word(0).store(BROKEN, Ordering::Release);
+        self.word(0).fetch_or(BROKEN, Ordering::Release);
+    }
+
+    /// Whether the driver had turned the write cache off.
+    pub fn is_durable(&self) -> bool {
+        self.word(0).load(Ordering::Acquire) & DURABLE != 0
+    }
+
+    /// Says so.
+    pub fn set_durable(&self, durable: bool) {
+        match durable {
+            true => self.word(0).fetch_or(DURABLE, Ordering::Release),
+            false => self.word(0).fetch_and(!DURABLE, Ordering::Release),
+        };
     }
 
     /// Whether nothing is marked.

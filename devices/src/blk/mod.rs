@@ -64,6 +64,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -200,20 +201,20 @@ pub fn prepare(
     let throttle = Throttle::new(&config.throttle, counters.clone(), throttle::now());
     let throttle = Arc::new(throttle);
     let poll = Duration::from_micros(config.poll_us.into());
+    let sync_failed = Arc::new(AtomicBool::new(false));
     let mut workers = Vec::new();
     for index in 0..config.queues {
-        let worker = Worker::spawn(
-            index,
-            Equipment {
-                disk: disk.clone(),
-                counters: counters.queue(index),
-                throttle: throttle.clone(),
-                poll,
-                // One that gives only errors needs none.
-                engine: config.engine.filter(|_| !config.failed),
-                hold: hold.clone(),
-            },
-        );
+        let worker = Worker::spawn(Equipment {
+            queue: index,
+            disk: disk.clone(),
+            sync_failed: sync_failed.clone(),
+            counters: counters.queue(index),
+            throttle: throttle.clone(),
+            poll,
+            // One that gives only errors needs none.
+            engine: config.engine.filter(|_| !config.failed),
+            hold: hold.clone(),
+        });
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let offer = Offer::new(config.queues).map_err(BlkError::Record)?;

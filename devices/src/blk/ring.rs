@@ -107,6 +107,8 @@ pub(super) struct Ring<'m> {
     unfinished: Vec<u16>,
     /// Chains whose used entries are written, and that the used index does not cover yet.
     batch: Vec<u16>,
+    /// Chains published since they were last asked for.
+    answered: u64,
     /// The used index when the driver was last thought of.
     announced: u16,
     /// The chain taken last.
@@ -147,8 +149,8 @@ impl<'m> Ring<'m> {
             memory.will_write(&slice);
         }
         let (batch, last) = (Vec::with_capacity(usize::from(layout.size)), Taken::Nothing);
-        let (announced, promised) = (used, false);
-        Ok(Ring { memory, queue, tracker, unfinished, batch, announced, last, promised })
+        let (answered, announced, promised) = (0, used, false);
+        Ok(Ring { memory, queue, tracker, unfinished, batch, answered, announced, last, promised })
     }
 
     /// First available entry not taken yet.
@@ -298,11 +300,17 @@ impl<'m> Ring<'m> {
         }
         self.memory.store(used.to_le(), index, Ordering::Release).map_err(RingError::Access)?;
         self.queue.set_next_used(used);
+        self.answered += self.batch.len() as u64;
         if let Some(tracker) = &mut self.tracker {
             tracker.published(&self.batch, used);
         }
         self.batch.clear();
         Ok(())
+    }
+
+    /// How many chains were published since the last call.
+    pub fn take_answered(&mut self) -> u64 {
+        std::mem::take(&mut self.answered)
     }
 
     /// A place in the used ring, all of which is in guest memory.

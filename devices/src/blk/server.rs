@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
@@ -13,8 +14,9 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use vm_memory::Bytes;
 
 use super::chain::Chain;
+use super::clear::{Clear, Range};
 use super::engine::{Done, Engine, EngineError, Job, SyncEngine, Uring, UringEngine};
-use super::execute::Disk;
+use super::execute::{Disk, ExecuteError};
 use super::memory::Slice;
 use super::poll::PollWindow;
 use super::request::{Operation, Parser, Refusal};
@@ -35,8 +37,10 @@ pub(super) struct Server {
 /// What the service of a ring needs apart from its engine.
 #[derive(Debug)]
 struct Queue {
+    number: u16,
     control: Arc<Control>,
     disk: Arc<Disk>,
+    sync_failed: Arc<AtomicBool>,
     counters: VirtioBlkCounters,
     throttle: Arc<Throttle>,
     poll: Duration,
@@ -55,10 +59,19 @@ struct Service<'m, E> {
     unsaid: u32,
     /// The next chain has to wait.
     stall: Option<Stall>,
+    /// It had to, and is tried again.
+    waited: bool,
+    /// Requests left by a process before this one that the throttle has let through.
+    paid: u64,
+    /// When this round of requests began.
+    began: Instant,
 }
 
 /// Rounds after which the driver is interrupted although there is more to do.
 const ROUNDS: u32 = 8;
+/// A round that takes longer is over with the request that did it, and announced: the driver
+/// does not wait for answers it could have.
+const SLOW: Duration = Duration::from_micros(100);
 /// Looks at the ring between two looks at the clock.
 const LOOKS: u32 = 32;
 
@@ -83,9 +96,12 @@ impl From<EngineError> for End {
 
 impl Server {
     pub fn new(control: Arc<Control>, equipment: Equipment, uring: Option<Uring>) -> Server {
-        let Equipment { disk, counters, throttle, poll, .. } = equipment;
+        let Equipment { queue: number, disk, sync_failed, counters, throttle, poll, .. } =
+            equipment;
         let reported = AtomicBool::new(false);
-        Server { queue: Queue { control, disk, counters, throttle, poll, reported }, uring }
+        let queue =
+            Queue { number, control, disk, sync_failed, counters, throttle, poll, reported };
+        Server { queue, uring }
     }
 
     pub fn control(&self) -> &Control {
@@ -111,7 +127,7 @@ impl Server {
                 Err(End::Engine(error)) => panic!("{}", super::chain(&error)),
             }
         }
-        self.queue.counters.flows();
+        self.queue.waits_no_more();
         Stopped { next_avail, broken }
     }
 
@@ -119,25 +135,28 @@ impl Server {
         let view = View::new(&start.memory).map_err(RingError::Access)?;
         let ring = Ring::new(&view, &start.layout)?;
         let parser = Parser::new(&view, start.limits);
+        let paid = self.queue.counters.resume(ring.left() as u64);
         self.queue.begin(start);
         let disk = &*self.queue.disk;
         let write_through = start.write_through && disk.is_durable();
         match &mut self.uring {
             Some(uring) => {
                 let engine = UringEngine::new(uring, disk, write_through);
-                self.queue.run(start, Service::new(ring, parser, engine), next_avail)
+                self.queue.run(start, Service::new(ring, parser, engine, paid), next_avail)
             }
             None => {
                 let engine = SyncEngine::new(disk, write_through);
-                self.queue.run(start, Service::new(ring, parser, engine), next_avail)
+                self.queue.run(start, Service::new(ring, parser, engine, paid), next_avail)
             }
         }
     }
 }
 
 impl<'m, E> Service<'m, E> {
-    fn new(ring: Ring<'m>, parser: Parser<'m>, engine: E) -> Service<'m, E> {
-        Service { ring, parser, engine, answered: false, unsaid: 0, stall: None }
+    fn new(ring: Ring<'m>, parser: Parser<'m>, engine: E, paid: u64) -> Service<'m, E> {
+        let (answered, unsaid, stall, waited) = (false, 0, None, false);
+        let began = Instant::now();
+        Service { ring, parser, engine, answered, unsaid, stall, waited, paid, began }
     }
 }
 
@@ -150,6 +169,8 @@ impl Queue {
             && self.disk.is_durable()
             && let Err(error) = self.disk.file.sync_data()
         {
+            // The kernel says so once, and the driver may ask no more.
+            self.sync_failed.store(true, Ordering::Relaxed);
             tracing::warn!(%error, "writing the image's cached data");
         }
         if start.interrupt {
@@ -197,7 +218,7 @@ impl Queue {
                 let _ = self.reap(&mut service);
                 service.engine.wait()?;
             }
-            let _ = service.ring.publish();
+            let _ = self.publish(&mut service);
         }
         end
     }
@@ -213,13 +234,18 @@ impl Queue {
             let stopping = self.stopping();
             if service.stall.is_none() {
                 self.take(service)?;
+                if service.stall.is_none() && std::mem::take(&mut service.waited) {
+                    self.waits_no_more();
+                }
             }
             service.engine.submit()?;
             self.reap(service)?;
-            service.ring.publish()?;
+            self.publish(service)?;
             if std::mem::take(&mut service.answered) {
                 service.unsaid += 1;
-                if service.unsaid >= ROUNDS || !service.ring.has_work()? {
+                let now = Instant::now();
+                let slow = now - std::mem::replace(&mut service.began, now) > SLOW;
+                if slow || service.unsaid >= ROUNDS || !service.ring.has_work()? {
                     self.interrupt(start, service)?;
                 }
             } else if service.unsaid > 0 {
@@ -227,12 +253,13 @@ impl Queue {
             } else if stopping {
                 if service.engine.in_flight() > 0 {
                     service.engine.wait()?;
-                } else if service.ring.left() == 0 {
+                } else if service.ring.left() == 0 || service.stall.is_some() {
                     return Err(End::Stopped);
                 }
             } else if let Some(stall) = service.stall {
                 if self.throttle.is_over(&stall, now()) {
                     service.stall = None;
+                    service.began = Instant::now();
                 } else {
                     if !service.engine.arm() {
                         self.sleep();
@@ -243,6 +270,20 @@ impl Queue {
                 self.idle(service, &mut window)?;
             }
         }
+    }
+
+    /// Shows the driver what was answered.
+    #[inline]
+    fn publish<E>(&self, service: &mut Service<'_, E>) -> Result<(), RingError> {
+        let result = service.ring.publish();
+        self.counters.answered(service.ring.take_answered());
+        result
+    }
+
+    /// No request of this queue waits for tokens: they were taken, or it is not there any more.
+    fn waits_no_more(&self) {
+        self.throttle.leave(self.number);
+        self.counters.flows();
     }
 
     /// Interrupts once for all that was answered, if the driver wants to know.
@@ -264,8 +305,11 @@ impl Queue {
         if most > 1 {
             service.ring.look_ahead(most);
         }
-        for _ in 0..most {
+        for n in 0..most {
             if !service.engine.has_room() || (self.stopping() && service.ring.left() == 0) {
+                return Ok(());
+            }
+            if n > 0 && service.began.elapsed() > SLOW {
                 return Ok(());
             }
             let Some(chain) = service.ring.pop()? else { return Ok(()) };
@@ -273,7 +317,7 @@ impl Queue {
                 service.ring.put_back();
                 self.counters.stalled();
                 self.set_timer(&stall)?;
-                service.stall = Some(stall);
+                (service.stall, service.waited) = (Some(stall), true);
                 return Ok(());
             }
         }
@@ -294,6 +338,7 @@ impl Queue {
             Err(broken) => {
                 tracing::debug!(%broken, "unanswerable request");
                 self.counters.failed();
+                self.begin_request(&service.ring, &mut service.paid);
                 service.answered = true;
                 service.ring.push_used(head, 0)?;
                 return Ok(Ok(()));
@@ -304,18 +349,20 @@ impl Queue {
             Err(refusal) => {
                 let status = self.refuse(refusal);
                 let len = answer(request.status, status, 0, request.writable);
+                self.begin_request(&service.ring, &mut service.paid);
                 service.answered = true;
                 service.ring.push_used(head, len)?;
                 return Ok(Ok(()));
             }
         };
         let bytes = data.iter().map(|slice| slice.len() as u64).sum();
-        // What was taken before has paid before.
-        if !service.ring.was_taken_before()
-            && let Err(stall) = self.take_tokens(operation, bytes)
+        // What a process before this one was let begin has paid.
+        if !(service.ring.was_taken_before() && service.paid > 0)
+            && let Err(stall) = self.take_tokens(operation, bytes, request.ranges)
         {
             return Ok(Err(stall));
         }
+        self.begin_request(&service.ring, &mut service.paid);
         let (status, writable) = (request.status, request.writable);
         let job = Job { head, status, writable, operation, bytes };
         if let Some(done) = service.engine.begin(job, data, request.ranges)? {
@@ -323,6 +370,16 @@ impl Queue {
             service.answered = true;
         }
         Ok(Ok(()))
+    }
+
+    /// Notes that a request is begun, if it was not by a process before this one.
+    #[inline]
+    fn begin_request(&self, ring: &Ring<'_>, paid: &mut u64) {
+        if ring.was_taken_before() && *paid > 0 {
+            *paid -= 1;
+        } else {
+            self.counters.begin();
+        }
     }
 
     /// Answers what is over.
@@ -339,7 +396,13 @@ impl Queue {
     /// Answers one request that was carried out, or could not be.
     #[inline]
     fn finish(&self, ring: &mut Ring<'_>, done: Done<'_>) -> Result<(), RingError> {
-        let Done { job, filled, result } = done;
+        let Done { job, filled, mut result } = done;
+        if matches!(job.operation, Operation::Write(_) | Operation::Flush)
+            && self.sync_failed.load(Ordering::Relaxed)
+            && self.sync_failed.swap(false, Ordering::Relaxed)
+        {
+            result = result.and(Err(ExecuteError::Io(Errno::EIO.into())));
+        }
         let status = match result {
             Ok(()) => {
                 match job.operation {
@@ -373,13 +436,15 @@ impl Queue {
 
     /// Takes what a request that passed every check costs.
     #[inline]
-    fn take_tokens(&self, operation: Operation, bytes: u64) -> Result<(), Stall> {
+    fn take_tokens(&self, operation: Operation, bytes: u64, ranges: &[Range]) -> Result<(), Stall> {
         if self.throttle.is_limited() {
             let bytes = match operation {
                 Operation::Read(_) | Operation::Write(_) => bytes,
-                _ => 0,
+                // Zeros may have to be written like any others.
+                Operation::Clear(Clear::Zero) => ranges.iter().map(|range| range.len).sum(),
+                Operation::Clear(Clear::Discard) | Operation::Flush | Operation::GetId => 0,
             };
-            self.throttle.take(bytes, now())?;
+            self.throttle.take(self.number, bytes, now())?;
         }
         self.counters.flows();
         Ok(())
@@ -401,6 +466,7 @@ impl Queue {
             let came = self.poll(service, Instant::now() + window.length())?;
             window.observe(came);
             if came {
+                service.began = Instant::now();
                 return Ok(());
             }
         }
@@ -409,6 +475,7 @@ impl Queue {
         }
         service.engine.disarm();
         service.ring.suppress_kicks()?;
+        service.began = Instant::now();
         Ok(())
     }
 
@@ -453,3 +520,7 @@ fn answer(at: Slice<'_>, status: u8, filled: u64, writable: u64) -> u32 {
     let len = if filled == writable { filled + 1 } else { filled };
     u32::try_from(len).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -79,7 +79,11 @@ pub(super) struct Stopped {
 /// What a queue's thread works with, besides what it makes itself.
 #[derive(Debug)]
 pub(super) struct Equipment {
+    /// Number of the queue.
+    pub queue: u16,
     pub disk: Arc<Disk>,
+    /// The disk's cached data could not be written, and no request was told so.
+    pub sync_failed: Arc<AtomicBool>,
     pub counters: VirtioBlkCounters,
     pub throttle: Arc<Throttle>,
     pub poll: Duration,
@@ -123,6 +127,18 @@ pub(super) struct Control {
     wake: EventFd,
 }
 
+impl Control {
+    pub fn new() -> Result<Control, Errno> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        watch(&epoll, &wake)?;
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        watch(&epoll, &timer)?;
+        Ok(Control { stop: AtomicBool::new(false), epoll, timer, wake })
+    }
+}
+
 /// Handle of a queue's thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -134,25 +150,15 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Makes the idle thread of queue `index`.
-    pub fn spawn(index: u16, equipment: Equipment) -> Result<Worker, WorkerError> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(WorkerError::Events)?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(WorkerError::Events)?;
-        watch(&epoll, &wake).map_err(WorkerError::Events)?;
-        let timer = TimerFd::new(
-            ClockId::CLOCK_MONOTONIC,
-            TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
-        )
-        .map_err(WorkerError::Events)?;
-        watch(&epoll, &timer).map_err(WorkerError::Events)?;
-        let control = Arc::new(Control { stop: AtomicBool::new(false), epoll, timer, wake });
+    /// Makes the idle thread of a queue.
+    pub fn spawn(equipment: Equipment) -> Result<Worker, WorkerError> {
+        let control = Arc::new(Control::new().map_err(WorkerError::Events)?);
         let (starts, start) = channel();
         let (end, ends) = channel();
         let (ready, is_ready) = channel();
         let of_thread = control.clone();
         let thread = thread::Builder::new()
-            .name(format!("blk-q{index}"))
+            .name(format!("blk-q{}", equipment.queue))
             .spawn(move || {
                 let server = equipment.server(of_thread);
                 let mut server = match server {

@@ -68,6 +68,8 @@ enum Word {
     IoErrors,
     CurrentlyThrottledGauge,
     InvalidAvailIdxCount,
+    /// Not in the snapshot: requests that were begun and are not answered.
+    Begun,
 }
 
 /// Counters of one queue of a virtio block device, in the shared page. Cumulative over
@@ -129,6 +131,27 @@ impl VirtioBlkCounters {
     /// No request of the queue waits for tokens: they were taken, or the ring was.
     pub fn flows(&self) {
         self.word(Word::CurrentlyThrottledGauge).store(0, Ordering::Relaxed);
+    }
+
+    /// A request was begun: it was let through by the throttle, or needs no tokens.
+    pub fn begin(&self) {
+        self.bump(Word::Begun, 1);
+    }
+
+    /// So many requests were answered.
+    pub(crate) fn answered(&self, requests: u64) {
+        let word = self.word(Word::Begun);
+        let left = word.load(Ordering::Relaxed).saturating_sub(requests);
+        word.store(left, Ordering::Relaxed);
+    }
+
+    /// A record of requests in flight says that there are `requests`: how many of them were
+    /// begun under this page, which is not a front end's to write, as a record may be.
+    pub(crate) fn resume(&self, requests: u64) -> u64 {
+        let word = self.word(Word::Begun);
+        let begun = word.load(Ordering::Relaxed).min(requests);
+        word.store(begun, Ordering::Relaxed);
+        begun
     }
 
     /// Goes on from `state`, of which no request waits.

@@ -52,6 +52,8 @@ pub struct Options {
     pub engine: EngineKind,
     /// Where the image is to be, sparse; else it is full of patterns, where all such files are.
     pub dir: Option<PathBuf>,
+    /// A process before this one died with so many requests of queue 0 begun.
+    pub begun: u16,
 }
 
 impl Default for Options {
@@ -64,6 +66,7 @@ impl Default for Options {
             throttle: Default::default(),
             engine: engine_under_test(),
             dir: None,
+            begun: 0,
         }
     }
 }
@@ -126,6 +129,8 @@ impl Device {
         };
         let page = new_counters().expect("page");
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");
+        let before = CountersPage::map(&page, Access::ReadWrite).expect("map").queue(0);
+        (0..options.begun).for_each(|_| before.begin());
         let fds = vec![OwnedFd::from(opened), page];
         let device = blk::prepare(start, fds, theirs).expect("prepare");
         let thread = std::thread::spawn(move || device.serve(&cell_end));

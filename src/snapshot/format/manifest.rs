@@ -249,11 +249,12 @@ impl Fields<'_> {
         u64::from_le_bytes(self.get(at))
     }
 
-    /// Text up to the first zero.
+    /// Text up to the first zero. What is none is shown as `?`: as long as it was, and nothing
+    /// a terminal would obey.
     fn text<const N: usize>(&self, at: usize) -> String {
         let bytes: [u8; N] = self.get(at);
-        let end = bytes.iter().position(|b| *b == 0).unwrap_or(N);
-        String::from_utf8_lossy(&bytes[..end]).into_owned()
+        let text = bytes.iter().take_while(|byte| **byte != 0);
+        text.map(|byte| if byte.is_ascii_graphic() { char::from(*byte) } else { '?' }).collect()
     }
 
     fn path_len(&self) -> usize {

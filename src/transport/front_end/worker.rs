@@ -328,8 +328,21 @@ impl Worker {
     fn activate(&mut self, activation: Activation) -> Result<(), FrontEndError> {
         let mut active = Active { activation, live: Vec::new(), record: None };
         let result = self.begin(&mut active);
-        self.active = Some(active);
+        match &result {
+            Err(error) if !is_fatal(error) => self.take_back(&active)?,
+            _ => self.active = Some(active),
+        }
         result
+    }
+
+    /// Stops and forgets the rings of an activation that the back end refused: what is left of
+    /// it would be in the way of the next, or of a process that comes after.
+    fn take_back(&self, refused: &Active) -> Result<(), FrontEndError> {
+        for queue in &refused.activation.queues {
+            let base = self.frontend.get_vring_base(queue.index);
+            self.exchange("stopping a queue", base)?;
+        }
+        Ok(())
     }
 
     /// Sets rings up that have not run yet.

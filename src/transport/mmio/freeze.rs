@@ -196,7 +196,8 @@ impl VirtioMmio {
                 if index >= self.wiring.kicks.len() {
                     return Err(FreezeError::Unfit("it has more queues"));
                 }
-                queue.config.check(&self.ram).map_err(|e| FreezeError::Queue(index, e))?;
+                let checked = queue.config.check(&self.ram, state.driver_features);
+                checked.map_err(|e| FreezeError::Queue(index, e))?;
                 self.check_cursor(index, &queue.config, base)?;
                 queues.push(self.setup(index, queue.config, base));
             }

@@ -179,7 +179,7 @@ pub struct TransportState {
     pub queues: Vec<QueueState>,
     /// Device status.
     pub status: u32,
-    driver_features: u64,
+    pub(super) driver_features: u64,
     selectors: [u32; 3],
     config_changed: bool,
     generation: u32,

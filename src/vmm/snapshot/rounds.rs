@@ -30,7 +30,7 @@ pub(super) struct Live {
     begun: Instant,
     copy: Copy,
     work: Work,
-    /// Pages of this round, and of the one before.
+    /// Pages of this round, those of disks included, and of the one before.
     pages: u64,
     before: u64,
 }
@@ -93,6 +93,7 @@ impl Live {
             }
             Work::Layers(at) => {
                 let copied = vm.copy_layers(&self.copy.layers, at, first)?;
+                self.pages += copied.unwrap_or(0) / PAGE as u64;
                 // Chunks that are looked at in vain take their time too.
                 Ok(copied.map(|bytes| bytes.max(LOOK)))
             }

@@ -366,3 +366,56 @@ impl Drop for UringEngine<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_uring::types::Fd;
+    use std::fs::File;
+
+    fn disk(file: &File) -> Disk {
+        let file = file.try_clone().expect("duplicate");
+        let (read_only, id, direct, overlay) = (false, Default::default(), None, None);
+        Disk { file, size: 4096, block_size: 512, read_only, id, direct, overlay }
+    }
+
+    /// What the kernel says of one entry.
+    fn result(uring: &mut Uring, entry: &Entry) -> i32 {
+        // SAFETY: the buffers of the entries below are statics or outlive this call, which
+        // waits for the end.
+        unsafe { uring.ring.submission().push(entry) }.expect("room");
+        uring.ring.submit_and_wait(1).expect("submit");
+        uring.ring.completion().next().expect("an answer").result()
+    }
+
+    /// A process that is not its own master any more has nothing but the image through it.
+    #[test]
+    fn a_ring_refuses_what_is_not_the_images() {
+        let image = tempfile::tempfile().expect("image");
+        image.set_len(4096).expect("size");
+        let other = tempfile::NamedTempFile::new().expect("another file");
+        other.as_file().set_len(4096).expect("size");
+        let mut uring = Uring::new(&disk(&image), None).expect("ring");
+        let mut bytes = [0u8; 16];
+        let at = bytes.as_mut_ptr();
+        let read = |file: Fixed| opcode::Read::new(file, at, 16).build();
+        assert_eq!(result(&mut uring, &read(IMAGE)), 16, "the image can be read");
+        assert!(result(&mut uring, &read(Fixed(1))) < 0, "there is no second file");
+        let fd = Fd(other.as_raw_fd());
+        let denied = -libc::EACCES;
+        for (what, entry) in [
+            ("a file by its number", opcode::Read::new(fd, at, 16).build()),
+            ("a write to one", opcode::Write::new(fd, at, 16).build()),
+            ("opening", opcode::OpenAt::new(Fd(libc::AT_FDCWD), c"/".as_ptr()).build()),
+            ("closing", opcode::Close::new(fd).build()),
+            ("nothing at all", opcode::Nop::new().build()),
+            ("truncating", opcode::Ftruncate::new(IMAGE, 0).build()),
+            ("a hole", opcode::Fallocate::new(IMAGE, 4096).build()),
+            ("a link", opcode::UnlinkAt::new(fd, c"x".as_ptr()).build()),
+        ] {
+            assert_eq!(result(&mut uring, &entry), denied, "{what}");
+        }
+        let files = uring.ring.submitter().register_files_update(0, &[fd.0]);
+        assert!(files.is_err(), "another file in the image's place");
+    }
+}

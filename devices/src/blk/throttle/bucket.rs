@@ -57,12 +57,14 @@ impl Bucket {
         self.struck = self.struck.max(now);
     }
 
-    /// How long a request of this cost has to wait; zero if it may pass now.
-    pub fn wait(&self, cost: Cost) -> Duration {
+    /// How long a request of this cost has to wait, which leaves so many tokens for those
+    /// before it; zero if it may pass now.
+    pub fn wait_behind(&self, before: u64, cost: Cost) -> Duration {
         if cost.0 == 0 {
             return Duration::ZERO;
         }
         let needed = if cost.0 <= self.burst { i128::from(cost.0) * TOKEN } else { 0 };
+        let needed = needed.saturating_add(i128::from(before) * TOKEN);
         let missing = needed.saturating_sub(self.balance).max(0) as u128;
         let nanos = missing.div_ceil(self.rate.into());
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
@@ -99,12 +101,12 @@ mod tests {
     fn the_burst_passes_at_once_and_the_rest_at_the_rate() {
         let mut bucket = Bucket::full(rate(100, 300), 5);
         for _ in 0..300 {
-            assert_eq!(bucket.wait(Cost(1)), Duration::ZERO);
+            assert_eq!(bucket.wait_behind(0, Cost(1)), Duration::ZERO);
             bucket.take(Cost(1));
         }
-        assert_eq!(bucket.wait(Cost(1)), Duration::from_millis(10));
+        assert_eq!(bucket.wait_behind(0, Cost(1)), Duration::from_millis(10));
         bucket.refill(5 + SECOND / 100);
-        assert_eq!(bucket.wait(Cost(1)), Duration::ZERO);
+        assert_eq!(bucket.wait_behind(0, Cost(1)), Duration::ZERO);
         bucket.refill(1000 * SECOND);
         assert_eq!(bucket.balance(), 300, "no more than the burst is saved up");
     }
@@ -118,12 +120,16 @@ mod tests {
     fn what_is_larger_than_the_bucket_passes_on_credit() {
         let mut bucket = Bucket::full(rate(100, 100), 0);
         bucket.take(Cost(60));
-        assert_eq!(bucket.wait(Cost(250)), Duration::ZERO);
+        assert_eq!(bucket.wait_behind(0, Cost(250)), Duration::ZERO);
         bucket.take(Cost(250));
         assert_eq!(bucket.balance(), -210);
-        assert_eq!(bucket.wait(Cost(250)), Duration::from_millis(2100), "when the debt is paid");
-        assert_eq!(bucket.wait(Cost(1)), Duration::from_millis(2110));
-        assert_eq!(bucket.wait(Cost(0)), Duration::ZERO, "a flush moves no bytes");
+        assert_eq!(
+            bucket.wait_behind(0, Cost(250)),
+            Duration::from_millis(2100),
+            "when the debt is paid"
+        );
+        assert_eq!(bucket.wait_behind(0, Cost(1)), Duration::from_millis(2110));
+        assert_eq!(bucket.wait_behind(0, Cost(0)), Duration::ZERO, "a flush moves no bytes");
     }
 
     #[test]
@@ -141,10 +147,10 @@ mod tests {
         let mut bucket = Bucket::restore(rate(u64::MAX, u64::MAX), i64::MIN, 0);
         bucket.refill(u64::MAX);
         bucket.take(Cost(u64::MAX));
-        let _ = (bucket.wait(Cost(u64::MAX)), bucket.balance());
+        let _ = (bucket.wait_behind(0, Cost(u64::MAX)), bucket.balance());
         let mut slow = Bucket::full(rate(1, 1), 0);
         slow.take(Cost(u64::MAX));
-        assert_eq!(slow.wait(Cost(1)), Duration::from_nanos(u64::MAX));
+        assert_eq!(slow.wait_behind(0, Cost(1)), Duration::from_nanos(u64::MAX));
     }
 
     proptest! {
@@ -161,14 +167,14 @@ mod tests {
             for (pause, cost) in steps {
                 now += pause;
                 bucket.refill(now);
-                let wait = bucket.wait(Cost(cost));
+                let wait = bucket.wait_behind(0, Cost(cost));
                 if !wait.is_zero() {
                     now += wait.as_nanos() as u64 - 1;
                     bucket.refill(now);
-                    prop_assert_eq!(bucket.wait(Cost(cost)), Duration::from_nanos(1));
+                    prop_assert_eq!(bucket.wait_behind(0, Cost(cost)), Duration::from_nanos(1));
                     now += 1;
                     bucket.refill(now);
-                    prop_assert_eq!(bucket.wait(Cost(cost)), Duration::ZERO);
+                    prop_assert_eq!(bucket.wait_behind(0, Cost(cost)), Duration::ZERO);
                 }
                 bucket.take(Cost(cost));
                 passed += u128::from(cost);

@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use nix::fcntl::OFlag;
@@ -32,6 +33,8 @@ pub const MIN_MEMORY: u64 = 32 << 20;
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Deaths of its process within 10 s by which a device fails, unless told otherwise.
 pub const DEFAULT_MAX_DEATHS: u16 = 5;
+/// How long a device process may give no sign of life, unless told otherwise.
+pub const DEFAULT_DEVICE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Guest memory is a whole number of these.
 const MIB: u64 = 1 << 20;
 
@@ -64,6 +67,8 @@ pub struct VmConfig {
     pub seccomp: SeccompMode,
     /// Deaths of a device's process within 10 s by which the device fails.
     pub max_deaths: u16,
+    /// A device process that gives no sign of life for so long is replaced; zero for never.
+    pub device_timeout: Duration,
     /// What is logged, here and by the device processes.
     pub log: LogLevel,
     /// When the VM is to be written down by itself.
@@ -95,6 +100,14 @@ pub fn memory(text: &str) -> Result<u64, String> {
 pub fn max_deaths(text: &str) -> Result<u16, String> {
     let count = text.parse::<u16>().ok().filter(|n| *n > 0);
     count.ok_or_else(|| format!("it is a number from 1 to {}", u16::MAX))
+}
+
+/// Reads how long a device process may give no sign of life.
+pub fn device_timeout(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" => Ok(Duration::ZERO),
+        _ => crate::spec::time(text).map_err(|why| format!("{why}, or 0 for never")),
+    }
 }
 
 /// Reads what happens on a system call outside a policy.
@@ -265,6 +278,7 @@ mod tests {
             sandbox: true,
             seccomp: SeccompMode::Kill,
             max_deaths: DEFAULT_MAX_DEATHS,
+            device_timeout: DEFAULT_DEVICE_TIMEOUT,
             log: LogLevel::Warn,
             snapshot: SnapshotResources::default(),
         }

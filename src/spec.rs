@@ -10,6 +10,7 @@ mod plugin_socket;
 mod serial;
 mod size;
 mod throttle;
+mod time;
 
 pub(crate) use disk::lock;
 pub use disk::{Backing, DiskError, DiskSpec, OpenedDisk, name_disks};
@@ -18,6 +19,7 @@ pub use plugin_socket::PluginSocketSpec;
 pub use serial::SerialSpec;
 pub use size::{memory_size, size};
 pub use throttle::Throttle;
+pub use time::time;
 
 /// A SPEC that cannot be used as written. Each variant's text is a whole line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,10 +36,14 @@ pub enum SpecError {
         known: String,
     },
     /// An image and a back end at once.
-    #[error("the back end has the image: write vhost-user=SOCKET[,id=NAME] without a path")]
+    #[error(
+        "the back end has the image: write vhost-user=SOCKET[,id=NAME][,queues=N] without a path"
+    )]
     BackEndHasImage,
     /// A key that says something about an image which another program has.
-    #[error("key '{0}' is the back end's affair: beside vhost-user=SOCKET there is only id=NAME")]
+    #[error(
+        "key '{0}' is the back end's affair: beside vhost-user=SOCKET there are only id=NAME and queues=N"
+    )]
     BackEnds(String),
     /// Writes that are refused and kept at once.
     #[error("give one of 'ro' and 'cow': a disk that refuses writes has none to keep")]

@@ -254,7 +254,7 @@ fn what_a_device_wrote_is_told_until_it_stands_still() {
     let ram = GuestRam::new(32 << 20).unwrap();
     let machine = Machine::new(&ram).unwrap();
     let logs: &'static WriteLogs = Box::leak(Box::new(WriteLogs::new(ram.len())));
-    let (bytes, fd) = logs.issue().unwrap();
+    let (bytes, fd) = logs.issue("disk0").unwrap();
     let device = WriteLog::map(fd.as_fd(), bytes).unwrap();
     let asks = logs.join(&machine).unwrap();
     let read = || logs.read(&machine, asks).unwrap()[0];

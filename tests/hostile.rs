@@ -40,7 +40,7 @@ struct Flood {
 }
 
 impl Flood {
-    fn of(channel: Channel, message: FromCell) -> Flood {
+    fn of(channel: Channel, mut message: FromCell) -> Flood {
         let stop = Arc::new(AtomicBool::new(false));
         let sent = Arc::new(AtomicU64::new(0));
         let (flag, count) = (stop.clone(), sent.clone());
@@ -48,6 +48,10 @@ impl Flood {
             while !flag.load(Ordering::Relaxed) {
                 match channel.try_send(&message, &[]) {
                     Ok(true) => {
+                        // One that has been told already would be nothing.
+                        if let FromCell::Marker { number, .. } = &mut message {
+                            *number = number.wrapping_add(1);
+                        }
                         count.fetch_add(1, Ordering::Relaxed);
                     }
                     Ok(false) => std::thread::yield_now(),
@@ -75,7 +79,7 @@ fn a_flooding_process_keeps_nobody_from_the_vmm() {
     }
     for message in [
         FromCell::Log { level: LogLevel::Error, message: "x".repeat(300) },
-        FromCell::Marker(Marker::Heartbeat),
+        FromCell::Marker { number: 0, marker: Marker::Heartbeat },
         FromCell::Drained { epoch: 77, dropped: 0, unread: 0 },
     ] {
         let mut vm = Vm::with("mode=spin").disk(1).start();
@@ -114,7 +118,7 @@ fn a_disk_speaks_for_no_other_device() {
     vm.wait_for("cellblock guest");
     let events = vm.events();
     let disk = channel_of(vm.pid_of("blk", "disk0"));
-    disk.send(&FromCell::Marker(Marker::Listener), &[]).unwrap();
+    disk.send(&FromCell::Marker { number: 0, marker: Marker::Listener }, &[]).unwrap();
     disk.send(&FromCell::Quit, &[]).unwrap();
     // Nor does a console end a VM whose user has no terminal to type at.
     channel_of(vm.pid_of("serial", "com1")).send(&FromCell::Quit, &[]).unwrap();
@@ -186,8 +190,9 @@ fn events_that_nobody_can_hear_are_not_kept() {
     };
     let before = resident();
     let channel = channel_of(serial.unwrap().pid);
-    for _ in 0..200_000 {
-        channel.send(&FromCell::Marker(Marker::Heartbeat), &[]).unwrap();
+    for number in 0..200_000 {
+        let marker = Marker::Heartbeat;
+        channel.send(&FromCell::Marker { number, marker }, &[]).unwrap();
     }
     let grown = resident().saturating_sub(before);
     assert!(grown < 8 << 10, "{grown} KiB");

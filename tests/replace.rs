@@ -240,6 +240,57 @@ fn a_process_that_hangs_is_ended_and_replaced() {
     vm.ends_well();
 }
 
+/// What a process leaves behind says nothing of requests that wait when nobody is there.
+#[test]
+fn a_process_that_is_gone_is_not_throttled() {
+    let mut vm = storm("", 20_000_000, ",iops=1,iops-burst=1").start();
+    vm.wait_for("storm: begins");
+    let events = vm.events();
+    let stalled = |vm: &mut Vm| {
+        let disk = vm.stats().disks.remove(0);
+        (disk.counters.currently_throttled_gauge > 0).then_some(disk.state)
+    };
+    assert_eq!(poll(LIMIT, || stalled(&mut vm)), Some(DeviceState::Running));
+    // Nobody can be made in its place.
+    let (disk, spawner) = (vm.pid_of("blk", "disk0"), vm.pid_of("spawner", ""));
+    send(spawner, Signal::SIGSTOP);
+    send(disk, Signal::SIGKILL);
+    let dead = poll(LIMIT, || {
+        let disk = vm.stats().disks.remove(0);
+        (disk.state == DeviceState::Dead).then_some(disk.counters)
+    });
+    let counters = dead.unwrap();
+    assert!(counters.throttled_count > 0 && counters.currently_throttled_gauge == 0);
+    send(spawner, Signal::SIGCONT);
+    replaced(&mut vm, &events, "disk0", 1);
+    assert!(poll(LIMIT, || stalled(&mut vm)).is_some(), "its successor takes a token a second");
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
+/// Neither memory nor descriptors for each process that ever was.
+#[test]
+fn deaths_leave_nothing_in_the_vmm() {
+    let mut vm = storm("", 20_000_000, "").start();
+    vm.wait_for("storm: begins");
+    let events = vm.events();
+    let held = |vm: &Vm| {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", vm.pid())).unwrap();
+        let shared = maps.lines().filter(|line| line.contains("memfd:")).count();
+        (shared, proc::files(vm.pid()).len())
+    };
+    kill_and_wait(&mut vm, &events, "blk", "disk0");
+    let before = held(&vm);
+    for _ in 0..10 {
+        kill_and_wait(&mut vm, &events, "blk", "disk0");
+        kill_and_wait(&mut vm, &events, "serial", "com1");
+    }
+    // The pipe of one that has just died may be there yet.
+    assert!(poll(LIMIT, || (held(&vm) <= before).then_some(())).is_some(), "{:?}", held(&vm));
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
 /// The budget is the disk's: each process would otherwise begin with a full bucket.
 #[test]
 fn a_death_is_no_gift_to_a_throttled_disk() {

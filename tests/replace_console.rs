@@ -225,6 +225,27 @@ fn input_that_waits_and_its_interrupt_survive() {
     vm.ends_well();
 }
 
+/// Whoever waits for the guest's heartbeats waits for each of them.
+#[test]
+fn marker_lines_are_told_once_each() {
+    let (kills, line) = (kills(15), "cellblock:heartbeat");
+    let lines = kills as usize * 60;
+    let mut vm = Vm::with(&format!("mode=print lines={lines} line={line} exit=none"))
+        .arg("--max-deaths")
+        .arg("10000")
+        .start();
+    assert!(poll(LIMIT, || vm.path("control").exists().then_some(())).is_some());
+    let events = vm.events();
+    weather(&mut vm, kills, lines * (line.len() + 1), &|vm| vm.console.len());
+    vm.wait_for("print: ok\n");
+    vm.ask(Request::Stop);
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Shutdown { .. }));
+    let told = events.all();
+    let told = told.iter().filter(|event| matches!(event.kind, EventKind::Marker { .. })).count();
+    assert_eq!(told, lines);
+    vm.ends_well();
+}
+
 /// The reader comes when the VM has ended but for its console, whose process died meanwhile.
 #[test]
 fn the_last_words_of_a_vm_are_delivered_by_a_successor() {

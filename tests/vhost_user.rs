@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock::control::protocol::{DeviceState, EventKind};
 use cellblock_wire::sealed_memfd;
@@ -315,10 +315,17 @@ impl StorageDaemon {
     /// Serves `image` at `socket`, both in `dir`.
     #[track_caller]
     fn start(dir: &Path) -> StorageDaemon {
+        StorageDaemon::with(dir, 1)
+    }
+
+    /// As [`StorageDaemon::start`], with so many queues.
+    #[track_caller]
+    fn with(dir: &Path, queues: u16) -> StorageDaemon {
+        let export = "type=vhost-user-blk,id=e,node-name=disk,writable=on";
+        let export = format!("{export},num-queues={queues},addr.type=unix,addr.path=socket");
         let child = Command::new("qemu-storage-daemon")
             .args(["--blockdev", "driver=file,node-name=disk,filename=image"])
-            .arg("--export")
-            .arg("type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path=socket")
+            .args(["--export", &export])
             // Written when everything is set up; the socket is there before it listens.
             .args(["--pidfile", "pid"])
             .current_dir(dir)
@@ -349,7 +356,13 @@ fn image_dir() -> tempfile::TempDir {
 
 /// Our VM with the disk at `socket`.
 fn vm_on(socket: &Path, cmdline: &str) -> common::Options {
-    Vm::with(cmdline).arg("--disk").arg(format!("vhost-user={},id=far", socket.display()))
+    vm_with(socket, "", cmdline)
+}
+
+/// As [`vm_on`], with `options` in the disk's SPEC.
+fn vm_with(socket: &Path, options: &str, cmdline: &str) -> common::Options {
+    let spec = format!("vhost-user={},id=far{options}", socket.display());
+    Vm::with(cmdline).arg("--disk").arg(spec)
 }
 
 #[test]
@@ -393,11 +406,47 @@ fn a_guest_of_ours_on_a_block_process_of_ours() {
     server.ends_well(Signal::SIGTERM);
 }
 
+/// As many queues as the back end has and the machine has vCPUs, or as many as are asked for.
+#[test]
+fn a_disk_of_another_program_has_several_queues() {
+    let dir = image_dir();
+    let _daemon = StorageDaemon::with(dir.path(), 4);
+    let server = Server::start(",queues=4");
+    for socket in [dir.path().join("socket"), server.path("socket")] {
+        for (cpus, options, queues) in
+            [(1, "", 1), (2, "", 2), (8, "", 4), (1, ",queues=4", 4), (8, ",queues=3", 3)]
+        {
+            let what = format!("{} {cpus}{options}", socket.display());
+            let mut vm = vm_with(&socket, options, &format!("mode=blk queues={}", queues + 1))
+                .cpus(cpus)
+                .start();
+            let refusal = format!("FAIL: the disk has {queues} queues only");
+            assert!(
+                vm.console.wait_for(&refusal, LIMIT).is_some(),
+                "{what}: {}",
+                vm.console.text()
+            );
+            vm.wait_exit();
+            let how = format!("mode=blk mib=2 queues={queues} qd=32 irq event-idx rounds=2");
+            let mut vm = vm_with(&socket, options, &how).cpus(cpus).start();
+            vm.wait_for("blk: verified=2097152 bytes generation=2");
+            vm.wait_for("blk: ok");
+            vm.ends_well();
+        }
+        let mut vm = vm_with(&socket, ",queues=5", "mode=blk").start();
+        assert_eq!(vm.wait_exit().code(), Some(1));
+        let line = vm.stderr.finished(LIMIT);
+        assert!(line.contains("far has 4 queues, not 5: give queues=4"), "{line}");
+    }
+    server.ends_well(Signal::SIGTERM);
+}
+
 /// A back end with a record of requests goes on where it died.
 #[test]
 fn a_back_end_that_keeps_a_record_loses_nothing() {
-    let mut server = Server::start("");
-    let mut vm = vm_on(&server.path("socket"), "mode=blk mib=2 rounds=1000000 qd=8").start();
+    let mut server = Server::start(",queues=4");
+    let how = "mode=blk mib=2 rounds=1000000 qd=16 queues=4";
+    let mut vm = vm_with(&server.path("socket"), ",queues=4", how).start();
     vm.wait_for("generation=3");
     let events = vm.events();
     for round in 1..=3 {
@@ -426,8 +475,8 @@ fn a_back_end_that_gives_its_state_goes_along_with_a_snapshot() {
         command.arg("snapshot").arg(vm.path("control")).arg(&at).args(options);
         command.output().unwrap()
     };
-    let mut server = Server::start("");
-    let mut vm = vm_on(&server.path("socket"), "mode=pause every=20").start();
+    let mut server = Server::start(",queues=2");
+    let mut vm = vm_on(&server.path("socket"), "mode=pause every=20").cpus(2).start();
     vm.wait_for_line("pause: n=40 ");
     server.serves();
     // Nobody knows what it writes to memory.
@@ -502,7 +551,7 @@ fn a_silent_back_end_is_given_up() {
     let dir = image_dir();
     let socket = dir.path().join("socket");
     let start = |what: &str| {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let mut vm = vm_on(&socket, "mode=blk").start();
         let status = vm.wait_exit();
         let line = vm.stderr.finished(LIMIT);
@@ -519,4 +568,29 @@ fn a_silent_back_end_is_given_up() {
     start("it serves another front end, or hangs");
     drop(listener);
     start("Connection refused (os error 111); start the back end first");
+}
+
+/// The budget is the disk's, whoever is connected to it, and by however many processes it is
+/// served: each would otherwise begin with a full bucket.
+#[test]
+fn front_ends_that_come_again_have_spent_what_they_had() {
+    let mut server = Server::start(",iops=2000,iops-burst=2000");
+    let begun = Instant::now();
+    let mut vm = vm_on(&server.path("socket"), "mode=storm n=6000 qd=16 mib=1").start();
+    for _ in 0..3 {
+        let process = server.serves();
+        std::thread::sleep(Duration::from_millis(150));
+        send(process, Signal::SIGKILL);
+    }
+    server.serves();
+    vm.wait_for("storm: ok");
+    vm.ends_well();
+    // It does not find an empty disk, and looks at nothing.
+    let mut vm = vm_on(&server.path("socket"), "mode=storm n=2000 qd=16 mib=1 errors").start();
+    vm.wait_for("storm: ok");
+    vm.ends_well();
+    // So many and 256 reads between, less the burst, at 2000 a second.
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(3128), "{took:?}");
+    server.ends_well(Signal::SIGTERM);
 }

@@ -137,6 +137,15 @@ fn a_ring_that_waits_for_tokens_stops_and_gives_the_request_back() {
     assert!(queue.next_used(&memory).is_some(), "it is answered in the end");
 }
 
+/// The driver may have reset the device when nobody served it.
+#[test]
+fn a_process_that_comes_after_one_that_was_stalled_waits_for_nothing() {
+    let options = Options { stalled: true, ..Options::default() };
+    let device = Device::start(&options, FEATURES);
+    let counted = Snapshot { throttled_count: 1, ..Snapshot::default() };
+    assert_eq!(device.stats(), counted);
+}
+
 #[test]
 fn nothing_invalid_takes_a_token() {
     let one = Some(Rate { per_second: 1, burst: 512 });

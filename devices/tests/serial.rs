@@ -426,8 +426,8 @@ fn marker_lines_are_reported_and_still_output() {
     let vm = Vm::new(SerialEndpoint::File, vec![writer]);
     let printed = b"boot\r\ncellblock:heartbeat\r\nnot cellblock:parked\ncellblock:listener\n";
     vm.print(printed);
-    assert!(matches!(vm.heard(), FromCell::Marker(Marker::Heartbeat)));
-    assert!(matches!(vm.heard(), FromCell::Marker(Marker::Listener)));
+    assert!(matches!(vm.heard(), FromCell::Marker { number: 0, marker: Marker::Heartbeat }));
+    assert!(matches!(vm.heard(), FromCell::Marker { number: 1, marker: Marker::Listener }));
     assert_eq!(read_exactly(&reader, printed.len()), printed);
     assert!(!readable(&vm.cell, Duration::from_millis(20)));
     vm.close().unwrap();
@@ -443,7 +443,7 @@ fn a_flood_of_markers_blocks_nothing() {
     // An answer comes behind the markers that were kept, and is not lost.
     vm.cell.send(&ToCell::Stats, &[]).unwrap();
     let mut markers = 0;
-    while let FromCell::Marker(_) = vm.heard() {
+    while let FromCell::Marker { .. } = vm.heard() {
         markers += 1;
     }
     assert!(markers > 0 && markers < 20_000, "{markers}");

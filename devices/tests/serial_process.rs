@@ -24,6 +24,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
 
 const DATA: u8 = 0;
@@ -40,6 +41,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("output flood, stuck reader", flood),
     ("death while a vCPU waits", death),
     ("a successor on the same ring", successor),
+    ("marker lines are told once", marks),
     ("a start that fails says why", failed_start),
     ("idle costs no CPU time", idle),
     ("round trips", round_trips),
@@ -130,6 +132,9 @@ fn launch(
     fds: &[BorrowedFd<'_>],
 ) -> (Channel, Mapping, u32) {
     let (cell, far) = Channel::pair().unwrap();
+    // Little fits in, so that there is something that does not.
+    let far = far.into_fd();
+    setsockopt(&far, sockopt::SndBuf, &0).unwrap();
     let page = violation::new_page().unwrap();
     let hello = Hello {
         lazy: None,
@@ -245,7 +250,7 @@ fn a_whole_life(spawner: &mut Spawner) {
     let start = SerialStart { escape: true, ..config(SerialEndpoint::Stdio) };
     let vm = Vm::new(spawner, start, &[input.as_fd(), output.as_fd()]);
     vm.print(b"Linux version\ncellblock:heartbeat\n");
-    assert!(matches!(vm.heard(), FromCell::Marker(Marker::Heartbeat)));
+    assert!(matches!(vm.heard(), FromCell::Marker { number: 0, marker: Marker::Heartbeat }));
     assert_eq!(read_exactly(&reader, 34), b"Linux version\ncellblock:heartbeat\n");
 
     vm.outb(IER, 1);
@@ -421,6 +426,37 @@ fn successor(spawner: &mut Spawner) {
     let mut text = String::new();
     (&reader).read_to_string(&mut text).unwrap();
     assert_eq!(text, "carried out\naccepted\n");
+}
+
+/// A process that dies before it has told all of them.
+fn marks(spawner: &mut Spawner) {
+    const LINES: u32 = 200;
+    let first = Vm::new(spawner, config(SerialEndpoint::Null), &[]);
+    (0..LINES).for_each(|_| first.print(b"cellblock:heartbeat\n"));
+    // All of it is carried out, and it has had time to tell.
+    assert_eq!(first.inb(LSR), 0x60);
+    thread::sleep(Duration::from_millis(20));
+    kill(Pid::from_raw(first.pid), Signal::SIGKILL).unwrap();
+    assert_eq!(first.ended(spawner), ExitStatus::Signal(9));
+    let told = |cell: &Channel| {
+        std::iter::from_fn(|| match cell.recv_timeout::<FromCell>(SOON) {
+            Ok((FromCell::Marker { number, .. }, _)) => Some(Some(number)),
+            Ok((FromCell::Drained { .. }, _)) | Err(ChannelError::Closed) => None,
+            Ok((FromCell::Log { .. }, _)) => Some(None),
+            other => panic!("{other:?}"),
+        })
+        .flatten()
+        .collect::<Vec<_>>()
+    };
+    let mut all = told(&first.cell);
+    println!("  {} of {LINES} by the first", all.len());
+    assert!(!all.is_empty() && all.len() < LINES as usize);
+    let second = Vm::on(first.wiring, spawner, config(SerialEndpoint::Null), &[]);
+    // A drain is answered behind them.
+    second.cell.send(&ToCell::Drain { epoch: 9, limit_ms: 5000 }, &[]).unwrap();
+    all.extend(told(&second.cell));
+    assert_eq!(all, (0..LINES).collect::<Vec<_>>());
+    second.close(spawner);
 }
 
 fn failed_start(spawner: &mut Spawner) {

@@ -32,6 +32,8 @@ use crate::vm::memory::GuestRam;
 const CONFIG_LEN: u32 = 60;
 /// Its only byte that a driver writes: the cache mode, `writeback`.
 const CONFIG_WRITEBACK: Range<u64> = 32..33;
+/// How many queues it has, `num_queues`.
+const NUM_QUEUES: Range<usize> = 34..36;
 
 /// A disk that could not be brought up.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,18 @@ pub enum DiskError {
         /// The reason.
         #[source]
         source: std::io::Error,
+    },
+    /// The user asked for more queues than another program's back end has.
+    #[error(
+        "the back end of {id} has {found} queues, not {wanted}: give queues={found}, or leave it away for what there is"
+    )]
+    Queues {
+        /// The disk.
+        id: String,
+        /// What it has.
+        found: u16,
+        /// What was asked for.
+        wanted: u16,
     },
     /// Its doorbell or interrupt.
     #[error("connecting {id} to the guest")]
@@ -70,7 +84,10 @@ pub struct StartingDisk {
     /// How to make it again.
     pub recipe: Option<Recipe>,
     id: String,
+    /// How many it has; with another program's back end, how many it may have.
     queues: u16,
+    /// It may have no less.
+    all: bool,
     socket: Option<UnixStream>,
     front_end: Option<(FrontEnd, Answer<DeviceInfo>)>,
 }
@@ -210,10 +227,11 @@ fn is_held(pipe: &PipeReader, until: PollTimeout) -> bool {
     poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::empty())], until) == Ok(0)
 }
 
-/// A disk of ours that some other program's back end serves.
-pub fn back_end(spec: &DiskSpec, socket: UnixStream) -> StartingDisk {
-    let id = spec.id().to_string();
-    StartingDisk { cell: None, recipe: None, id, queues: 1, socket: Some(socket), front_end: None }
+/// A disk of ours that some other program's back end serves, in a VM with `cpus` vCPUs.
+pub fn back_end(spec: &DiskSpec, socket: UnixStream, cpus: u8) -> StartingDisk {
+    let (id, socket) = (spec.id().to_string(), Some(socket));
+    let (queues, all) = (spec.queues(cpus), spec.queues.is_some());
+    StartingDisk { cell: None, recipe: None, id, queues, all, socket, front_end: None }
 }
 
 /// Asks for the process of `disk`, for a device of our own in a VM with `cpus` vCPUs.
@@ -232,7 +250,7 @@ pub fn start(
     let cell = Some(recipe.begin(spawner, common, far)?);
     let id = id.to_string();
     let recipe = Some(recipe);
-    Ok(StartingDisk { cell, recipe, id, queues, socket: Some(near), front_end: None })
+    Ok(StartingDisk { cell, recipe, id, queues, all: true, socket: Some(near), front_end: None })
 }
 
 /// Bytes of a disk as its back end gives them, and whether it is read-only.
@@ -250,7 +268,9 @@ impl StartingDisk {
         confine: impl FnOnce() -> Result<(), FilterError> + Send + 'static,
     ) -> Result<(), DiskError> {
         if let Some(socket) = self.socket.take() {
-            let needs = Needs { config_len: CONFIG_LEN, queues: self.queues };
+            // What another program lacks is said when it has said what it has.
+            let least = if self.cell.is_some() { self.queues } else { 1 };
+            let needs = Needs { config_len: CONFIG_LEN, least, most: self.queues };
             let front_end = FrontEnd::start(&self.id, socket, needs, ram.clone(), confine)?;
             let answer = front_end.open();
             self.front_end = Some((front_end, answer));
@@ -272,10 +292,18 @@ impl StartingDisk {
         let event = || event().map_err(|source| DiskError::Connect { id: id.clone(), source });
         let kvm = |source| DiskError::Kvm { id: id.clone(), source };
 
+        let mut info = front_end.wait(&answer)?;
+        if self.cell.is_none() {
+            restrict(&mut info);
+            let (found, wanted) = (info.queues, self.queues);
+            if self.all && found < wanted {
+                return Err(DiskError::Queues { id, found, wanted });
+            }
+        }
         let (call, err) = (event()?, event()?);
         machine.irqfd(&call, slot.gsi).map_err(kvm)?;
         let mut queue_kicks = Vec::new();
-        for queue in 0..self.queues {
+        for queue in 0..info.queues {
             let kick = event()?;
             machine.ioeventfd(&kick, slot.base + QUEUE_NOTIFY, Some(queue.into())).map_err(kvm)?;
             queue_kicks.push(Arc::new(kick));
@@ -284,15 +312,6 @@ impl StartingDisk {
         machine
             .ioeventfd(&event()?, slot.base + INTERRUPT_ACK, Some(VIRTIO_MMIO_INT_VRING))
             .map_err(kvm)?;
-        let mut info = front_end.wait(&answer)?;
-        if self.cell.is_none() {
-            // Writes to the configuration end here, and a driver that switched the cache
-            // off in vain would take for durable what is not.
-            info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
-            // However many queues there are, this device has one, and a driver that was
-            // told of more would fail at the second.
-            info.features &= !(1 << VIRTIO_BLK_F_MQ);
-        }
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(
             Identity { id, device_type: VIRTIO_ID_BLOCK, info, writable: CONFIG_WRITEBACK },
@@ -302,5 +321,59 @@ impl StartingDisk {
             kicks,
         );
         Ok((self.cell, device))
+    }
+}
+
+/// Of what another program offers, what our device has.
+fn restrict(info: &mut DeviceInfo) {
+    // Writes to the configuration end here, and a driver that switched the cache off in vain
+    // would take for durable what is not.
+    info.features &= !(1 << VIRTIO_BLK_F_CONFIG_WCE);
+    let queues = info.config.get_mut(NUM_QUEUES).and_then(|bytes| bytes.first_chunk_mut());
+    let said = queues.as_ref().map_or(1, |bytes| u16::from_le_bytes(**bytes));
+    // Without the feature a driver uses one, whatever there is.
+    info.queues = match info.features & 1 << VIRTIO_BLK_F_MQ {
+        0 => 1,
+        _ => info.queues.min(said).max(1),
+    };
+    // A driver that was told of more than our device has would fail at the first of those.
+    if info.queues == 1 {
+        info.features &= !(1 << VIRTIO_BLK_F_MQ);
+    }
+    if let Some(bytes) = queues {
+        *bytes = info.queues.to_le_bytes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_is_told_of_as_many_queues_as_there_are() {
+        const MQ: u64 = 1 << VIRTIO_BLK_F_MQ;
+        // (offered, negotiated, said in its configuration; what our device has)
+        for (offered, queues, said, wanted) in [
+            (MQ, 4, 4, 4),
+            (MQ, 2, 4, 2),
+            (MQ, 4, 2, 2),
+            (MQ, 1, 4, 1),
+            (MQ, 4, 0, 1),
+            (0, 4, 4, 1),
+        ] {
+            let mut config = vec![0xee; CONFIG_LEN as usize];
+            config[NUM_QUEUES].copy_from_slice(&u16::to_le_bytes(said));
+            let features = 1 << 9 | 1 << VIRTIO_BLK_F_CONFIG_WCE | offered;
+            let mut info = DeviceInfo { features, config, queues, has_state: false };
+            restrict(&mut info);
+            let features = 1 << 9 | if wanted > 1 { MQ } else { 0 };
+            assert_eq!((info.queues, info.features), (wanted, features));
+            assert_eq!(info.config[NUM_QUEUES], wanted.to_le_bytes());
+            assert_eq!((info.config[33], info.config[36]), (0xee, 0xee));
+        }
+        // One that has no such field.
+        let mut info = DeviceInfo { features: MQ, config: vec![0; 8], queues: 4, has_state: false };
+        restrict(&mut info);
+        assert_eq!((info.queues, info.features), (1, 0));
     }
 }

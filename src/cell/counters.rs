@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use cellblock_devices::protocol::counters::{
-    CountersPage, MAX_QUEUES, VirtioBlkCountersSnapshot, new_counters,
+    Beat, CountersPage, MAX_QUEUES, VirtioBlkCountersSnapshot, new_counters,
 };
 use cellblock_wire::{Access, ShmError};
 
@@ -27,6 +27,11 @@ impl BlkCounters {
     /// For the process that counts.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// How the thread of each queue is.
+    pub fn beats(&self) -> Vec<Beat> {
+        (0..self.queues).map(|queue| self.page.queue(queue).pulse()).collect()
     }
 
     /// What each queue shows now.

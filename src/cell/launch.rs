@@ -64,7 +64,7 @@ pub fn launch(
         message: crate::remedy::chain(&error),
     })?;
     let logs = common.writes.filter(|_| role == "blk");
-    let log = logs.map(WriteLogs::issue).transpose().map_err(shm_error)?;
+    let log = logs.map(|logs| logs.issue(id)).transpose().map_err(shm_error)?;
     let hello = Hello {
         logged: log.as_ref().map(|(memory, _)| *memory),
         lazy: invited.as_ref().map(|invitation| invitation.chunks as u64),
@@ -100,10 +100,12 @@ pub fn launch(
         open: true,
         stats: CellStats::None,
         owes_stats: false,
+        owes_answer: false,
         lines: Throttle::default(),
         counters: None,
         held: None,
         client: None,
+        last_mark: None,
     })
 }
 

@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blk::Held;
+use cellblock_devices::protocol::counters::{Beat, VirtioBlkCountersSnapshot};
 use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
@@ -120,12 +121,15 @@ pub struct Cell {
     open: bool,
     stats: CellStats,
     owes_stats: bool,
+    owes_answer: bool,
     lines: Throttle,
     counters: Option<BlkCounters>,
     /// Tells when the kernel has nothing of the process in flight any more.
     held: Option<Arc<Held>>,
     /// The client that a console's process has on its socket, for the next one.
     client: Option<OwnedFd>,
+    /// Number of the marker line told last, by it or by a process before it.
+    last_mark: Option<u32>,
 }
 
 impl Cell {
@@ -148,6 +152,7 @@ impl Cell {
         self.stats = before.stats;
         self.lines = before.lines;
         self.client = before.client;
+        self.last_mark = before.last_mark;
         Ok(())
     }
 
@@ -248,6 +253,9 @@ impl Cell {
             FromCell::Client if self.role == "serial" => {
                 self.client = fds.into_iter().next().filter(is_socket);
             }
+            FromCell::Alive => self.owes_answer = false,
+            // One that died may have been the first to tell.
+            FromCell::Marker { number, .. } if self.last_mark.replace(number) == Some(number) => {}
             other => return Some(other),
         }
         None
@@ -256,6 +264,15 @@ impl Cell {
     /// The counters it last reported.
     pub fn stats(&self) -> &CellStats {
         &self.stats
+    }
+
+    /// What each queue of a block cell has counted. No request waits in one that is gone.
+    pub fn queues(&self) -> Vec<VirtioBlkCountersSnapshot> {
+        let mut queues = self.counters.as_ref().map(BlkCounters::queues).unwrap_or_default();
+        if !self.open {
+            queues.iter_mut().for_each(|queue| queue.currently_throttled_gauge = 0);
+        }
+        queues
     }
 
     /// The page a block cell counts in.
@@ -272,6 +289,22 @@ impl Cell {
     pub fn keep_stats(&mut self, stats: CellStats) {
         self.stats = stats;
         self.owes_stats = false;
+    }
+
+    /// Asks for a sign of life, unless the last one is still owed: then it is false.
+    pub fn ping(&mut self) -> bool {
+        let answers = !self.owes_answer;
+        if answers {
+            // One that reads nothing, so that there is no room, owes it as well.
+            let _ = self.channel.try_send(&ToCell::Ping, &[]);
+            self.owes_answer = true;
+        }
+        answers
+    }
+
+    /// How the thread of each queue of a block cell is.
+    pub fn beats(&self) -> Vec<Beat> {
+        self.counters.as_ref().map(BlkCounters::beats).unwrap_or_default()
     }
 
     /// Asks for its counters. False where there is nothing to wait for: it is gone, or

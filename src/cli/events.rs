@@ -61,6 +61,9 @@ fn text(event: &Event) -> String {
         EventKind::DeviceFailed { role, id, deaths } => {
             format!("{role} {id} has failed: {deaths} of its processes died within 10 s")
         }
+        EventKind::DeviceHung { role, id, pid } => {
+            format!("device process {role} {id} (pid {pid}) hangs, and is ended")
+        }
         EventKind::DeviceStalled { role, id } => {
             format!("device process {role} {id} does not answer the guest")
         }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::{Args, ValueEnum};
@@ -58,6 +59,10 @@ pub(super) struct Restore {
     /// A device fails when its process dies so often within 10 s, as for 'run' [default: 5]
     #[arg(long, value_name = "N", value_parser = config::max_deaths, allow_hyphen_values = true)]
     max_deaths: Option<u16>,
+    /// A device process that gives no sign of life for so long is replaced, as for 'run'; 0 for
+    /// never
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = config::device_timeout)]
+    device_timeout: Duration,
     /// Run the device processes without jails: for debugging only
     #[arg(long)]
     disable_sandbox: bool,
@@ -89,6 +94,7 @@ impl Restore {
             track: self.track,
             shell: None,
             max_deaths: self.max_deaths.unwrap_or(config::DEFAULT_MAX_DEATHS),
+            device_timeout: self.device_timeout,
             sandbox: !self.disable_sandbox,
             seccomp: self.seccomp.unwrap_or_default(),
             log,

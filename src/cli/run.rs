@@ -1,6 +1,7 @@
 //! `cellblock run`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::Args;
@@ -25,8 +26,8 @@ A disk SPEC is PATH[,key=value]...:
   queues=N       1 to 32 request queues, each with a thread [default: one per vCPU]
   poll-us=N      poll for up to N microseconds before sleeping: faster, at the cost of CPU
                  time while the guest uses the disk [default: 50]
-Without PATH, vhost-user=SOCKET[,id=NAME] is a disk that another program's vhost-user-blk
-back end serves: 'cellblock vhost-user-blk', qemu-storage-daemon, SPDK.
+Without PATH, vhost-user=SOCKET[,id=NAME][,queues=N] is a disk that another program's
+vhost-user-blk back end serves: 'cellblock vhost-user-blk', qemu-storage-daemon, SPDK.
 A serial SPEC is one of:
   stdout         this terminal (ctrl-a x stops the VM), or standard input and output
   file=F         output only, to a file that is created or emptied
@@ -87,6 +88,10 @@ pub(super) struct Run {
     /// takes its place [default: 5]
     #[arg(long, value_name = "N", value_parser = config::max_deaths, allow_hyphen_values = true)]
     max_deaths: Option<u16>,
+    /// A device process that gives no sign of life for so long is replaced; 0 for never. One
+    /// that waits for its disk image is no such process [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = config::device_timeout)]
+    device_timeout: Option<Duration>,
     /// Read options from a TOML file: the same names without dashes, disk as a list;
     /// options on the command line win
     #[arg(long, value_name = "FILE")]
@@ -228,6 +233,9 @@ impl Run {
             max_deaths: (self.max_deaths)
                 .or(file.max_deaths.map(Into::into))
                 .unwrap_or(config::DEFAULT_MAX_DEATHS),
+            device_timeout: (self.device_timeout)
+                .or(file.device_timeout)
+                .unwrap_or(config::DEFAULT_DEVICE_TIMEOUT),
             log: logging::choose(log.or(file.log)).map_err(Failure::Usage)?,
             snapshot,
         })

@@ -18,6 +18,7 @@ use super::{Failure, output};
 use crate::control::client::{Client, Cut};
 use crate::control::protocol::{Reply, Request};
 use crate::snapshot::format::{Base, CHUNK, Chain, Contents, Manifest, Writer};
+use crate::spec::time;
 
 /// What the VM may take beyond the phases' own limits: copying its memory.
 const COPYING: Duration = Duration::from_secs(600);
@@ -256,31 +257,4 @@ fn stop(client: &mut Client) -> Result<(), Failure> {
         "the snapshot is there, but the VM did not end within {} s; kill its VMM process",
         END.as_secs()
     )))
-}
-
-/// A time with its unit.
-pub(super) fn time(text: &str) -> Result<Duration, String> {
-    let (number, scale) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
-        (Some(number), _) => (number, 1),
-        (None, Some(number)) => (number, 1000),
-        (None, None) => return Err("it is a number with its unit, 500ms or 5s".into()),
-    };
-    match number.parse::<u64>().ok().and_then(|n| n.checked_mul(scale)) {
-        Some(ms @ 1..=600_000) => Ok(Duration::from_millis(ms)),
-        _ => Err("it is 1ms to 600s".into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_have_units_and_limits() {
-        assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(time("5s"), Ok(Duration::from_secs(5)));
-        for text in ["5", "0s", "-1s", "601s", "ms", "", "99999999999999999999s"] {
-            assert!(time(text).is_err(), "{text}");
-        }
-    }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use serde::de::Error as _;
@@ -58,6 +59,9 @@ pub struct ConfigFile {
     pub seccomp: Option<SeccompMode>,
     /// `--max-deaths`; a number.
     pub max_deaths: Option<std::num::NonZeroU16>,
+    /// `--device-timeout`.
+    #[serde(deserialize_with = "device_timeout")]
+    pub device_timeout: Option<Duration>,
     /// `--log`.
     #[serde(deserialize_with = "log")]
     pub log: Option<LogLevel>,
@@ -222,6 +226,10 @@ fn seccomp<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SeccompMode>, D:
     super::seccomp(&String::deserialize(from)?).map(Some).map_err(D::Error::custom)
 }
 
+fn device_timeout<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    super::device_timeout(&String::deserialize(from)?).map(Some).map_err(D::Error::custom)
+}
+
 fn log<'de, D: Deserializer<'de>>(from: D) -> Result<Option<LogLevel>, D::Error> {
     crate::logging::level(&String::deserialize(from)?).map(Some).map_err(D::Error::custom)
 }
@@ -296,6 +304,7 @@ mod tests {
             ("\n\nserial = \"tty\"", "line 3: unknown serial endpoint 'tty'"),
             ("disk = [\"a,rw\"]", "unknown key 'rw'"),
             ("seccomp = \"off\"", "kill or log"),
+            ("device-timeout = \"soon\"", "500ms or 5s, or 0 for never"),
             ("kernel = ", "line 1: "),
         ] {
             let line = one_line(&read(text).unwrap_err());

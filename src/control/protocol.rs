@@ -534,6 +534,15 @@ pub enum EventKind {
         /// How many died within 10 s.
         deaths: u64,
     },
+    /// A device process gave no sign of life for too long, and is ended.
+    DeviceHung {
+        /// `blk`, `serial`.
+        role: String,
+        /// Id of the device.
+        id: String,
+        /// The process.
+        pid: i32,
+    },
     /// A device process does not answer the guest: reads give 0xff, writes are dropped,
     /// until it moves again.
     DeviceStalled {

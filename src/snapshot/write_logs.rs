@@ -5,9 +5,10 @@
 //! who wrote, goes into all of them. One lock is held from the reading of KVM's log to the
 //! clearing of it: two that did so at a time would clear what the other has not seen.
 //!
-//! Device processes have a log each, which cannot be emptied while they run: a page is marked
+//! Devices have a log each, which cannot be emptied while their process runs: a page is marked
 //! before it is written. Its marks are in what every reader is told, until all devices stand
-//! still and the marks are cleared.
+//! still and the marks are cleared. It is the device's: a process that takes the place of another
+//! marks where that did.
 //!
 //! | reader | since when |
 //! |---|---|
@@ -19,7 +20,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use cellblock_devices::protocol::write_log::WriteLog;
@@ -42,14 +43,16 @@ pub struct Writing(u64);
 #[derive(Debug)]
 pub struct WriteLogs {
     pub(super) memory: u64,
-    /// Of all device processes, those that are gone included.
-    devices: Mutex<Vec<WriteLog>>,
+    /// By id of the device, with what its processes map.
+    devices: Mutex<Devices>,
     readers: Mutex<Readers>,
     /// A write ended.
     ended: Condvar,
     /// Somebody may write who does not say so.
     untold: AtomicBool,
 }
+
+type Devices = BTreeMap<String, (WriteLog, Arc<OwnedFd>)>;
 
 #[derive(Debug, Default)]
 struct Readers {
@@ -79,10 +82,16 @@ impl WriteLogs {
         (self.memory / CHUNK as u64) as usize
     }
 
-    /// Makes the log of one more device process: how much memory it is for, and what it maps.
-    pub fn issue(&self) -> Result<(u64, OwnedFd), ShmError> {
+    /// The log of a device, for one more process of it: how much memory it is for, and what to
+    /// map.
+    pub fn issue(&self, device: &str) -> Result<(u64, Arc<OwnedFd>), ShmError> {
+        let mut devices = self.devices();
+        if let Some((_, fd)) = devices.get(device) {
+            return Ok((self.memory, fd.clone()));
+        }
         let (log, fd) = WriteLog::new(self.memory)?;
-        self.devices().push(log);
+        let fd = Arc::new(fd);
+        devices.insert(device.to_string(), (log, fd.clone()));
         Ok((self.memory, fd))
     }
 
@@ -122,13 +131,13 @@ impl WriteLogs {
     pub fn read(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
         let mut readers = self.readers();
         let mut pages = readers.take(&machine.take_dirty_pages()?, reader, self.chunks())?;
-        self.devices().iter().for_each(|log| log.add_to(&mut pages));
+        self.devices().values().for_each(|(log, _)| log.add_to(&mut pages));
         Ok(pages)
     }
 
     /// Adds what device processes wrote since they last stood still.
     pub(super) fn add_devices(&self, pages: &mut [u64]) {
-        self.devices().iter().for_each(|log| log.add_to(pages));
+        self.devices().values().for_each(|(log, _)| log.add_to(pages));
     }
 
     /// Device processes stand still, and `reader` has what they wrote: their logs begin anew.
@@ -136,9 +145,9 @@ impl WriteLogs {
         let mut readers = self.readers();
         let mut pages = vec![0; self.chunks()];
         let devices = self.devices();
-        devices.iter().for_each(|log| log.add_to(&mut pages));
+        devices.values().for_each(|(log, _)| log.add_to(&mut pages));
         readers.note_others(&pages, Some(reader));
-        devices.iter().for_each(WriteLog::clear);
+        devices.values().for_each(|(log, _)| log.clear());
     }
 
     /// These pages were written, all but `reader` have to know.
@@ -207,7 +216,7 @@ impl WriteLogs {
         !self.untold.load(Ordering::Acquire)
     }
 
-    fn devices(&self) -> MutexGuard<'_, Vec<WriteLog>> {
+    fn devices(&self) -> MutexGuard<'_, Devices> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -269,6 +278,8 @@ pub(super) fn mark(pages: &mut [u64], offset: u64, len: u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     /// Two readers of a log of 128 pages.
@@ -315,6 +326,23 @@ mod tests {
         assert_eq!((take(), take()), (vec![0, 2], vec![0, 0]));
         logs.written(writing);
         assert_eq!(take(), [0, 0]);
+    }
+
+    /// What a process wrote that died is told as if it lived, and its log is kept once.
+    #[test]
+    fn the_log_is_the_devices_whatever_becomes_of_its_processes() {
+        let logs = WriteLogs::new(2 * CHUNK as u64);
+        for page in 0..10 {
+            let (memory, fd) = logs.issue("disk0").expect("log");
+            let process = WriteLog::map(fd.as_fd(), memory).expect("map");
+            process.mark(page * PAGE as u64, 1);
+        }
+        let (memory, other) = logs.issue("disk1").expect("log");
+        WriteLog::map(other.as_fd(), memory).expect("map").mark(64 * PAGE as u64, 1);
+        let mut pages = [0; 2];
+        logs.add_devices(&mut pages);
+        assert_eq!(pages, [0x3ff, 1]);
+        assert_eq!(logs.devices().len(), 2);
     }
 
     #[test]

@@ -67,7 +67,8 @@ pub struct DiskSpec {
     /// How long, in microseconds, the disk's worker polls before it sleeps, at most: the
     /// window closes while the guest is slow to come back.
     pub poll_us: u32,
-    /// Request queues, each with a worker of its own; one per vCPU where not given.
+    /// Request queues, each with a worker of its own; one per vCPU where not given, as far as
+    /// a back end of another program has them.
     pub queues: Option<u16>,
     /// What the disk may do.
     pub throttle: ThrottleLimits,
@@ -90,8 +91,10 @@ impl FromStr for DiskSpec {
         let (path, rest) = match parts.split_first() {
             // Everything else is the back end's affair.
             Some((first, rest)) if first.starts_with(BACK_END) => {
-                if let Some(field) =
-                    fields::fields(rest, KEYS)?.iter().find(|field| field.key != "id")
+                let ours = ["id", "queues"];
+                if let Some(field) = fields::fields(rest, KEYS)?
+                    .iter()
+                    .find(|field| !ours.contains(&field.key.as_str()))
                 {
                     return Err(SpecError::BackEnds(field.key.clone()));
                 }
@@ -356,9 +359,10 @@ impl DiskSpec {
         self.id.as_deref().unwrap_or_default()
     }
 
-    /// The disk that another program serves at `socket`.
-    pub fn far(id: &str, socket: PathBuf) -> DiskSpec {
-        DiskSpec { id: Some(id.into()), vhost_user: Some(socket), ..DiskSpec::at(PathBuf::new()) }
+    /// The disk that another program serves at `socket`, with so many queues.
+    pub fn far(id: &str, socket: PathBuf, queues: u16) -> DiskSpec {
+        let (id, queues) = (Some(id.into()), Some(queues));
+        DiskSpec { id, queues, vhost_user: Some(socket), ..DiskSpec::at(PathBuf::new()) }
     }
 
     fn at(path: PathBuf) -> DiskSpec {

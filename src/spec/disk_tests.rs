@@ -93,6 +93,7 @@ fn what_is_wrong_is_named() {
         ("vhost-user=/s,cow", "key 'cow' is the back end's affair"),
         ("d,vhost-user=/s", "the back end has the image: write vhost-user=SOCKET[,id=NAME]"),
         ("vhost-user=", "'vhost-user' needs a value: vhost-user=SOCKET"),
+        ("vhost-user=/s,queues=33", "it is 1 to 32"),
         ("vhost-user=/s,ro", "key 'ro' is the back end's affair"),
         ("vhost-user=/s,rw", "unknown key 'rw'"),
     ] {

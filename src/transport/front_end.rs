@@ -109,7 +109,7 @@ pub struct DeviceInfo {
     pub features: u64,
     /// The device configuration space.
     pub config: Vec<u8>,
-    /// Queues it serves.
+    /// Queues it serves, no more than were asked for.
     pub queues: u16,
     /// It can transfer what it keeps to itself.
     pub has_state: bool,
@@ -121,7 +121,9 @@ pub struct Needs {
     /// Bytes of the device configuration space.
     pub config_len: u32,
     /// Queues it has to serve.
-    pub queues: u16,
+    pub least: u16,
+    /// Queues that there is a use for.
+    pub most: u16,
 }
 
 /// One queue of an [`Activation`].

@@ -7,13 +7,12 @@ use crate::event::event;
 use crate::transport::script::{self, Peer};
 
 const CONFIG_LEN: u32 = 8;
+const NEEDS: Needs = Needs { config_len: CONFIG_LEN, least: 1, most: 1 };
 
 fn front_end() -> (FrontEnd, Peer) {
     let (near, far) = UnixStream::pair().expect("pair");
     let ram = GuestRam::new(32 << 20).expect("ram");
-    let front_end =
-        FrontEnd::start("disk0", near, Needs { config_len: CONFIG_LEN, queues: 1 }, ram, || Ok(()))
-            .expect("thread");
+    let front_end = FrontEnd::start("disk0", near, NEEDS, ram, || Ok(())).expect("thread");
     (front_end, Peer(far))
 }
 

@@ -28,6 +28,7 @@ use super::ports::{KeyboardController, MarkerPort, SleepControl};
 use super::snapshot::Snapshots;
 use super::supervise::{Kind, Supervisor};
 use super::triggers::Triggers;
+use super::watchdog::Watchdog;
 use crate::bus::{Bus, BusError};
 use crate::cell::launch::{Common, wait_ready};
 use crate::cell::serial::{PORTS, SerialPort};
@@ -88,6 +89,7 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
         .parts(switches, (ram, hardware), console, disks)
         .control(control)
         .max_deaths(config.max_deaths)
+        .device_timeout(config.device_timeout)
         .hold(hold)
         .guests(guests, config.plugin_socket.take());
     let kernel = kernel.ok_or(VmmError::NoKernel)?;
@@ -120,6 +122,7 @@ pub(super) fn build(
         hardware,
         ram,
         max_deaths,
+        device_timeout,
         hold,
         mut guests,
         plugin_socket,
@@ -147,7 +150,7 @@ pub(super) fn build(
                     .map_err(|source| VmmError::System { what: "naming a socket", source })?;
                 let id = spec.id().to_string();
                 back_ends.push(BackEnd { id, path, socket: own, gone: false });
-                blk::back_end(spec, socket.try_clone().map_err(copy)?)
+                blk::back_end(spec, socket.try_clone().map_err(copy)?, cpus)
             }
         });
     }
@@ -258,6 +261,7 @@ pub(super) fn build(
         plugin_socket,
         starts_later,
         supervisor,
+        watchdog: Watchdog::new(device_timeout),
         control,
         notifier,
         signals,

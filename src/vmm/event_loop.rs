@@ -23,6 +23,7 @@ use super::signals::Signals;
 use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
 use super::triggers::Triggers;
+use super::watchdog::Watchdog;
 use super::{STOP_LIMIT, VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
@@ -68,6 +69,7 @@ pub(super) struct Vm {
     /// Whether a plugin decides when there are vCPUs.
     pub(super) starts_later: bool,
     pub(super) supervisor: Supervisor,
+    pub(super) watchdog: Watchdog,
     pub(super) control: Option<ControlServer>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) signals: Signals,
@@ -193,6 +195,8 @@ impl Source {
 
 /// How long the spawner may take to end every device process.
 const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
+/// More messages than one socket holds.
+const LAST_WORDS: usize = 4096;
 /// How long control clients may take to read their last lines.
 const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 
@@ -367,13 +371,18 @@ impl Vm {
     /// COM1's process does not answer, or lies. A liar is ended at once.
     fn ring_fault(&mut self) {
         let Some(fault) = self.ring.as_ref().and_then(|ring| ring.take_fault()) else { return };
-        let Some(cell) = self.cells.iter().find(|cell| cell.role() == "serial") else { return };
+        let Some(cell) = self.cells.iter_mut().find(|cell| cell.role() == "serial") else { return };
         let (id, pid) = (cell.id().to_string(), cell.pid());
         tracing::error!(role = "serial", device = id, pid, "{fault}");
-        if let (Fault::Index { .. }, Some(pid)) = (fault, pid)
-            && let Err(error) = self.spawner.kill(pid)
-        {
-            tracing::error!(error = crate::remedy::chain(&error), "ending it");
+        match (fault, pid) {
+            (Fault::Stalled, _) => {}
+            // It is killed when its pid is known.
+            (Fault::Index { .. }, None) => cell.close(),
+            (Fault::Index { .. }, Some(pid)) => {
+                if let Err(error) = self.spawner.kill(pid) {
+                    tracing::error!(error = crate::remedy::chain(&error), "ending it");
+                }
+            }
         }
         self.event(EventKind::DeviceStalled { role: "serial".to_string(), id });
     }
@@ -386,7 +395,7 @@ impl Vm {
                 tracing::info!("stopping on the console's escape sequence");
                 self.asked_to_stop = true;
             }
-            FromCell::Marker(marker) if is_serial => {
+            FromCell::Marker { marker, .. } if is_serial => {
                 self.event(requests::marker_event(marker, "console"));
                 self.seen(marker);
             }
@@ -472,15 +481,22 @@ impl Vm {
         }
     }
 
+    /// What a process that is gone said last still counts: all that its socket could hold.
+    pub(super) fn last_words(&mut self, n: usize) {
+        for _ in 0..LAST_WORDS {
+            match self.cells[n].next_message() {
+                Some(message) => self.cell_message(n, message),
+                None if self.cells[n].is_open() => {} // so many log lines were taken
+                None => return,
+            }
+        }
+    }
+
     /// A device process is gone: it is named, and another takes its place.
     fn process_ended(&mut self, epoll: &Epoll, pid: i32, status: ExitStatus) {
         let Some(n) = self.cells.iter().position(|cell| cell.pid() == Some(pid)) else { return };
         let (role, id) = (self.cells[n].role(), self.cells[n].id().to_string());
-        // What it said last still counts.
-        for _ in 0..ROUND {
-            let Some(message) = self.cells[n].next_message() else { break };
-            self.cell_message(n, message);
-        }
+        self.last_words(n);
         if self.supervisor.exchanges(&id) {
             return self.process_over(epoll, n);
         }

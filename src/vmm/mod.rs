@@ -15,6 +15,7 @@
 //! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
 //! | `supervise` | device processes that die, and what comes after them |
+//! | `watchdog` | device processes that hang |
 //! | `ports` | power, reset and marker ports |
 //! | `hold` | where a guest waits that says that it is about to run its workload |
 //! | `notice`, `signals` | what wakes the main thread |
@@ -41,6 +42,7 @@ pub(crate) mod signals;
 mod snapshot;
 mod supervise;
 mod triggers;
+mod watchdog;
 
 use std::time::Duration;
 

@@ -7,6 +7,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_seccomp::plugin::Plan;
@@ -19,7 +20,7 @@ use super::phases::Phases;
 use super::plugins::Guests;
 use super::signals::Signals;
 use crate::cell::launch::Common;
-use crate::config::DEFAULT_MAX_DEATHS;
+use crate::config::{DEFAULT_DEVICE_TIMEOUT, DEFAULT_MAX_DEATHS};
 use crate::console::OpenedConsole;
 use crate::control::server::ControlServer;
 use crate::snapshot::dirty::WriteLogs;
@@ -57,6 +58,8 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     /// Deaths of its process by which a device fails.
     pub(super) max_deaths: u16,
+    /// Of a process that gives no sign of life.
+    pub(super) device_timeout: Duration,
     pub(super) hold: Arc<Hold>,
     /// Plugins that take part.
     pub(super) guests: Guests,
@@ -105,6 +108,7 @@ impl Begun {
             hardware,
             ram,
             max_deaths: DEFAULT_MAX_DEATHS,
+            device_timeout: DEFAULT_DEVICE_TIMEOUT,
             hold: Arc::new(Hold::new(false)),
             guests: Guests::none(),
             plugin_socket: None,
@@ -120,6 +124,10 @@ impl Parts {
 
     pub(super) fn max_deaths(self, max_deaths: u16) -> Parts {
         Parts { max_deaths, ..self }
+    }
+
+    pub(super) fn device_timeout(self, device_timeout: Duration) -> Parts {
+        Parts { device_timeout, ..self }
     }
 
     /// What keeps the guest from going past its marker.

@@ -17,6 +17,7 @@ use super::phases::Phases;
 use super::signals::Signals;
 use super::snapshot::Snapshots;
 use super::supervise::Supervisor;
+use super::watchdog::Watchdog;
 use crate::bus::Bus;
 use crate::cell::launch::Common;
 use crate::config::VmConfig;
@@ -120,6 +121,7 @@ pub(super) fn assemble(config: VmConfig, plugin: &PluginConfig) -> Result<Vm, Vm
         back_ends: Vec::new(),
         spawner,
         supervisor,
+        watchdog: Watchdog::new(config.device_timeout),
         plugin: Some(process),
         plugins: Some((hub, plugins)),
         plugin_socket: config.plugin_socket.map(|spec| spec.path),

@@ -7,7 +7,7 @@ use cellblock_seccomp::spawner::ProcessInfo;
 
 use super::event_loop::Vm;
 use crate::cell::Cell;
-use crate::cell::counters::{self, BlkCounters};
+use crate::cell::counters;
 use crate::control::protocol::{
     CapSet, DeviceState, DiskStats, EventKind, Process, Reply, Request, SerialStats, State, Stats,
     Thread, VcpuStats,
@@ -132,7 +132,7 @@ impl Vm {
         let disks = self.disks.iter().map(|disk| {
             // None with a back end of another program, which reports nothing.
             let cell = self.cells.iter().find(|cell| cell.id() == disk.id);
-            let queues = cell.and_then(Cell::counters).map(BlkCounters::queues).unwrap_or_default();
+            let queues = cell.map(Cell::queues).unwrap_or_default();
             let counters = counters::total(&queues);
             let gone = self.back_ends.iter().any(|end| end.id == disk.id && end.gone);
             DiskStats {

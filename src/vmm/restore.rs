@@ -8,6 +8,7 @@ mod overrides;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
@@ -62,6 +63,8 @@ pub struct RestoreConfig {
     pub shell: Option<String>,
     /// A device fails when its process dies so often within 10 s.
     pub max_deaths: u16,
+    /// A device process that gives no sign of life for so long is replaced; zero for never.
+    pub device_timeout: Duration,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -215,6 +218,7 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
         .parts(switches, (ram, hardware), console, (specs, disks))
         .control(control)
         .max_deaths(config.max_deaths)
+        .device_timeout(config.device_timeout)
         .guests(guests, config.plugin_socket)
         .lazy(inviter);
     let common = parts.common;
@@ -446,7 +450,9 @@ fn open_disks(
             Saved::BackEnd(disk) => {
                 let other = named.iter().find(|other| other.id == id);
                 let socket = other.and_then(|other| other.path.clone()).unwrap_or(disk.socket);
-                let spec = DiskSpec::far(&id, socket);
+                // No more than any disk has, or it is not opened.
+                let queues = u16::try_from(disk.transport.queues.len()).unwrap_or(u16::MAX);
+                let spec = DiskSpec::far(&id, socket, queues);
                 disks.push(spec.open_backing().map_err(OpenError::Disk)?);
                 specs.push(spec);
                 continue;

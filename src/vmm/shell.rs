@@ -174,6 +174,7 @@ fn prepare(order: Preparation) -> Result<(Vm, [u8; 16], Waiting), ShellError> {
                 plugin_socket: None,
                 plugin: None,
                 max_deaths: crate::config::DEFAULT_MAX_DEATHS,
+                device_timeout: crate::config::DEFAULT_DEVICE_TIMEOUT,
                 sandbox: order.sandbox,
                 seccomp: order.seccomp,
                 log: order.log,

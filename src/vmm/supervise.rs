@@ -231,7 +231,8 @@ impl Vm {
 
     /// How long the main loop may sleep.
     pub(super) fn supervision_due(&self) -> EpollTimeout {
-        let due = self.supervisor.watched.iter().filter_map(Watched::due).min();
+        let due = self.supervisor.watched.iter().filter_map(Watched::due);
+        let due = due.chain(self.watchdog.due()).min();
         due.map_or(EpollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
@@ -241,6 +242,7 @@ impl Vm {
     /// Does what is due.
     pub(super) fn supervise(&mut self, epoll: &Epoll) {
         let now = Instant::now();
+        self.look_for_life(now);
         for w in 0..self.supervisor.watched.len() {
             let watched = &self.supervisor.watched[w];
             if watched.due().is_none_or(|at| at > now) {
@@ -368,10 +370,11 @@ impl Vm {
         }
         let n = self.cells.iter().position(|cell| cell.id() == watched.id);
         let n = n.ok_or(ReplaceError::Unknown)?;
+        // Whatever the one before wrote there. Before there is another: the head that is put
+        // right here must not be one that it has moved.
+        ring.set_dead(false);
         let (spawner, common) = (&mut self.spawner, self.supervisor.common);
         self.cells[n].succeed(|before| recipe.launch(spawner, common, before.client()))?;
-        // Whatever the one before wrote there.
-        ring.set_dead(false);
         Ok(true)
     }
 
@@ -456,7 +459,7 @@ impl Vm {
         }
     }
 
-    fn kill_process(&mut self, w: usize) {
+    pub(super) fn kill_process(&mut self, w: usize) {
         let id = &self.supervisor.watched[w].id;
         let pid = self.cells.iter().find(|cell| cell.id() == id).and_then(|cell| cell.pid());
         if let Some(pid) = pid

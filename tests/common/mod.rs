@@ -10,6 +10,7 @@ pub mod deaths;
 pub mod output;
 pub mod proc;
 pub mod snapshot;
+pub mod trace;
 
 use std::fs::{self, File};
 use std::io::Write;

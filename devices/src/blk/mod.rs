@@ -198,6 +198,9 @@ pub fn prepare(
     if config.queues == 0 || config.queues > MAX_QUEUES {
         return Err(BlkError::Queues(config.queues));
     }
+    // A process before this one may have died with a request put back, and the driver may
+    // have reset the device since.
+    (0..config.queues).for_each(|queue| counters.queue(queue).flows());
     let throttle = Throttle::new(&config.throttle, counters.clone(), throttle::now());
     let throttle = Arc::new(throttle);
     let poll = Duration::from_micros(config.poll_us.into());
@@ -368,6 +371,7 @@ impl Blk {
             ToCell::Part => return Ok(true), // not for a disk
             // It counts in shared memory.
             ToCell::Stats => FromCell::Stats(CellStats::None),
+            ToCell::Ping => FromCell::Alive,
             ToCell::Quiesce { epoch } => self.quiesced(epoch),
             ToCell::Thaw { .. } => return Ok(true), // its rings are started by the front end
             ToCell::Load(load) => FromCell::Loaded(self.load(*load)),

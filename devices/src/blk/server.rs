@@ -112,6 +112,7 @@ impl Server {
     pub fn serve(&mut self, start: &Start) -> Stopped {
         let mut next_avail = start.layout.next_avail;
         let mut broken = start.broken;
+        self.queue.counters.excuse(false);
         if broken {
             self.queue.leave_alone(start);
         } else {
@@ -128,6 +129,7 @@ impl Server {
             }
         }
         self.queue.waits_no_more();
+        self.queue.counters.excuse(true);
         Stopped { next_avail, broken }
     }
 
@@ -167,7 +169,7 @@ impl Queue {
         // to the front end, which waits for that.
         if start.write_through
             && self.disk.is_durable()
-            && let Err(error) = self.disk.file.sync_data()
+            && let Err(error) = self.on_image(|| self.disk.file.sync_data())
         {
             // The kernel says so once, and the driver may ask no more.
             self.sync_failed.store(true, Ordering::Relaxed);
@@ -200,7 +202,17 @@ impl Queue {
         signal(start.err.as_ref());
         while !self.stopping() {
             self.sleep();
+            self.counters.beat();
         }
+    }
+
+    /// What may take as long as the image takes.
+    #[inline]
+    fn on_image<T>(&self, act: impl FnOnce() -> T) -> T {
+        self.counters.excuse(true);
+        let result = act();
+        self.counters.excuse(false);
+        result
     }
 
     fn run<'m, E: Engine<'m>>(
@@ -214,9 +226,9 @@ impl Queue {
         if let Err(End::Broken(_)) = end {
             // What was taken before is answered as far as a broken ring allows it.
             while service.engine.in_flight() > 0 {
-                service.engine.submit()?;
+                self.on_image(|| service.engine.submit())?;
                 let _ = self.reap(&mut service);
-                service.engine.wait()?;
+                self.on_image(|| service.engine.wait())?;
             }
             let _ = self.publish(&mut service);
         }
@@ -231,6 +243,7 @@ impl Queue {
         let mut window = PollWindow::new(self.poll);
         service.ring.suppress_kicks()?;
         loop {
+            self.counters.beat();
             let stopping = self.stopping();
             if service.stall.is_none() {
                 self.take(service)?;
@@ -238,7 +251,7 @@ impl Queue {
                     self.waits_no_more();
                 }
             }
-            service.engine.submit()?;
+            self.on_image(|| service.engine.submit())?;
             self.reap(service)?;
             self.publish(service)?;
             if std::mem::take(&mut service.answered) {
@@ -252,7 +265,7 @@ impl Queue {
                 self.interrupt(start, service)?;
             } else if stopping {
                 if service.engine.in_flight() > 0 {
-                    service.engine.wait()?;
+                    self.on_image(|| service.engine.wait())?;
                 } else if service.ring.left() == 0 || service.stall.is_some() {
                     return Err(End::Stopped);
                 }
@@ -365,7 +378,8 @@ impl Queue {
         self.begin_request(&service.ring, &mut service.paid);
         let (status, writable) = (request.status, request.writable);
         let job = Job { head, status, writable, operation, bytes };
-        if let Some(done) = service.engine.begin(job, data, request.ranges)? {
+        let begun = self.on_image(|| service.engine.begin(job, data, request.ranges))?;
+        if let Some(done) = begun {
             self.finish(&mut service.ring, done)?;
             service.answered = true;
         }

@@ -160,6 +160,7 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("blk-q{}", equipment.queue))
             .spawn(move || {
+                equipment.counters.excuse(true); // until it has a ring
                 let server = equipment.server(of_thread);
                 let mut server = match server {
                     Ok(server) => server,

@@ -68,6 +68,9 @@ enum Word {
     IoErrors,
     CurrentlyThrottledGauge,
     InvalidAvailIdxCount,
+    // Not in the snapshot: whether the queue's thread lives.
+    Beats,
+    Excused,
     /// Not in the snapshot: requests that were begun and are not answered.
     Begun,
 }
@@ -133,6 +136,23 @@ impl VirtioBlkCounters {
         self.word(Word::CurrentlyThrottledGauge).store(0, Ordering::Relaxed);
     }
 
+    /// The thread comes round.
+    pub fn beat(&self) {
+        self.bump(Word::Beats, 1);
+    }
+
+    /// It is going to be where it may stay, or is back: in the hands of the image, or
+    /// without a ring.
+    pub fn excuse(&self, excused: bool) {
+        self.word(Word::Excused).store(excused.into(), Ordering::Relaxed);
+    }
+
+    /// How its thread is, by plain loads.
+    pub fn pulse(&self) -> Beat {
+        let load = |word| self.word(word).load(Ordering::Relaxed);
+        Beat { count: load(Word::Beats), excused: load(Word::Excused) != 0 }
+    }
+
     /// A request was begun: it was let through by the throttle, or needs no tokens.
     pub fn begin(&self) {
         self.bump(Word::Begun, 1);
@@ -184,6 +204,15 @@ impl VirtioBlkCounters {
             invalid_avail_idx_count: load(Word::InvalidAvailIdxCount),
         }
     }
+}
+
+/// A sign of life of a queue's thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// Another number each time that it comes round: for new requests, for a doorbell.
+    pub count: u64,
+    /// It need not come round now.
+    pub excused: bool,
 }
 
 /// Counters of a virtio block device, or of one of its queues, at one moment.

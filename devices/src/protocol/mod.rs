@@ -211,6 +211,8 @@ pub enum ToCell {
     /// Answer [`FromCell::Stats`]. A block process counts in the page of [`counters`]
     /// instead.
     Stats,
+    /// Answer [`FromCell::Alive`].
+    Ping,
 }
 
 /// Device process to VMM.
@@ -257,11 +259,19 @@ pub enum FromCell {
     Stats(CellStats),
     /// The user typed the escape sequence at the console.
     Quit,
-    /// The guest printed a marker line `cellblock:NAME`.
-    Marker(Marker),
+    /// The guest printed a marker line `cellblock:NAME`. A process that died may have said so
+    /// already: its successor repeats the number.
+    Marker {
+        /// Of this one, among those of the device.
+        number: u32,
+        /// Which.
+        marker: Marker,
+    },
     /// A serial process has this client now, which comes with the message, or none: for its
     /// successor.
     Client,
+    /// Answer to [`ToCell::Ping`].
+    Alive,
 }
 
 /// Readiness markers a guest gives by port 0xCB0 or by a console line.

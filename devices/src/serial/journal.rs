@@ -16,7 +16,9 @@
 //! | 80 | bytes dropped | both, one at a time |
 //! | 88 | where in its file the write under way begins | `serial-out` |
 //! | 96 | the move out of the input's pipe that is under way: its number, how many bytes | main thread |
+//! | 104 | marks that the VMM was told | main thread |
 //! | 128, 384 | two copies of the state | main thread |
+//! | 1024 | marks, a ring | main thread |
 //! | 4096 | what came out of the input's pipe | main thread |
 //! | 8192 | what was typed, a ring | main thread |
 //! | 8192 + 128 KiB | what was transmitted, a ring | main thread |
@@ -37,6 +39,9 @@ use crate::protocol::{JOURNAL_BYTES, OUTPUT_MAX};
 
 const COPIES_AT: usize = 128;
 const COPY: usize = 256;
+const MARKS_AT: usize = 1024;
+/// Marks that can wait to be told.
+pub(super) const MARKS: usize = 256;
 const RAW_AT: usize = 4096;
 /// The most that comes out of the input's pipe at once.
 pub(super) const RAW: usize = 4096;
@@ -50,6 +55,7 @@ pub(super) const OUTPUT: usize = OUTPUT_MAX as usize + 2 * BATCH;
 /// It is told at the latest after so many.
 pub(super) const BATCH: usize = 32 * 1024;
 
+const _: () = assert!(COPIES_AT + 2 * COPY <= MARKS_AT && MARKS_AT + MARKS <= RAW_AT);
 const _: () = assert!(OUTPUT_AT + OUTPUT <= JOURNAL_BYTES);
 
 /// The journal, mapped. Shared by the process's threads.
@@ -79,6 +85,8 @@ pub(super) struct State {
     pub fetched: u32,
     /// A ctrl-a is to be followed by what it means.
     pub after_ctrl_a: bool,
+    /// Marks made so far.
+    pub marks: u32,
     /// vCPU, ticket and value of the answer given last.
     pub answer: Option<(u8, u32, u8)>,
 }
@@ -142,6 +150,18 @@ impl Journal {
         self.0.u64(88)
     }
 
+    pub fn told(&self) -> &AtomicU64 {
+        self.0.u64(104)
+    }
+
+    pub fn put_mark(&self, at: u32, code: u8) {
+        self.0.u8(MARKS_AT + at as usize % MARKS).store(code, Ordering::Relaxed);
+    }
+
+    pub fn mark(&self, at: u32) -> u8 {
+        self.0.u8(MARKS_AT + at as usize % MARKS).load(Ordering::Relaxed)
+    }
+
     fn fetching(&self) -> &AtomicU64 {
         self.0.u64(96)
     }
@@ -193,7 +213,7 @@ impl Journal {
     }
 }
 
-const WORDS: usize = 21;
+const WORDS: usize = 22;
 const _: () = assert!(8 * WORDS <= COPY && LONGEST <= 24);
 
 fn pack(state: &State) -> [u64; WORDS] {
@@ -216,6 +236,7 @@ fn pack(state: &State) -> [u64; WORDS] {
     if let Some((vcpu, ticket, value)) = state.answer {
         words[20] = u64::from(ticket) << 16 | u64::from(vcpu) << 8 | u64::from(value) | 1 << 63;
     }
+    words[21] = state.marks.into();
     words
 }
 
@@ -249,6 +270,7 @@ fn unpack(words: &[u64; WORDS]) -> Option<State> {
         taken,
         fetched: (words[0] >> 32) as u32,
         after_ctrl_a: byte(words[2], 1) & 1 != 0,
+        marks: words[21] as u32,
         answer,
     })
 }
@@ -278,6 +300,7 @@ mod tests {
             taken: 90,
             fetched: u32::MAX,
             after_ctrl_a: true,
+            marks: u32::MAX,
             answer: Some((63, 0xab_cdef, 0x5a)),
         }
     }

@@ -30,6 +30,7 @@ mod endpoint;
 mod input;
 mod journal;
 mod marker;
+mod marks;
 mod outbox;
 mod output;
 mod quiesce;
@@ -51,6 +52,7 @@ use crate::protocol::{OUTPUT_MAX, SerialEndpoint, SerialStart};
 use endpoint::Endpoint;
 use input::{Input, Pipe};
 use journal::{Journal, State};
+use marks::Marks;
 use outbox::Outbox;
 use output::{Kept, Output};
 use serve::Drain;
@@ -103,6 +105,7 @@ pub struct Serial {
     output: Option<Output>,
     input: Input,
     outbox: Outbox,
+    marks: Marks,
     drains: Vec<Drain>,
     journal: Journal,
     /// What input comes by.
@@ -154,6 +157,7 @@ pub fn prepare(config: SerialStart, fds: Vec<OwnedFd>) -> Result<Serial, SerialE
         output,
         input: Input::new(config.escape, journal.clone(), pipe.clone()),
         outbox: Outbox::default(),
+        marks: Marks::new(journal.clone(), before.as_ref().map(|state| state.marks)),
         drains: Vec::new(),
         journal,
         pipe,

@@ -6,21 +6,14 @@ use cellblock_wire::{Channel, ChannelError};
 
 use crate::protocol::FromCell;
 
-/// Markers are the guest's to send, so there is an end to how many are kept.
-const KEPT: usize = 256;
-
 #[derive(Default)]
 pub(super) struct Outbox {
     waiting: VecDeque<FromCell>,
 }
 
 impl Outbox {
-    pub(super) fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), ChannelError> {
-        if matches!(message, FromCell::Marker(_)) && self.waiting.len() >= KEPT {
-            return Ok(()); // a guest that floods us with markers has made its point
-        }
+    pub(super) fn put(&mut self, message: FromCell) {
         self.waiting.push_back(message);
-        self.flush(cell)
     }
 
     pub(super) fn flush(&mut self, cell: &Channel) -> Result<(), ChannelError> {

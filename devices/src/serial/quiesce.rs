@@ -25,7 +25,6 @@ impl Serial {
     pub(super) fn quiesce(&mut self, epoch: u64, cell: &Channel) -> Result<(), SerialError> {
         while self.take_accesses()? > 0 {}
         self.hand_over();
-        self.report_markers(cell)?;
         self.quiesced = Some(epoch);
         let (registers, fifo, line) = self.uart.state();
         let state = Box::new(CellState::Serial(SerialState {
@@ -77,7 +76,6 @@ impl Serial {
     pub(super) fn part(&mut self, cell: &Channel) -> Result<(), SerialError> {
         while self.take_accesses()? > 0 {}
         self.hand_over();
-        self.report_markers(cell)?;
         self.endpoint.part();
         if let Some(output) = &self.output {
             output.forget();
@@ -92,7 +90,7 @@ impl Serial {
 
     /// Waits for the VMM, and for nothing else but the output that is on its way.
     pub(super) fn stand_still(&mut self, cell: &Channel) -> Result<(), SerialError> {
-        let to_send = if self.outbox.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
+        let to_send = if self.has_sent_all() { PollFlags::empty() } else { PollFlags::POLLOUT };
         let mut fds = vec![PollFd::new(cell.as_fd(), PollFlags::POLLIN | to_send)];
         fds.extend(self.output.iter().map(|out| PollFd::new(out.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, self.drain_time()) {
@@ -108,7 +106,7 @@ impl Serial {
         if let Some((message, _)) = cell.try_recv().map_err(SerialError::Channel)? {
             self.obey(message, cell)?;
         }
-        self.outbox.flush(cell).map_err(SerialError::Channel)?;
+        self.send_all(cell)?;
         self.answer_drains(cell)
     }
 }

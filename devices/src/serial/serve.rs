@@ -85,7 +85,7 @@ impl Serial {
                 last.output = now;
             }
             self.hand_over();
-            self.report_markers(cell)?;
+            self.send_all(cell)?;
         }
         if watching && !is_due {
             std::hint::spin_loop();
@@ -126,8 +126,11 @@ impl Serial {
             self.left -= part;
         }
         self.feed();
+        if quit {
+            self.marks.quit();
+        }
         self.commit();
-        if quit { self.send(FromCell::Quit, cell) } else { Ok(()) }
+        self.send_all(cell)
     }
 
     /// Carries out what is in the ring, up to a burst; returns how much it was.
@@ -164,6 +167,7 @@ impl Serial {
             transmitted: self.transmitted,
             received: self.received,
             answer: self.answer,
+            marks: self.marks.made(),
             ..State::default()
         };
         self.input.keep(&mut state);
@@ -183,6 +187,9 @@ impl Serial {
         }
         self.transmitted = self.transmitted.wrapping_add(bytes.len() as u64);
         bytes.clear();
+        for marker in self.uart.markers() {
+            self.marks.marker(marker);
+        }
         // What `serial-out` knows of is committed.
         if self.end - self.handed >= BATCH as u64 {
             self.commit();
@@ -216,14 +223,6 @@ impl Serial {
         }
     }
 
-    pub(super) fn report_markers(&mut self, cell: &Channel) -> Result<(), SerialError> {
-        for marker in self.uart.markers() {
-            let message = FromCell::Marker(marker);
-            self.outbox.send(message, cell).map_err(SerialError::Channel)?;
-        }
-        Ok(())
-    }
-
     /// How long to sleep at most.
     fn nap(&mut self, last_access: Instant) -> Option<Duration> {
         let reminder = self.uart.needs_reminder().then(|| last_access + REMINDER);
@@ -242,7 +241,7 @@ impl Serial {
 
     fn wait(&self, cell: &Channel, limit: Option<Duration>) -> Result<Events, SerialError> {
         let none = PollFlags::empty();
-        let to_send = if self.outbox.is_empty() { none } else { PollFlags::POLLOUT };
+        let to_send = if self.has_sent_all() { none } else { PollFlags::POLLOUT };
         let endpoint = self.endpoint.interest(self.input.wants());
         let mut fds = Vec::with_capacity(5);
         fds.push(PollFd::new(self.ring.as_fd(), PollFlags::POLLIN));
@@ -275,11 +274,14 @@ impl Serial {
     fn handle(&mut self, events: &Events, cell: &Channel) -> Result<(), SerialError> {
         let drawn = self.endpoint.ready(events.endpoint, self.output.as_ref(), &self.pipe);
         let quit = drawn > 0 && self.input.fetch(drawn);
+        if quit {
+            self.marks.quit();
+        }
         if self.feed() || drawn > 0 {
             self.commit();
         }
         if quit {
-            self.send(FromCell::Quit, cell)?;
+            self.send_all(cell)?;
         }
         if let Some(client) = self.endpoint.client_news() {
             let fds: Vec<_> = client.into_iter().collect();
@@ -299,7 +301,7 @@ impl Serial {
             while let Some((message, _)) = cell.try_recv().map_err(SerialError::Channel)? {
                 self.obey(message, cell)?;
             }
-            self.outbox.flush(cell).map_err(SerialError::Channel)?;
+            self.send_all(cell)?;
         }
         self.answer_drains(cell)
     }
@@ -309,8 +311,6 @@ impl Serial {
             ToCell::Drain { epoch, limit_ms } => {
                 let until = Instant::now() + Duration::from_millis(limit_ms.into());
                 self.take_rest(until)?;
-                // A guest may report and end in one breath.
-                self.report_markers(cell)?;
                 self.drains.push(Drain { epoch, until });
                 Ok(())
             }
@@ -318,6 +318,7 @@ impl Serial {
             ToCell::Quiesce { epoch } => self.quiesce(epoch, cell),
             ToCell::Thaw { epoch } => self.thaw(epoch),
             ToCell::Load(load) => self.load(*load, cell),
+            ToCell::Ping => self.send(FromCell::Alive, cell),
             ToCell::Part => self.part(cell),
             ToCell::Stats => {
                 let stats = CellStats::Serial {
@@ -378,8 +379,23 @@ impl Serial {
         self.journal.dropped().load(Ordering::Relaxed)
     }
 
+    /// Tells the VMM something, behind all marks there are: a guest may report and end in one
+    /// breath.
     pub(super) fn send(&mut self, message: FromCell, cell: &Channel) -> Result<(), SerialError> {
-        self.outbox.send(message, cell).map_err(SerialError::Channel)
+        self.outbox.put(message);
+        self.send_all(cell)
+    }
+
+    /// Sends what waits, as far as there is room. All of it is committed.
+    pub(super) fn send_all(&mut self, cell: &Channel) -> Result<(), SerialError> {
+        match self.marks.tell(cell).map_err(SerialError::Channel)? {
+            true => self.outbox.flush(cell).map_err(SerialError::Channel),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn has_sent_all(&self) -> bool {
+        self.marks.is_empty() && self.outbox.is_empty()
     }
 }
 

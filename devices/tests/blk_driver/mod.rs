@@ -52,6 +52,8 @@ pub struct Options {
     pub engine: EngineKind,
     /// Where the image is to be, sparse; else it is full of patterns, where all such files are.
     pub dir: Option<PathBuf>,
+    /// A process before this one died with a request of queue 0 put back.
+    pub stalled: bool,
     /// A process before this one died with so many requests of queue 0 begun.
     pub begun: u16,
 }
@@ -66,6 +68,7 @@ impl Default for Options {
             throttle: Default::default(),
             engine: engine_under_test(),
             dir: None,
+            stalled: false,
             begun: 0,
         }
     }
@@ -131,6 +134,9 @@ impl Device {
         let counters = CountersPage::map(&page, Access::ReadOnly).expect("map");
         let before = CountersPage::map(&page, Access::ReadWrite).expect("map").queue(0);
         (0..options.begun).for_each(|_| before.begin());
+        if options.stalled {
+            before.stalled();
+        }
         let fds = vec![OwnedFd::from(opened), page];
         let device = blk::prepare(start, fds, theirs).expect("prepare");
         let thread = std::thread::spawn(move || device.serve(&cell_end));

@@ -11,10 +11,10 @@ use clap::Args;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::serve::time;
 use crate::cli::{Failure, output};
 use crate::pool::service::client::PoolClient;
 use crate::pool::service::protocol::{Answer, Request, to_hex};
+use crate::spec::time;
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::restore::DiskOverride;
 use crate::vmm::signals::Signals;

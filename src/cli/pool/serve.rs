@@ -12,6 +12,7 @@ use crate::config;
 use crate::pool::service;
 use crate::pool::{BaseConfig, Machine, PoolConfig, Release, Shape};
 use crate::spec;
+use crate::spec::time;
 use crate::vmm::restore::DiskOverride;
 
 /// How far VMs go before they are claimed.
@@ -117,9 +118,4 @@ impl Serve {
         };
         service::serve(&self.control, base, config).map_err(Failure::error)
     }
-}
-
-/// Seconds or milliseconds, with their unit.
-pub(super) fn time(text: &str) -> Result<Duration, String> {
-    super::super::snapshot::time(text)
 }

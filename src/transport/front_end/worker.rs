@@ -68,7 +68,7 @@ impl Worker {
             id: id.to_string(),
             number: 0,
             end: to.end,
-            frontend: Frontend::from_stream(to.stream, needs.queues.into()),
+            frontend: Frontend::from_stream(to.stream, needs.most.into()),
             ram,
             needs,
             state: State::Connected,
@@ -218,7 +218,7 @@ impl Worker {
         self.end = to.end;
         self.shared = false;
         self.frozen.clear();
-        self.frontend = Frontend::from_stream(to.stream, self.needs.queues.into());
+        self.frontend = Frontend::from_stream(to.stream, self.needs.most.into());
         // A driver that is resetting the device wants nothing of what was.
         if self.waiting.iter().any(|job| matches!(job, Job::Reset(_))) {
             self.active = None;
@@ -251,7 +251,7 @@ impl Worker {
             if before.features & !info.features != 0 {
                 return Err(changed("fewer features than before"));
             }
-            if before.config != info.config || info.queues < self.needs.queues {
+            if before.config != info.config || info.queues < before.queues {
                 return Err(changed("another configuration than before"));
             }
             self.info = Some(before);
@@ -308,7 +308,7 @@ impl Worker {
             1
         };
         // Kicks of a queue without a worker would go nowhere.
-        if queues < self.needs.queues.into() {
+        if queues < self.needs.least.into() {
             return Err(missing("as many queues as its guest is to have"));
         }
         let len = self.needs.config_len;
@@ -318,7 +318,7 @@ impl Worker {
         let info = DeviceInfo {
             features: features & GUEST_FEATURES,
             config,
-            queues: u16::try_from(queues).unwrap_or(u16::MAX),
+            queues: u16::try_from(queues).unwrap_or(u16::MAX).min(self.needs.most),
             has_state: self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE),
         };
         self.info = Some(info.clone());
@@ -348,7 +348,8 @@ impl Worker {
     /// Sets rings up that have not run yet.
     fn begin(&mut self, active: &mut Active) -> Result<(), FrontEndError> {
         if self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            let shape = VhostUserInflight::new(0, 0, self.needs.queues, QUEUE_SIZE_MAX);
+            let queues = self.info.as_ref().map_or(self.needs.least, |info| info.queues);
+            let shape = VhostUserInflight::new(0, 0, queues, QUEUE_SIZE_MAX);
             let record = self.frontend.get_inflight_fd(&shape);
             active.record = Some(self.exchange("asking for a record of requests", record)?);
         }

@@ -235,9 +235,14 @@ impl VirtioMmio {
 
     /// Kicks every queue and raises the interrupt once: one too many is harmless.
     pub fn nudge(&self) {
+        self.ring_doorbells();
+        let _ = self.wiring.call.write(1);
+    }
+
+    /// Kicks every queue: its thread comes round.
+    pub fn ring_doorbells(&self) {
         for kick in &self.wiring.kicks {
             let _ = kick.write(1); // a full eventfd is a kick all the same
         }
-        let _ = self.wiring.call.write(1);
     }
 }

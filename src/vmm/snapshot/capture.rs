@@ -115,7 +115,7 @@ impl Vm {
                 record: record(facts)?.ok_or_else(|| none(id))?,
                 written: written(facts),
                 transport: device.save(),
-                counters: cell.counters().map(|c| c.queues()).unwrap_or_default(),
+                counters: cell.queues(),
                 balance: *balance,
             };
             states.push(DeviceState::disk(slot, id, &state)?);

@@ -214,8 +214,9 @@ impl Producer {
     }
 
     /// Marks the device as dead: every waiting and future read gives 0xff, every
-    /// write is dropped and counted. `false` is for a successor that has yet to
-    /// touch the ring: what the ring still holds is for it to carry out.
+    /// write is dropped and counted. `false` is for a successor that is yet to be
+    /// made, when the one before can write no more: what the ring still holds is for it
+    /// to carry out.
     pub fn set_dead(&self, dead: bool) {
         if dead {
             self.state.store(DEAD, Ordering::SeqCst);
@@ -228,7 +229,7 @@ impl Producer {
             publish.head = publish.tail;
             self.page.head().store(publish.tail, Ordering::SeqCst);
         }
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.keep_fault(None);
         self.stalled.store(0, Ordering::SeqCst);
         self.state.store(LIVE, Ordering::SeqCst);
     }
@@ -239,9 +240,9 @@ impl Producer {
         match self.believe_head(&mut publish) {
             Ok(()) if self.is_live() => publish.tail.wrapping_sub(publish.head),
             Ok(()) => 0,
-            Err(fault) => {
+            Err(_) => {
                 drop(publish);
-                self.condemn(fault);
+                self.tell();
                 0
             }
         }
@@ -300,7 +301,7 @@ impl Producer {
                 }
                 Ok(false) if self.sleep_for_room(vcpu, kicked)? => {}
                 Ok(false) => break,
-                Err(fault) => self.condemn(fault),
+                Err(_) => self.tell(),
             }
         }
         self.vcpus[vcpu].waited.store(0, Ordering::Relaxed);
@@ -321,12 +322,17 @@ impl Producer {
         Ok(true)
     }
 
-    /// Takes over the head from the page if it can be true.
+    /// Takes over the head from the page if it can be true. If not, the device is dead, by
+    /// the time that the lock is released: a successor is let in under it, and does not pay
+    /// for what the one before claimed. [`Producer::tell`] is to follow, without the lock.
     fn believe_head(&self, publish: &mut Publish) -> Result<(), Fault> {
         let claimed = self.page.head().load(Ordering::Acquire);
         let (from, to) = (publish.head, publish.tail);
         if claimed.wrapping_sub(from) > to.wrapping_sub(from) {
-            return Err(Fault::Index { claimed, from, to });
+            let fault = Fault::Index { claimed, from, to };
+            self.keep_fault(Some(fault));
+            self.state.store(DEAD, Ordering::SeqCst);
+            return Err(fault);
         }
         publish.head = claimed;
         Ok(())
@@ -408,8 +414,8 @@ impl Producer {
             self.believe_head(&mut publish).map(|()| (publish.head, publish.tail))
         };
         let result = match seen {
-            Err(fault) => {
-                self.condemn(fault);
+            Err(_) => {
+                self.tell();
                 Ok(true)
             }
             Ok((head, tail)) if tail.wrapping_sub(head) != SLOTS => Ok(true),
@@ -430,7 +436,8 @@ impl Producer {
         let waited = Duration::from_micros(own.waited.load(Ordering::Relaxed).into());
         if waited >= self.limit {
             self.stalled.store(stalled_here, Ordering::Relaxed);
-            self.report(Fault::Stalled);
+            self.keep_fault(Some(Fault::Stalled));
+            self.tell();
             return false;
         }
         let begin = Instant::now();
@@ -442,16 +449,17 @@ impl Producer {
         true
     }
 
-    fn condemn(&self, fault: Fault) {
-        self.state.store(DEAD, Ordering::SeqCst);
-        self.report(fault);
-        self.kick_all();
+    fn keep_fault(&self, fault: Option<Fault>) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = fault;
     }
 
-    fn report(&self, fault: Fault) {
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault);
+    /// Says that there is a fault, and wakes who waits for a device that is dead by it.
+    fn tell(&self) {
         // Non-blocking and only ever read by the VMM: at worst it is readable already.
         let _ = self.fault_event.write(1);
+        if !self.is_live() {
+            self.kick_all();
+        }
     }
 
     fn kick_all(&self) {

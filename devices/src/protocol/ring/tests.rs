@@ -300,6 +300,40 @@ fn impossible_heads_condemn_the_device() {
     }
 }
 
+/// Whoever was looking at the head when the device died does not condemn the successor.
+#[test]
+fn a_successor_does_not_pay_for_what_the_one_before_claimed() {
+    let ring = ring();
+    let page = ring.page();
+    let (looks, stop) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
+    let (producer, of_thread, end) = (ring.producer.clone(), looks.clone(), stop.clone());
+    let vcpu = thread::spawn(move || {
+        while !end.load(Ordering::SeqCst) {
+            producer.pending();
+            of_thread.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let begun = Instant::now();
+    let mut deaths = 0;
+    while deaths < 100 || deaths < 20_000 && begun.elapsed() < Duration::from_secs(3) {
+        page.head().store(1 << 31, Ordering::SeqCst);
+        ring.producer.set_dead(false);
+        // The look that was under way is over, and another one done.
+        let seen = looks.load(Ordering::SeqCst);
+        while looks.load(Ordering::SeqCst).wrapping_sub(seen) < 2 {
+            thread::yield_now();
+        }
+        deaths += 1;
+        assert_eq!(ring.producer.fault(), None, "after {deaths} deaths");
+        ring.producer.post_write(0, 0, 1, &NEVER).expect("posted");
+        assert_eq!(ring.producer.counters().writes, 0, "after {deaths} deaths");
+        assert!(ring.consumer().next().expect("sound").is_some());
+        page.head().store(page.tail().load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+    stop.store(true, Ordering::SeqCst);
+    vcpu.join().expect("vcpu");
+}
+
 #[test]
 fn a_writer_at_a_full_ring_finds_a_forged_head_and_does_not_hang() {
     let ring = ring();

@@ -6,8 +6,8 @@
 //! | `mode=` | does | options (default) |
 //! |---|---|---|
 //! | `hello` | nothing more | |
-//! | `echo` | gives console input back, until `quit` | `irq` |
-//! | `print` | prints numbered lines as fast as it can, and ends | `lines=` (1000) |
+//! | `echo` | gives console input back, until `quit` | `irq` `open` (a disk: `disk=` `qd=` `queues=`) |
+//! | `print` | prints numbered lines, or always the same, as fast as it can, and ends | `lines=` (1000) `line=TEXT` |
 //! | `uart` | the other vCPUs each print their letter `n=` times (`b` for vCPU 1), the first meanwhile checks that registers keep what it writes | `cpus=` `n=` (1000) |
 //! | `smp` | starts the other vCPUs and counts them | `cpus=` (1) |
 //! | `blk` | writes, reads back and checks a disk | `disk=` (0) `qd=` (1) `mib=` (4) `sectors=` (8) `segments=` (1) `irq` `indirect` `event-idx` `queues=` (1) `keep` `seed=` (1) `rounds=` (1) |
@@ -15,7 +15,7 @@
 //! | `blk-features` | discards and zeroes ranges of a disk of at least 4 MiB, turns its cache off and on | `disk=` `irq` `indirect` |
 //! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` `queues=` (1) |
 //! | `bench-plan` | measures a list of requests, each for a time | `plan=OP:SECTORS:DEPTH,...` (`read:8:1`) `cycles=` (200000000) `disk=` `irq` `indirect` `event-idx` `queues=`, and the largest `qd=` and `sectors=` of the list |
-//! | `storm` | random requests whose blocks say what they are, then reads all back | `disk=` `n=` (10000) `qd=` (1) `mib=` (16) `sectors=` (8) `reads=` (0, percent) `flush=` (0: none) `errors` `resets=` (0) `idle` `quit` `irq` `indirect` `event-idx` `queues=` (1) `seed=` (1) |
+//! | `storm` | random requests whose blocks say what they are, then reads all back | `disk=` `n=` (10000) `qd=` (1) `mib=` (16) `sectors=` (8) `reads=` (0, percent) `flush=` (0: none) `clear=` (0: none) `cache=off` `errors` `resets=` (0) `idle` `quit` `irq` `indirect` `event-idx` `queues=` (1) `seed=` (1) |
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` `port=` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |

@@ -3,11 +3,17 @@
 use crate::arch::cpu;
 use crate::boot::Boot;
 use crate::console;
+use crate::heap::Heap;
+use crate::virtio::blk::{Disk, Options};
 
 const LAST_WORD: &[u8] = b"quit";
 
-/// Gives back what it reads, until the input has said `quit`.
+/// Gives back what it reads, until the input has said `quit`. With `open` a disk is set up first,
+/// and left alone.
 pub fn run(boot: &Boot) {
+    let mut heap = Heap::new(&boot.memory);
+    let open = boot.cmdline.flag("open");
+    let _disk = open.then(|| Disk::open(boot, &mut heap, Options::from_cmdline(boot)));
     let irq = boot.cmdline.flag("irq");
     if irq {
         console::enable_interrupt();

@@ -14,10 +14,14 @@ enum Busy {
     Read(u64),
     Write(u64),
     Flush,
+    Clear(u64),
 }
 
-/// Resets the disk and sets it up `resets=` times (with `idle` without a request in between), then keeps `qd=` requests in flight until `n=` are done, `reads=` percent of them reads and every
-/// `flush=`th a flush, then reads every block of the first `mib=` back. A block has at most one
+/// Where the configuration has the cache mode.
+const WRITEBACK: u64 = 32;
+
+/// Resets the disk and sets it up `resets=` times (with `idle` without a request in between), then keeps `qd=` requests in flight until `n=` are done, `reads=` percent of them reads, every
+/// `flush=`th a flush and every `clear=`th by turns a discard and a zeroing, then reads every block of the first `mib=` back. A block has at most one
 /// request in flight. Every answer must be to a request in flight, which one that appears twice is
 /// not, and must be OK; with `errors` an I/O error will do, and the blocks are not read back. With
 /// `quit` no more requests are begun when it reads `q`.
@@ -45,14 +49,23 @@ pub fn run(boot: &Boot) {
     let mut storm = Storm {
         reads: number("reads", 0),
         flush: number("flush", 0),
+        clear: number("clear", 0),
         errors: boot.cmdline.flag("errors"),
         random: Random::new(number("seed", 1)),
         generations: heap.words(blocks as usize),
         taken: heap.words(blocks as usize),
+        cleared: heap.words(blocks as usize),
         slots: [Busy::No; blk::MAX_DEPTH],
         failed: 0,
         begun: 0,
     };
+    if boot.cmdline.get("cache") == Some("off") {
+        let transport = disk.transport();
+        transport.set_config8(WRITEBACK, 0);
+        if transport.config8(WRITEBACK) != 0 {
+            crate::exit::fail(format_args!("the cache is still on"));
+        }
+    }
     say!("storm: begins");
     for slot in 0..options.depth {
         storm.begin(&mut disk, slot, options.buffer);
@@ -94,11 +107,14 @@ pub fn run(boot: &Boot) {
 struct Storm {
     reads: u64,
     flush: u64,
+    clear: u64,
     errors: bool,
     random: Random,
     /// How often each block was written; zero is one that never was.
     generations: &'static mut [u64],
     taken: &'static mut [u64],
+    /// Not 0 where a block was given up since it was written.
+    cleared: &'static mut [u64],
     slots: [Busy; blk::MAX_DEPTH],
     failed: u64,
     begun: u64,
@@ -119,6 +135,16 @@ impl Storm {
         };
         self.taken[block as usize] = 1;
         let first = block * (bytes / SECTOR) as u64;
+        if self.clear != 0 && self.begun.is_multiple_of(self.clear) {
+            self.slots[slot] = Busy::Clear(block);
+            let range = &mut disk.data(slot)[..16];
+            range[..8].copy_from_slice(&first.to_le_bytes());
+            range[8..12].copy_from_slice(&((bytes / SECTOR) as u32).to_le_bytes());
+            range[12..].fill(0);
+            let turn = self.begun / self.clear % 2 == 0;
+            let kind = if turn { Kind::Discard } else { Kind::WriteZeroes };
+            return disk.prepare(slot, kind, 0, 16);
+        }
         if self.random.below(100) < self.reads {
             self.slots[slot] = Busy::Read(block);
             disk.data(slot)[..bytes].fill(0xa5);
@@ -144,6 +170,11 @@ impl Storm {
             Busy::Write(block) => {
                 self.taken[block as usize] = 0;
                 self.generations[block as usize] += u64::from(good);
+                self.cleared[block as usize] = 0;
+            }
+            Busy::Clear(block) => {
+                self.taken[block as usize] = 0;
+                self.cleared[block as usize] = u64::from(good);
             }
             Busy::Read(block) => {
                 self.taken[block as usize] = 0;
@@ -155,7 +186,10 @@ impl Storm {
     }
 
     fn check(&self, data: &[u8], block: u64) {
+        let cleared = self.cleared[block as usize] != 0;
         match self.generations[block as usize] {
+            _ if cleared && data.iter().all(|byte| *byte == 0) => {}
+            _ if cleared => crate::exit::fail(format_args!("block {block} was cleared")),
             0 if data.iter().all(|byte| *byte == 0) => {}
             0 => crate::exit::fail(format_args!("block {block} was never written")),
             generation => {

@@ -400,6 +400,15 @@ fn a_guest_of_ours_on_a_block_process_of_ours() {
     assert!(!stats.disks[0].read_only && stats.disks[0].pid.is_none());
     assert_eq!(stats.disks[0].state, DeviceState::Running);
     server.says("a front end connected");
+    let throttle = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+        .arg("throttle")
+        .arg(vm.path("control"))
+        .args(["far", "iops=1"])
+        .output()
+        .unwrap();
+    assert_eq!(throttle.status.code(), Some(1), "no limit of ours holds there");
+    let said = String::from_utf8_lossy(&throttle.stderr).into_owned();
+    assert!(said.contains("another program's back end serves this disk"), "{said}");
     vm.signal(Signal::SIGTERM);
     vm.ends_well();
     server.says("the front end disconnected");

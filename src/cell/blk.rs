@@ -152,6 +152,11 @@ impl Recipe {
         Ok(Recipe { id, start, image, overlay, held: disk.held.clone() })
     }
 
+    /// Whether a process that has ended has requests under way in the kernel.
+    pub fn is_held(&self) -> bool {
+        !self.held.pipes().is_empty()
+    }
+
     /// Asks for a process that serves the front end at the other end of `socket` under
     /// `throttle`; one that `failed` gives nothing but errors.
     pub fn launch(
@@ -166,13 +171,13 @@ impl Recipe {
         let start = Start::Blk(BlkStart { throttle, failed, ..self.start.clone() });
         let mut fds = vec![self.image.as_fd(), counters.fd()];
         fds.extend(self.overlay.iter().map(OwnedFd::as_fd));
-        // The process holds one, and waits for those of its predecessors to close. One that
-        // never touches the image has nothing to wait for.
+        // The process holds one, and waits for those of its predecessors to close: for those
+        // that ended while this one was being asked for.
         let (far, near) =
             pipe().map_err(|source| CellError::Image { id: self.id.clone(), source })?;
         let mut held = self.held.pipes();
         fds.push(near.as_fd());
-        fds.extend(held.iter().filter(|_| !failed).map(AsFd::as_fd));
+        fds.extend(held.iter().map(AsFd::as_fd));
         let cell = launch(spawner, common, &self.id, start, &fds, Some(socket));
         drop(fds);
         held.push(far);

@@ -96,6 +96,10 @@ impl Vm {
             };
             return Reply::error("the VM has no disk of that id", Some(&remedy));
         };
+        if self.back_ends.iter().any(|end| end.id == id) {
+            let why = "another program's back end serves this disk, and has no limits of ours";
+            return Reply::error(why, Some("set them in that program"));
+        }
         let limits = match change.applied_to(&disk.throttle) {
             Ok(limits) => limits,
             Err(why) => return Reply::error(why, None),

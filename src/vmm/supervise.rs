@@ -48,6 +48,8 @@ pub(super) const START_LIMIT: Duration = Duration::from_secs(5);
 const REST: Duration = Duration::from_secs(1);
 /// How long until it is looked again whether a cut still holds the VM.
 const HELD: Duration = Duration::from_millis(20);
+/// How often it is looked whether requests of a process that has ended are over.
+const DRAINING: Duration = Duration::from_millis(2);
 
 /// What front ends report of their connections, to the main thread.
 #[derive(Debug)]
@@ -305,11 +307,21 @@ impl Vm {
 
     /// Asks for a process in the place of one that has ended.
     fn start_successor(&mut self, epoll: &Epoll, w: usize) {
-        let held = self.is_held();
-        if held && matches!(self.supervisor.watched[w].kind, Kind::Blk { .. }) {
+        if let Kind::Blk { recipe, .. } = &self.supervisor.watched[w].kind {
             // Its rings would go on, under whoever copies memory and disks.
-            self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + HELD);
-            return;
+            let wait = if self.is_held() {
+                Some(HELD)
+            // What the kernel still does for the one before may write to guest memory. Nothing is
+            // answered until that is over, were it with errors.
+            } else if recipe.is_held() {
+                Some(DRAINING)
+            } else {
+                None
+            };
+            if let Some(wait) = wait {
+                self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + wait);
+                return;
+            }
         }
         let watched = &self.supervisor.watched[w];
         let (id, failed) = (watched.id.clone(), watched.failed);

@@ -30,7 +30,7 @@ pub(super) struct Live {
     begun: Instant,
     copy: Copy,
     work: Work,
-    /// Pages of this round, and of the one before.
+    /// Pages of this round, those of disks included, and of the one before.
     pages: u64,
     before: u64,
 }
@@ -53,58 +53,61 @@ impl Live {
         (self.copy, micros(self.begun.elapsed()))
     }
 
-    /// Copies a part; whether it was the last one.
+    /// Copies as much as fits a turn; whether that was all.
     fn turn(&mut self, vm: &mut Vm) -> Result<bool, CaptureError> {
         let mut left = TURN;
         while left > 0 {
-            let done = match &mut self.work {
-                Work::All(whole) => match whole.copy(&vm.ram, &self.copy.memory, left)? {
-                    0 => {
-                        self.work = Work::Absent(0);
-                        0
-                    }
-                    copied => copied,
-                },
-                Work::Absent(next) => match self.copy.next_absent(*next) {
-                    Some(index) => {
-                        *next = index + 1;
-                        self.copy.fill_absent(index, vm.pager.as_ref())?;
-                        CHUNK as u64
-                    }
-                    None => {
-                        self.work = Work::Layers(At::default());
-                        0
-                    }
-                },
-                Work::Written(pages, next) => {
-                    let found = pages.iter().enumerate().skip(*next).find(|(_, set)| **set != 0);
-                    match found {
-                        Some((index, set)) => {
-                            let (index, set) = (index, *set);
-                            *next = index + 1;
-                            let copied = self.copy.chunk(vm.ram.fd(), index, set, vm.has_holes());
-                            copied.map_err(CaptureError::Copy)?;
-                            u64::from(set.count_ones()) * PAGE as u64
-                        }
-                        None => {
-                            self.work = Work::Layers(At::default());
-                            0
-                        }
-                    }
-                }
-                Work::Layers(at) => {
-                    let first = self.copy.rounds == 0;
-                    match vm.copy_layers(&self.copy.layers, at, first)? {
-                        // Chunks that are looked at in vain take their time too.
-                        Some(copied) => copied.max(LOOK),
-                        None if self.next_round(vm)? => 0,
-                        None => return Ok(true),
-                    }
-                }
-            };
-            left = left.saturating_sub(done);
+            match self.copy_part(vm, left)? {
+                Some(copied) => left = left.saturating_sub(copied),
+                None if self.next_work(vm)? => {}
+                None => return Ok(true),
+            }
         }
         Ok(false)
+    }
+
+    /// Copies a part, at most `most` bytes or a chunk; how many. `None` where nothing is left of
+    /// the work at hand.
+    fn copy_part(&mut self, vm: &Vm, most: u64) -> Result<Option<u64>, CaptureError> {
+        let first = self.copy.rounds == 0;
+        match &mut self.work {
+            Work::All(whole) => {
+                let copied = whole.copy(&vm.ram, &self.copy.memory, most)?;
+                Ok((copied > 0).then_some(copied))
+            }
+            Work::Absent(next) => {
+                let Some(index) = self.copy.next_absent(*next) else { return Ok(None) };
+                *next = index + 1;
+                self.copy.fill_absent(index, vm.pager.as_ref())?;
+                Ok(Some(CHUNK as u64))
+            }
+            Work::Written(pages, next) => {
+                let mut written = pages.iter().enumerate().skip(*next);
+                let Some((index, set)) = written.find(|(_, set)| **set != 0) else {
+                    return Ok(None);
+                };
+                *next = index + 1;
+                let copied = self.copy.chunk(vm.ram.fd(), index, *set, vm.has_holes());
+                copied.map_err(CaptureError::Copy)?;
+                Ok(Some(u64::from(set.count_ones()) * PAGE as u64))
+            }
+            Work::Layers(at) => {
+                let copied = vm.copy_layers(&self.copy.layers, at, first)?;
+                self.pages += copied.unwrap_or(0) / PAGE as u64;
+                // Chunks that are looked at in vain take their time too.
+                Ok(copied.map(|bytes| bytes.max(LOOK)))
+            }
+        }
+    }
+
+    /// Whether there is more to do.
+    fn next_work(&mut self, vm: &mut Vm) -> Result<bool, CaptureError> {
+        self.work = match self.work {
+            Work::All(_) => Work::Absent(0),
+            Work::Absent(_) | Work::Written(..) => Work::Layers(At::default()),
+            Work::Layers(_) => return self.next_round(vm),
+        };
+        Ok(true)
     }
 
     /// A round is complete: whether one more is to follow.

@@ -15,7 +15,7 @@
 //! | `blk-features` | discards and zeroes ranges of a disk of at least 4 MiB, turns its cache off and on | `disk=` `irq` `indirect` |
 //! | `bench-blk` | measures random requests | `disk=` `op=read\|write` (read) `qd=` (1) `n=` (10000) `sectors=` (8) `mib=` (all) `indirect` `event-idx` `queues=` (1) |
 //! | `bench-plan` | measures a list of requests, each for a time | `plan=OP:SECTORS:DEPTH,...` (`read:8:1`) `cycles=` (200000000) `disk=` `irq` `indirect` `event-idx` `queues=`, and the largest `qd=` and `sectors=` of the list |
-//! | `storm` | random requests whose blocks say what they are, then reads all back | `disk=` `n=` (10000) `qd=` (1) `mib=` (16) `sectors=` (8) `reads=` (0, percent) `flush=` (0: none) `clear=` (0: none) `cache=off` `errors` `resets=` (0) `idle` `irq` `indirect` `event-idx` `queues=` (1) `seed=` (1) |
+//! | `storm` | random requests whose blocks say what they are, then reads all back | `disk=` `n=` (10000) `qd=` (1) `mib=` (16) `sectors=` (8) `reads=` (0, percent) `flush=` (0: none) `clear=` (0: none) `cache=off` `errors` `resets=` (0) `idle` `quit` `irq` `indirect` `event-idx` `queues=` (1) `seed=` (1) |
 //! | `pause` | block and console I/O while all vCPUs count; nothing may step back | `cpus=` `count=` (0: until `q`) `every=` (1000) `irq` `heartbeat` `port=` |
 //! | `spin` | every vCPU spins until `q` | `cpus=` |
 //! | `halt` | every vCPU halts until `q` | `cpus=` |

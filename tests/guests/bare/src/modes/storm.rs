@@ -1,6 +1,7 @@
 //! Random requests whose every block says what it is, for a device whose process dies.
 
 use crate::boot::Boot;
+use crate::console;
 use crate::heap::Heap;
 use crate::pattern::{self, SECTOR};
 use crate::random::Random;
@@ -22,7 +23,8 @@ const WRITEBACK: u64 = 32;
 /// Resets the disk and sets it up `resets=` times (with `idle` without a request in between), then keeps `qd=` requests in flight until `n=` are done, `reads=` percent of them reads, every
 /// `flush=`th a flush and every `clear=`th by turns a discard and a zeroing, then reads every block of the first `mib=` back. A block has at most one
 /// request in flight. Every answer must be to a request in flight, which one that appears twice is
-/// not, and must be OK; with `errors` an I/O error will do, and the blocks are not read back.
+/// not, and must be OK; with `errors` an I/O error will do, and the blocks are not read back. With
+/// `quit` no more requests are begun when it reads `q`.
 pub fn run(boot: &Boot) {
     let mut heap = Heap::new(&boot.memory);
     let options = Options::from_cmdline(boot);
@@ -37,7 +39,8 @@ pub fn run(boot: &Boot) {
     }
     let mut disk = Disk::open(boot, &mut heap, options);
     let number = |key, default| boot.cmdline.number(key, default);
-    let n = number("n", 10_000);
+    let mut n = number("n", 10_000);
+    let quits = boot.cmdline.flag("quit");
     let per_block = (options.buffer / SECTOR) as u64;
     let blocks = disk.capacity.min((number("mib", 16) << 20) / SECTOR as u64) / per_block;
     if blocks <= options.depth as u64 {
@@ -68,8 +71,15 @@ pub fn run(boot: &Boot) {
         storm.begin(&mut disk, slot, options.buffer);
     }
     disk.kick();
-    let mut done = 0;
+    let (mut done, mut look) = (0, 0);
     while done < n {
+        // Not each time: every look is a round trip to the console's process.
+        if quits && done >= look {
+            look = done + 256;
+            if console::poll() == Some(b'q') {
+                n = n.min(done + options.depth as u64);
+            }
+        }
         let mut next = Some(disk.wait());
         while let Some(answer) = next {
             storm.end(&mut disk, &answer);

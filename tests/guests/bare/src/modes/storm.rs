@@ -141,7 +141,7 @@ impl Storm {
             range[..8].copy_from_slice(&first.to_le_bytes());
             range[8..12].copy_from_slice(&((bytes / SECTOR) as u32).to_le_bytes());
             range[12..].fill(0);
-            let turn = self.begun / self.clear % 2 == 0;
+            let turn = (self.begun / self.clear).is_multiple_of(2);
             let kind = if turn { Kind::Discard } else { Kind::WriteZeroes };
             return disk.prepare(slot, kind, 0, 16);
         }

@@ -1,7 +1,7 @@
 //! The demo's VM: a child process, its console and its control socket.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -164,8 +164,11 @@ impl DemoVm {
     pub(super) fn resident_ram_kib(&self, processes: &[Process]) -> Result<u64, DemoError> {
         let mut total = 0;
         for process in processes {
-            let smaps = fs::read_to_string(format!("/proc/{}/smaps", process.pid))
-                .map_err(system("reading the memory map of a device process"))?;
+            let smaps = match fs::read_to_string(format!("/proc/{}/smaps", process.pid)) {
+                // It has died since it was listed, and has none.
+                Err(error) if is_gone(&error) => continue,
+                result => result.map_err(system("reading the memory map of a device process"))?,
+            };
             let mut ram = false;
             for line in smaps.lines() {
                 let mut words = line.split_whitespace();
@@ -255,4 +258,9 @@ impl Drop for TemporaryDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Whether there is no such process any more.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

@@ -163,6 +163,7 @@ fn a_vm_is_its_claimers_for_as_long_as_they_are_there() {
     one.stdin = None;
     one.ends();
     proc::wait_gone(&family, LIMIT).expect("nothing of it is left");
+    service.eventually("its end", |stats| stats.in_use == 0);
     // A claimer that is killed gives it back as well, and so does one that is told to stop.
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
         let mut holder = Holder::start(&service, &[]);

@@ -4,13 +4,25 @@
 //! it. Where the driver itself sleeps until it is interrupted, it hardly ever does, and
 //! every look is CPU time taken from the guest. So a worker whose looks were in vain a few
 //! times in a row leaves them out for a while, which doubles until one pays again.
+//!
+//! Nor does looking pay where there are fewer CPUs than threads that want one: then it is the
+//! driver that waits for the CPU. A thread that was made to give its CPU up too often while it
+//! looked leaves looks out in the same way.
 
 use std::time::Duration;
+
+use nix::sys::resource::{UsageWho, getrusage};
 
 /// Vain looks in a row after which some are left out.
 const VAIN: u32 = 4;
 /// Looks left out at first, and at most.
 const PAUSE: (u32, u32) = (8, 256);
+/// Looks after which it is asked how often the CPU had to be given up.
+const ROUND: u32 = 32;
+/// How often it may have been, in a round.
+const CROWDED: u64 = 4;
+/// Looks left out then, at first and at most.
+const CROWD_PAUSE: (u32, u32) = (64, 4096);
 
 /// A window that is open where it pays.
 #[derive(Clone, Copy, Debug)]
@@ -21,12 +33,20 @@ pub(super) struct PollWindow {
     skip: u32,
     /// Looks to leave out when it is in vain again.
     pause: u32,
+    /// Looks of this round.
+    looks: u32,
+    /// How often the CPU had been given up at its begin.
+    given_up: Option<u64>,
+    /// Looks to leave out when it was too often.
+    crowd_pause: u32,
 }
 
 impl PollWindow {
     /// A window that is open at first; `limit` zero means never to poll.
     pub fn new(limit: Duration) -> PollWindow {
-        PollWindow { limit, vain: 0, skip: 0, pause: PAUSE.0 }
+        let (vain, skip, looks) = (0, 0, 0);
+        let (pause, crowd_pause) = (PAUSE.0, CROWD_PAUSE.0);
+        PollWindow { limit, vain, skip, pause, looks, given_up: None, crowd_pause }
     }
 
     /// How long to poll now.
@@ -34,12 +54,15 @@ impl PollWindow {
         if self.skip > 0 { Duration::ZERO } else { self.limit }
     }
 
-    /// Learns whether a request came within the window.
-    pub fn observe(&mut self, came: bool) {
+    /// Learns whether a request came within the window. `given_up` says how often this thread
+    /// had to give its CPU up, ever.
+    pub fn observe(&mut self, came: bool, given_up: impl FnOnce() -> u64) {
         if self.skip > 0 {
             self.skip -= 1;
-        } else if came {
-            *self = PollWindow::new(self.limit);
+            return;
+        }
+        if came {
+            (self.vain, self.pause) = (0, PAUSE.0);
         } else {
             self.vain += 1;
             if self.vain >= VAIN {
@@ -47,7 +70,29 @@ impl PollWindow {
                 self.pause = (self.pause * 2).min(PAUSE.1);
             }
         }
+        self.looks += 1;
+        if self.looks >= ROUND {
+            self.end_round(given_up());
+        }
     }
+
+    fn end_round(&mut self, given_up: u64) {
+        self.looks = 0;
+        let Some(before) = self.given_up.replace(given_up) else { return };
+        if given_up.saturating_sub(before) < CROWDED {
+            self.crowd_pause = CROWD_PAUSE.0;
+            return;
+        }
+        self.skip = self.skip.max(self.crowd_pause);
+        self.crowd_pause = (self.crowd_pause * 2).min(CROWD_PAUSE.1);
+        self.given_up = None;
+    }
+}
+
+/// How often the calling thread had to give its CPU up.
+pub(super) fn given_up() -> u64 {
+    let usage = getrusage(UsageWho::RUSAGE_THREAD);
+    usage.map_or(0, |usage| usage.involuntary_context_switches().unsigned_abs())
 }
 
 #[cfg(test)]
@@ -60,7 +105,7 @@ mod tests {
     fn looks(window: &mut PollWindow, waits: u32, came: bool) -> u32 {
         let look = |_| {
             let looked = !window.length().is_zero();
-            window.observe(came && looked);
+            window.observe(came && looked, || 0);
             u32::from(looked)
         };
         (0..waits).map(look).sum()
@@ -88,6 +133,22 @@ mod tests {
         let waits = (0..).take_while(|_| looks(&mut window, 1, true) == 0).count();
         assert!(waits <= 256, "{waits}");
         assert_eq!(looks(&mut window, 100, true), 100);
+    }
+
+    #[test]
+    fn where_cpus_are_short_it_looks_less_and_only_there() {
+        let mut window = PollWindow::new(LIMIT);
+        let (mut given_up, mut looked) = (0, [0, 0]);
+        for (phase, crowd) in [(0, 1), (1, 0)] {
+            for _ in 0..20_000 {
+                let looks = !window.length().is_zero();
+                looked[phase] += u32::from(looks);
+                given_up += crowd * u64::from(looks);
+                window.observe(looks, || given_up);
+            }
+        }
+        assert!(looked[0] < 2_000 && looked[0] > 0, "{looked:?}");
+        assert!(looked[1] > 15_000, "{looked:?}");
     }
 
     #[test]

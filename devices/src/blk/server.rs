@@ -18,7 +18,7 @@ use super::clear::{Clear, Range};
 use super::engine::{Done, Engine, EngineError, Job, SyncEngine, Uring, UringEngine};
 use super::execute::{Disk, ExecuteError};
 use super::memory::Slice;
-use super::poll::PollWindow;
+use super::poll::{PollWindow, given_up};
 use super::request::{Operation, Parser, Refusal};
 use super::ring::{Ring, RingError};
 use super::throttle::{Stall, Throttle, now};
@@ -478,7 +478,7 @@ impl Queue {
     ) -> Result<(), End> {
         if !self.poll.is_zero() {
             let came = self.poll(service, Instant::now() + window.length())?;
-            window.observe(came);
+            window.observe(came, given_up);
             if came {
                 service.began = Instant::now();
                 return Ok(());

@@ -215,6 +215,45 @@ fn another_disk_is_put_behind_a_shell_that_waits() {
     assert_eq!((stats.restore_failures, stats.violations, stats.alive), (2, 0, 0));
 }
 
+/// What the guest had asked for when the snapshot was taken is carried out when a shell is made: on
+/// the disk that the shell has.
+#[test]
+fn a_disk_that_was_used_before_the_claim_is_not_exchanged() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    // Most of its requests wait at any time.
+    let mut vm = common::Vm::with("mode=storm n=1000000000 quit qd=8 mib=1")
+        .disk_with(1 << 20, ",cow,iops=200,iops-burst=200")
+        .start();
+    vm.wait_for("storm: begins");
+    let other = dir.path().join("other");
+    std::fs::copy(vm.path("disk0"), &other).unwrap();
+    let counters = |vm: &mut common::Vm| vm.stats().disks[0].counters.clone();
+    common::poll(LIMIT, || (counters(&mut vm).currently_throttled_gauge > 0).then_some(()))
+        .unwrap();
+    vm.snapshot(&at, &["--stop"]);
+    let machine = Machine::Primed { snapshot: at, disks: Vec::new() };
+    let pool = RestorePool::new(base(machine), PoolConfig { min_size: 1, ..small() }).unwrap();
+    assert_eq!(pool.warm(1), 1);
+    std::thread::sleep(Duration::from_millis(300)); // some of them are carried out
+    let disks = vec![format!("id=disk0,cow,path={}", other.display()).parse().unwrap()];
+    let refused = pool.claim(&ClaimOrder { disks, ..ClaimOrder::default() }).unwrap_err();
+    let text = cellblock::remedy::one_line(&refused);
+    assert!(text.contains("had asked for something of disk 'disk0'"), "{text}");
+    // As it is, it goes on.
+    let vm = pool.claim(&ClaimOrder::default()).unwrap();
+    let mut console = Console::of(&vm);
+    let mut control = vm.control().unwrap();
+    let (bw, bw_burst, iops_burst) = (None, None, None);
+    let faster = Request::Throttle { id: "disk0".into(), bw, bw_burst, iops: Some(0), iops_burst };
+    control.ask(faster).unwrap();
+    console.say(b"q");
+    console.wait_for("storm: ok");
+    drop((console, control, vm));
+    assert!(pool.drain_all(LIMIT));
+    assert_eq!(pool.stats().violations, 0);
+}
+
 #[test]
 fn a_vm_that_is_reset_is_used_again_and_knows_nothing() {
     let snapshot = Snapshot::take(",cow");

@@ -152,6 +152,11 @@ impl Recipe {
         Ok(Recipe { id, start, image, overlay, held: disk.held.clone() })
     }
 
+    /// For a disk in the place of this one: its processes wait for those of this as well.
+    pub fn held(&self) -> Arc<Held> {
+        self.held.clone()
+    }
+
     /// Whether a process that has ended has requests under way in the kernel.
     pub fn is_held(&self) -> bool {
         !self.held.pipes().is_empty()

@@ -343,7 +343,9 @@ fn vcpus_that_a_program_holds_stay_its_own_and_run_in_a_restored_vm() {
 }
 
 /// Says that it writes, and never that it has.
-struct Stuck(#[allow(dead_code)] Channel);
+struct Stuck {
+    _channel: Channel,
+}
 
 fn begins_to_write(vm: &Vm) -> Stuck {
     let socket: OwnedFd =
@@ -357,7 +359,7 @@ fn begins_to_write(vm: &Vm) -> Stuck {
         let (reply, _) = channel.recv::<api::wire::Reply>().unwrap();
         reply.unwrap();
     }
-    Stuck(channel)
+    Stuck { _channel: channel }
 }
 
 #[test]

@@ -162,7 +162,12 @@ impl FromStr for DiskSpec {
                     disk.vhost_user = Some(field.value("SOCKET")?.into());
                 }
                 "vhost-user" => return Err(SpecError::BackEndHasImage),
-                known => debug_assert!(false, "{known} is known but not read"),
+                unread => {
+                    return Err(SpecError::UnknownKey {
+                        key: unread.to_owned(),
+                        known: KEYS.join(", "),
+                    });
+                }
             }
         }
         if disk.read_only && disk.cow.is_some() {

@@ -68,10 +68,10 @@ enum Word {
     IoErrors,
     CurrentlyThrottledGauge,
     InvalidAvailIdxCount,
-    // Not in the snapshot: whether the queue's thread lives.
+    // Not in the snapshot: whether the queue's thread lives,
     Beats,
     Excused,
-    /// Not in the snapshot: requests that were begun and are not answered.
+    // and how many requests were begun and are not answered.
     Begun,
 }
 

@@ -6,8 +6,9 @@ mod common;
 use std::process::Command;
 
 use cellblock::control::client::ClientError;
-use cellblock::control::protocol::{Reply, Request, State};
-use common::Vm;
+use cellblock::control::protocol::{DeviceState, Reply, Request, State};
+use common::{LIMIT, Vm, deaths};
+use nix::sys::signal::Signal;
 
 const RESETS: u64 = 8;
 
@@ -62,4 +63,30 @@ fn a_reset_vm_lives_the_same_moment_again_and_again() {
     vm.say(b"q");
     vm.wait_for("pause: ok");
     vm.ends_well();
+}
+
+/// It would go on as in the snapshot, but for a disk of which every request fails.
+#[test]
+fn a_vm_with_a_disk_that_has_failed_is_not_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let mut vm = Vm::restore(&at).start();
+    vm.wait_for_line("pause: n=");
+    let events = vm.events();
+    for _ in 0..4 {
+        deaths::kill_and_wait(&mut vm, &events, "blk", "disk0");
+    }
+    common::send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    let failed = |vm: &mut Vm| (vm.stats().disks[0].state == DeviceState::Failed).then_some(());
+    common::poll(LIMIT, || failed(&mut vm)).expect("its disk does not fail");
+    match vm.try_ask(Request::Reset) {
+        Err(ClientError::Refused { message, remedy }) => {
+            assert!(message.contains("device 'disk0' has failed"), "{message}");
+            assert_eq!(remedy.as_deref(), Some("restore the snapshot anew"));
+        }
+        other => vm.fail(&format!("it was reset: {other:?}")),
+    }
 }

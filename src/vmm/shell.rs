@@ -226,6 +226,9 @@ impl Vm {
     /// Does what the pool asks for. Its end is ours.
     pub(super) fn pool_request(&mut self, epoll: &Epoll) -> Flow {
         let Some(shell) = &mut self.shell else { return ON };
+        if shell.discarded {
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
         let done = match shell.channel.try_recv::<ToShell>() {
             Ok(None) => return ON,
             Ok(Some((ToShell::Claim(claim), fds))) => {
@@ -252,6 +255,16 @@ impl Vm {
             return Flow::Break(Ok(VmEnd::Stopped));
         }
         ON
+    }
+
+    /// A machine that nobody has claimed yet, and that lacks a device, is given to nobody.
+    pub(super) fn discard_unclaimed(&mut self) {
+        if let Some(shell) = &mut self.shell
+            && !matches!(shell.stage, Waiting::Claimed)
+        {
+            shell.discarded = true;
+            self.asked_to_stop = true;
+        }
     }
 
     /// A machine that is nobody's yet can be looked at, and ended, and that is all.
@@ -321,6 +334,9 @@ impl Vm {
         }
         if let Err(why) = self.forget_limits() {
             return fail(why);
+        }
+        if let Err(id) = self.supervisor.begin_anew() {
+            return fail(format!("device '{id}' has failed, or is being replaced"));
         }
         // What it was asked for by somebody else is nobody's any more.
         if let Some(control) = &mut self.control {

@@ -179,3 +179,60 @@ fn a_back_end_that_refuses_a_queue_is_not_started() {
     peer.reply_to(script::SET_VRING_ENABLE, &0u64.to_le_bytes());
     front_end.wait(&accepted).expect("the next activation");
 }
+
+/// A front end whose ring was stopped at 7 before its back end was lost.
+fn lost_at_rest() -> FrontEnd {
+    let (front_end, mut peer) = opened();
+    front_end.watch(Box::new(|_| {}));
+    let started = front_end.activate(activation());
+    peer.behave_until(script::SET_VRING_ENABLE);
+    peer.reply_to(script::SET_VRING_ENABLE, &0u64.to_le_bytes());
+    front_end.wait(&started).expect("started");
+    let frozen = front_end.freeze();
+    assert!(peer.behave_until(script::GET_VRING_BASE).is_empty());
+    peer.reply_to(script::GET_VRING_BASE, &[0u32, 7].map(u32::to_le_bytes).concat());
+    assert_eq!(front_end.wait(&frozen).expect("at rest"), [(0, 7)]);
+    front_end
+}
+
+/// The far end of another connection, up to the start of its ring, and where that was set to.
+fn reconnected(front_end: &FrontEnd) -> (Peer, Vec<u8>) {
+    let (near, far) = UnixStream::pair().expect("pair");
+    let mut peer = Peer(far);
+    front_end.reconnect(near).expect("asked");
+    peer.behave_until(script::GET_CONFIG);
+    let mut config = [0u32, CONFIG_LEN, 0].map(u32::to_le_bytes).concat();
+    config.extend_from_slice(b"contents");
+    peer.reply_to(script::GET_CONFIG, &config);
+    let base = loop {
+        let message = peer.next().expect("the ring is set up");
+        if message.request == script::SET_VRING_BASE {
+            break message.body;
+        }
+        peer.answer(&message, script::FEATURES, script::PROTOCOL, 0);
+    };
+    peer.behave_until(script::SET_VRING_ENABLE);
+    peer.reply_to(script::SET_VRING_ENABLE, &0u64.to_le_bytes());
+    (peer, base)
+}
+
+#[test]
+fn rings_at_rest_go_on_where_they_were_over_another_connection() {
+    let front_end = lost_at_rest();
+    let (_peer, base) = reconnected(&front_end);
+    assert_eq!(base, [0u32, 7].map(u32::to_le_bytes).concat());
+}
+
+/// A cut that fails for want of a connection stops nothing after it.
+#[test]
+fn a_freeze_does_not_outlive_its_connection() {
+    let front_end = lost_at_rest();
+    front_end.wait(&front_end.thaw()).expect("another connection is to do it");
+    let error = front_end.wait(&front_end.freeze()).expect_err("nobody there");
+    assert!(matches!(error, FrontEndError::Gone { .. }), "{error:?}");
+    front_end.wait(&front_end.thaw()).expect("another connection is to do it");
+    let (mut peer, _) = reconnected(&front_end);
+    front_end.wait(&front_end.thaw()).expect("nothing to do");
+    drop(front_end);
+    assert!(peer.listen_to_the_end().is_empty(), "something stops the ring");
+}

@@ -14,7 +14,7 @@ use super::event_loop::Vm;
 /// Names the drain, of which there is one.
 const EPOCH: u64 = 1;
 /// Beyond the time that the process itself has.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_secs(2);
 /// Processes that may die over it.
 const DEATHS: usize = 5;
 

@@ -35,6 +35,9 @@ impl Worker {
                 u16::try_from(base).map_err(|_| FrontEndError::Missing { id: id(), what })?;
             if let Some(active) = &mut self.active {
                 active.live.remove(0);
+                // Where it goes on over another connection, too.
+                let queue = active.activation.queues.iter_mut().find(|queue| queue.index == index);
+                queue.into_iter().for_each(|queue| queue.base = base);
             }
             self.frozen.push((index, base));
         }
@@ -44,13 +47,7 @@ impl Worker {
     pub(super) fn thaw(&mut self) -> Result<(), FrontEndError> {
         let frozen = std::mem::take(&mut self.frozen);
         let Some(mut active) = self.active.take() else { return Ok(()) };
-        let mut stopped = Vec::with_capacity(frozen.len());
-        for queue in &mut active.activation.queues {
-            if let Some((index, base)) = frozen.iter().find(|(index, _)| *index == queue.index) {
-                queue.base = *base;
-                stopped.push(*index);
-            }
-        }
+        let stopped: Vec<usize> = frozen.into_iter().map(|(index, _)| index).collect();
         let result = self.set_queues_up(&mut active, &stopped);
         self.active = Some(active);
         result

@@ -128,7 +128,13 @@ impl Worker {
             }
             Job::Freeze(answer) => {
                 let result = self.freeze();
-                self.settle(result, answer, Job::Freeze);
+                if let Err(error) = &result
+                    && self.watcher.is_some()
+                    && is_fatal(error)
+                {
+                    self.lose();
+                }
+                answer.complete(result);
             }
             Job::Thaw(answer) => match self.thaw() {
                 Err(error) if self.watcher.is_some() && is_fatal(&error) => {
@@ -148,10 +154,12 @@ impl Worker {
     }
 
     /// Keeps a job for another connection. Not a thaw: a reconnect sets all rings up running,
-    /// and whoever thaws is the one to bring it about.
+    /// and whoever thaws is the one to bring it about. Nor a freeze, which would stop them after
+    /// that, when nobody wants it any more: the cut that asked for it cannot be had.
     fn keep(&mut self, job: Job) {
         match job {
             Job::Thaw(answer) => answer.complete(Ok(())),
+            job @ Job::Freeze(_) => self.refuse(job),
             job => self.waiting.push_back(job),
         }
     }

@@ -162,7 +162,7 @@ impl Vm {
             let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
             let pages = put_back::known(&origin.chain, &self.ram, &since, &mut origin.kept)?;
             self.snapshots.tracker.put_back(&since);
-            self.snapshots.tracker.keep(id);
+            self.keep(id);
             pages
         } else {
             let mut written = vec![0; self.snapshots.tracker.chunks()];

@@ -230,6 +230,9 @@ impl Vm {
     pub(super) fn pool_request(&mut self, epoll: &Epoll) -> Flow {
         let Some(shell) = &mut self.shell else { return ON };
         let mut runs = false;
+        if shell.discarded {
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
         let done = match shell.channel.try_recv::<ToShell>() {
             Ok(None) => return ON,
             Ok(Some((ToShell::Claim(claim), fds))) => {
@@ -275,6 +278,16 @@ impl Vm {
     fn ready(&self) -> FromShell {
         let pids = self.cells.iter().filter_map(|cell| u32::try_from(cell.pid()?).ok());
         FromShell::Ready { cells: pids.collect() }
+    }
+
+    /// A machine that nobody has claimed yet, and that lacks a device, is given to nobody.
+    pub(super) fn discard_unclaimed(&mut self) {
+        if let Some(shell) = &mut self.shell
+            && !matches!(shell.stage, Waiting::Claimed)
+        {
+            shell.discarded = true;
+            self.asked_to_stop = true;
+        }
     }
 
     /// A machine that is nobody's yet can be looked at, and ended, and that is all.
@@ -341,6 +354,9 @@ impl Vm {
         }
         if let Err(why) = self.forget_limits() {
             return fail(why);
+        }
+        if let Err(id) = self.supervisor.begin_anew() {
+            return fail(format!("device '{id}' has failed, or is being replaced"));
         }
         // What it was asked for by somebody else is nobody's any more.
         if let Some(control) = &mut self.control {

@@ -1,5 +1,5 @@
-//! Shells are made, and VMs ended, with what the processors have left: what somebody waits for
-//! goes first.
+//! Shells are made with what the processors have left: what somebody waits for goes first. Not so
+//! for VMs that end, which are in the way until they have.
 //!
 //! A process in the background has a lower priority than the pool, with all that it starts. That
 //! is for a while only ([`MOST`]), and for as long as nobody waits for it. To come back it needs

@@ -61,6 +61,10 @@ pub trait Factory: Send + Sync + 'static {
     /// Called from time to time.
     fn look_after(&self) {}
 
+    /// Has one begin to end: it is destroyed as soon as somebody has time for that, and is to cost
+    /// nothing until then. Short.
+    fn dismiss(&self, _shell: &mut Self::Shell) {}
+
     /// Ends one; nothing of it is left when this returns.
     fn destroy(&self, shell: Self::Shell);
 }

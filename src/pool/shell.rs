@@ -171,13 +171,11 @@ impl Factory for Recipe {
         self.claimers.look_after();
     }
 
+    fn dismiss(&self, shell: &mut Shell) {
+        shell.dismiss();
+    }
+
     fn destroy(&self, shell: Shell) {
-        let background = Background::begin(shell.pid());
-        let _ = shell.channel.try_send(&ToShell::End, &[]); // it may have ended
-        if let Some(background) = background {
-            shell.ends_within(background::MOST);
-            background.end();
-        }
         drop(shell);
     }
 }
@@ -227,6 +225,11 @@ impl Shell {
                 return;
             }
         }
+    }
+
+    /// Has it end.
+    fn dismiss(&self) {
+        let _ = self.channel.try_send(&ToShell::End, &[]); // it may have ended, or been told before
     }
 
     /// Its end of the channel is closed, which nothing but its end does.
@@ -299,7 +302,7 @@ impl AsFd for Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        let _ = self.channel.try_send(&ToShell::End, &[]); // it may have ended
+        self.dismiss();
         if self.wait(END_LIMIT).is_none() {
             tracing::warn!(pid = self.child.id(), "a VM does not end, and is killed");
             let _ = self.child.kill();

@@ -200,6 +200,10 @@ impl<F: Factory> fmt::Debug for Lease<F> {
 
 impl<F: Factory> Drop for Lease<F> {
     fn drop(&mut self) {
+        let reset = !self.spoilt && !self.special && self.inner.options.release == Release::Reset;
+        if let Some(shell) = self.shell.as_mut().filter(|_| !reset) {
+            self.inner.factory.dismiss(shell);
+        }
         let mut state = self.inner.lock();
         let limits = &self.inner.options.limits;
         state.book(Change::Released, limits);
@@ -210,7 +214,6 @@ impl<F: Factory> Drop for Lease<F> {
             state.book(Change::Returned, limits);
             return self.inner.settle(&mut state);
         };
-        let reset = !self.spoilt && !self.special && self.inner.options.release == Release::Reset;
         state.ending.push_back(Doomed { id: self.id, shell, was_live: true, reset });
         self.inner.settle(&mut state);
     }

@@ -21,6 +21,8 @@ struct Knobs {
     attempts: AtomicUsize,
     /// Shells that exist.
     there: AtomicUsize,
+    /// Shells that were told to end.
+    dismissed: AtomicUsize,
     /// Those of them that have died.
     dead: Mutex<HashSet<u64>>,
 }
@@ -70,6 +72,10 @@ impl Factory for Fake {
         }
         thing.resets += 1;
         Ok(())
+    }
+
+    fn dismiss(&self, _: &mut Thing) {
+        self.0.dismissed.fetch_add(1, Ordering::SeqCst);
     }
 
     fn destroy(&self, thing: Thing) {
@@ -453,4 +459,19 @@ fn the_books_balance_whatever_fails() {
         assert_eq!(books.resets > 0, release == Release::Reset);
         all_gone(pool, &knobs);
     }
+}
+
+/// Nobody waits for those who destroy: what is given back stops at once.
+#[test]
+fn what_is_given_back_is_told_to_end_at_once() {
+    let (pool, knobs) = pool(0, 0, 9);
+    for ended in 1..=3 {
+        drop(claim(&pool, LONG).unwrap());
+        assert_eq!(knobs.dismissed.load(Ordering::SeqCst), ended);
+    }
+    let (pool, knobs) = pool_with(limits(0, 1, 9), Release::Reset);
+    drop(claim(&pool, LONG).unwrap());
+    assert_eq!(knobs.dismissed.load(Ordering::SeqCst), 0, "it is used again");
+    claim(&pool, LONG).unwrap().spoilt();
+    assert_eq!(knobs.dismissed.load(Ordering::SeqCst), 1);
 }

@@ -284,7 +284,7 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
     let recipe = Recipe {
         program: base.program.unwrap_or_else(|| "/proc/self/exe".into()),
         directory,
-        hastened: Arc::default(),
+        claimers: Arc::default(),
         _keep: keep,
         stage,
         sandbox: base.sandbox,

@@ -12,6 +12,7 @@
 //! Shells are made by threads of the pool that live as long as any shell does, and destroyed by
 //! others: neither a claim nor the end of one waits for that.
 
+mod alarm;
 mod claim;
 mod workers;
 
@@ -25,6 +26,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use alarm::Alarm;
 use claim::Answer;
 pub use claim::{ClaimError, Lease, Wish};
 
@@ -116,6 +118,8 @@ struct Inner<F: Factory> {
     changed: Condvar,
     /// Somebody waits for a shell that is to be made.
     hurry: AtomicBool,
+    /// Makers are to look whether there is something for them.
+    alarm: Alarm,
 }
 
 /// Lets the threads end.
@@ -231,6 +235,7 @@ impl<F: Factory> Engine<F> {
             ending: Condvar::new(),
             changed: Condvar::new(),
             hurry: AtomicBool::new(false),
+            alarm: Alarm::new()?,
         });
         // Made first: where a thread cannot be started, those that were end.
         let closer = Arc::new(Closer(inner.clone()));
@@ -320,9 +325,6 @@ impl<F: Factory> Engine<F> {
             state.durations.pop_front();
         }
         state.durations.push_back(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
-        if state.lacks_shells(&self.inner.options.limits) {
-            self.inner.making.notify_one();
-        }
     }
 }
 
@@ -344,8 +346,8 @@ impl<F: Factory> Inner<F> {
         self.settle_with(state, true);
     }
 
-    /// The same for a claim: where that has its shell, makers are woken by its end, when it has
-    /// been carried out or is given back.
+    /// The same for a claim: where that has its shell, makers are left alone until it has been
+    /// carried out.
     fn settle_claim(&self, state: &mut State<F>) {
         self.settle_with(state, false);
     }
@@ -354,9 +356,15 @@ impl<F: Factory> Inner<F> {
         state.settle(&self.factory, &self.options.limits);
         let hurry = state.warm > 0 || state.books.servable(&self.options.limits) > 0;
         self.hurry.store(hurry, Ordering::Relaxed);
-        // Where the refill waits, a maker has to know until when.
-        if (makers || state.books.waiting > 0) && state.lacks_shells(&self.options.limits) {
-            self.making.notify_one();
+        if state.lacks_shells(&self.options.limits) {
+            match makers || state.books.waiting > 0 {
+                // Where the refill waits, a maker has to know until when.
+                true => self.making.notify_one(),
+                false => {
+                    let waits = state.refill_waits(Instant::now());
+                    self.alarm.set(waits.unwrap_or(Duration::from_micros(1)));
+                }
+            }
         }
         if !state.ending.is_empty() {
             self.ending.notify_one();

@@ -19,6 +19,7 @@
 //! | [`engine`] | who waits, who makes, who destroys; for any kind of shell |
 //! | [`config`] | what a pool is made of |
 //! | [`shell`] | a shell's process, seen from the pool |
+//! | `claimers` | who claims is served as soon as they wake |
 //! | `background` | shells in the making take what the processors have left |
 //! | `scratch` | the directory of a pool that was given none |
 //! | [`protocol`] | what the two say to each other |
@@ -31,6 +32,7 @@
 //! The other end of a shell is `crate::vmm::shell`.
 
 mod background;
+mod claimers;
 pub mod config;
 pub mod engine;
 pub mod ledger;
@@ -202,6 +204,7 @@ impl RestorePool {
         }
         self.check_fit(from.as_ref())?;
         let (begun, begun_ns) = (Instant::now(), monotonic_ns());
+        pool.engine.factory().claimers.hasten();
         let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         let patience = order.patience.unwrap_or(pool.config.acquire_timeout);
         // Before anybody's shell is taken: what cannot be had is to cost none.
@@ -231,9 +234,7 @@ impl RestorePool {
                     let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
                     let times = ClaimTimes::since(begun_ns, points);
                     pool.engine.note_duration(times.answered);
-                    let vm = PooledRestoreVm::new(lease, times);
-                    pool.engine.factory().runs(vm.pid());
-                    return Ok(vm);
+                    return Ok(PooledRestoreVm::new(lease, times));
                 }
                 Err(error) => error,
             };

@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::cli::{Failure, output};
 use crate::pool::service::client::PoolClient;
 use crate::pool::service::protocol::{Answer, Request, to_hex};
+use crate::slice;
 use crate::spec::time;
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::restore::DiskOverride;
@@ -51,6 +52,8 @@ pub(super) struct Claim {
 
 impl Claim {
     pub(super) fn execute(self) -> Result<(), Failure> {
+        // Before the VM says anything there is little to do, and that is waited for.
+        slice::shorten_own();
         let mut signals = Signals::install()
             .map_err(|error| Failure::Error(format!("taking signals over: {error}")))?;
         let data = self.data()?;

@@ -50,13 +50,7 @@ fn stats(control: &Path) -> Option<Stats> {
 
 /// The process of its disk, if there is one at the moment.
 fn blk(control: &Path) -> Option<i32> {
-    match Client::connect(control).ok()?.ask(Request::Ps).ok()?.0 {
-        Reply::Ps { processes } => {
-            let blk = processes.iter().find(|process| process.role == "blk");
-            blk.map(|blk| blk.pid)
-        }
-        other => panic!("{other:?}"),
-    }
+    pool_support::pid_of(control, "blk")
 }
 
 /// Kills the process of its disk again and again, until the disk has failed or the VM has ended.
@@ -94,10 +88,7 @@ fn a_vm_whose_disk_has_failed_is_given_to_nobody() {
     // While it was nobody's.
     let second = vm.pid();
     release(&pool, vm);
-    let sockets = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
-    let control: Vec<_> = sockets.filter(|path| path.extension().is_none()).collect();
-    assert_eq!(control.len(), 1, "{control:?}");
-    fail_disk(&control[0]);
+    fail_disk(&pool_support::idle(dir.path()));
     common::poll(LIMIT, || (pool.stats().lost == 1).then_some(())).expect("it waits still");
     let vm = healthy(Some(second));
     drop(vm);

@@ -167,7 +167,9 @@ struct State<F: Factory> {
     idle: VecDeque<(u64, F::Shell)>,
     waiting: VecDeque<Waiter<F>>,
     ending: VecDeque<Doomed<F>>,
-    /// Idle shells wanted, by [`Engine::warm`]; what it asked for is kept up until a claim.
+    /// Idle shells wanted, by each [`Engine::warm`] that waits.
+    warming: Vec<usize>,
+    /// The most of them.
     warm: usize,
     draining: bool,
     closed: bool,
@@ -214,6 +216,7 @@ impl<F: Factory> Engine<F> {
             idle: VecDeque::new(),
             waiting: VecDeque::new(),
             ending: VecDeque::new(),
+            warming: Vec::new(),
             warm: 0,
             draining: false,
             closed: false,
@@ -261,18 +264,24 @@ impl<F: Factory> Engine<F> {
         let mut state = inner.lock();
         let target = target.min(inner.options.limits.max_size);
         let failures = state.books.make_failures;
+        state.warming.push(target);
         state.warm = state.warm.max(target);
         state.not_before = None;
         inner.settle(&mut state);
         while state.books.idle < target
             && state.books.make_failures == failures
             && !state.draining
-            && (state.books.making > 0 || state.wants_shell(&inner.options.limits, Instant::now()))
+            // Where the refill leaves the processors to a claim, it goes on soon.
+            && (state.books.making > 0 || state.lacks_shells(&inner.options.limits))
         {
             state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.warm = 0;
-        inner.settle(&mut state); // nobody waits for these any more
+        // Nobody waits for these any more; others may for theirs.
+        if let Some(own) = state.warming.iter().position(|other| *other == target) {
+            state.warming.swap_remove(own);
+        }
+        state.warm = state.warming.iter().copied().max().unwrap_or(0);
+        inner.settle(&mut state);
         state.books.idle
     }
 

@@ -30,6 +30,18 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(3);
 /// How long one may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// How long one that was killed may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+/// How often it is looked whether a claim that is not answered yet is still wanted.
+const WANTED: Duration = Duration::from_millis(50);
+
+/// How long a claim waits for a shell's answer.
+#[derive(Clone, Copy)]
+pub(super) struct Answer<'a> {
+    pub(super) limit: Duration,
+    /// Whether somebody still wants it.
+    pub(super) wanted: Option<&'a dyn Fn() -> bool>,
+}
 
 /// A shell that is none, or did not become a VM.
 #[derive(Debug, thiserror::Error)]
@@ -186,12 +198,26 @@ impl Shell {
         &mut self,
         claim: Claim,
         fds: &[BorrowedFd<'_>],
+        answer: Answer<'_>,
     ) -> Result<(u64, u64), ShellError> {
+        let end = Instant::now() + answer.limit.min(ANSWER_LIMIT);
         self.say(&ToShell::Claim(Box::new(claim)), fds)?;
-        match self.hear(ANSWER_LIMIT)? {
-            FromShell::Claimed { heard_ns, runs_ns } => Ok((heard_ns, runs_ns)),
-            _ => Err(ShellError::Silent),
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.hear(left.min(WANTED)) {
+                Ok(FromShell::Claimed { heard_ns, runs_ns }) => return Ok((heard_ns, runs_ns)),
+                Ok(_) => return Err(ShellError::Silent),
+                Err(ShellError::Silent)
+                    if left > WANTED && answer.wanted.is_none_or(|wanted| wanted()) => {}
+                Err(error) => return Err(error),
+            }
         }
+    }
+
+    /// Ends it without asking. Whether it is gone, and with it its guest.
+    pub(super) fn kill(&mut self) -> bool {
+        let _ = self.child.kill(); // it fails only where it is gone
+        self.wait(KILL_LIMIT).is_some()
     }
 
     fn say(&mut self, message: &ToShell, fds: &[BorrowedFd<'_>]) -> Result<(), ShellError> {

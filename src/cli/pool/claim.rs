@@ -58,7 +58,8 @@ impl Claim {
             .map_err(|error| Failure::Error(format!("taking signals over: {error}")))?;
         let data = self.data()?;
         // The pool is somewhere else.
-        let snapshot = self.snapshot.map(|path| path.canonicalize().unwrap_or(path));
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let snapshot = self.snapshot.map(absolute);
         let request = Request::Claim {
             data: None,
             data_hex: (!data.is_empty()).then(|| to_hex(&data)),
@@ -143,6 +144,7 @@ fn has_end(stdin: BorrowedFd<'_>) -> bool {
     !(data.file_type().is_char_device() && is_null)
 }
 
+/// Checks it, and says it in words that mean the same to the pool, which is somewhere else.
 fn disk(text: &str) -> Result<String, String> {
-    text.parse::<DiskOverride>().map(|_| text.to_string())
+    text.parse::<DiskOverride>()?.absolute()
 }

@@ -183,7 +183,9 @@ fn log_writes(log: Option<OwnedFd>, memory: u64) -> Result<(), Failure> {
         step: STEP.into(),
         message: "hello came without it".into(),
     })?;
-    write_log::set_own(WriteLog::map(log.as_fd(), memory).map_err(Failure::at(STEP))?);
+    let mut log = WriteLog::map(log.as_fd(), memory).map_err(Failure::at(STEP))?;
+    log.take_part();
+    write_log::set_own(log);
     Ok(())
 }
 

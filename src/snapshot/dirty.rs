@@ -3,15 +3,13 @@
 //! | writer | how it is known |
 //! |---|---|
 //! | the guest, and KVM for it | KVM's dirty log, read and cleared |
-//! | device processes | a log each, marked before the write ([`WriteLogs`]) |
-//! | rings of device processes | the VMM knows where they are |
+//! | device processes | a log each, marked before the write and after it ([`WriteLogs`]) |
 //! | the VMM | [`Tracker::wrote`] |
 //! | programs that attached, with memory to write to | they say so ([`WriteLogs::writing`]), or nothing is known any more |
 //!
-//! A device process marks a page before it writes, and its log is cleared only while it
-//! stands still: what it marked stays in every round of a live copy, so that a write that
-//! comes after its mark is not missed. The log of KVM is marked after the write, or at once
-//! with it, and may be cleared at any time.
+//! The log of KVM is marked after the write, or at once with it, those of device processes before
+//! and after it: a write that comes after its mark was taken is marked anew, so that both may be
+//! cleared at any time.
 //!
 //! The logs are shared with plugins that ask what is written ([`super::write_logs`]). Pages are
 //! counted in guest memory's file: a word for each chunk of a snapshot.
@@ -83,16 +81,14 @@ impl Tracker {
         self.logs.note(pages, self.reader);
     }
 
-    /// What the guest wrote since this was last asked, and what device processes wrote since
-    /// the last [`Tracker::cut`]. To be begun before.
+    /// What was written since this was last asked. To be begun before.
     pub fn round(&mut self, machine: &Machine) -> Result<Vec<u64>, KvmError> {
         let Some(reader) = self.reader else { return Ok(vec![u64::MAX; self.chunks()]) };
-        let mut pages = self.logs.take(machine, reader).inspect_err(|_| {
+        let pages = self.logs.read(machine, reader).inspect_err(|_| {
             // Some of the log may have been read and cleared.
             self.base = None;
         })?;
         add(&mut self.since, &pages);
-        self.logs.add_devices(&mut pages);
         Ok(pages)
     }
 
@@ -101,9 +97,7 @@ impl Tracker {
     /// [`Tracker::keep`] says since which snapshot, [`Tracker::forget`] that there is none.
     pub fn cut(&mut self, machine: &Machine) -> Result<(Vec<u64>, Vec<u64>), KvmError> {
         let round = self.round(machine)?;
-        if let Some(reader) = self.reader {
-            self.logs.at_rest(reader);
-        }
+        self.logs.at_rest();
         let mut since = std::mem::replace(&mut self.since, vec![0; round.len()]);
         add(&mut since, &round);
         Ok((round, since))

@@ -5,10 +5,10 @@
 //! who wrote, goes into all of them. One lock is held from the reading of KVM's log to the
 //! clearing of it: two that did so at a time would clear what the other has not seen.
 //!
-//! Devices have a log each, which cannot be emptied while their process runs: a page is marked
-//! before it is written. Its marks are in what every reader is told, until all devices stand
-//! still and the marks are cleared. It is the device's: a process that takes the place of another
-//! marks where that did.
+//! Devices have a log each, which is emptied like KVM's: a page is marked before it is written,
+//! and once more after. What was taken from it since the devices stood still last is remembered:
+//! of a process that dies the second mark is missing, so that for its successor all of that counts
+//! as written once more.
 //!
 //! | reader | since when |
 //! |---|---|
@@ -43,7 +43,7 @@ pub struct Writing(u64);
 #[derive(Debug)]
 pub struct WriteLogs {
     pub(super) memory: u64,
-    /// By id of the device, with what its processes map.
+    /// By id of the device.
     devices: Mutex<Devices>,
     readers: Mutex<Readers>,
     /// A write ended.
@@ -52,7 +52,16 @@ pub struct WriteLogs {
     untold: AtomicBool,
 }
 
-type Devices = BTreeMap<String, (WriteLog, Arc<OwnedFd>)>;
+type Devices = BTreeMap<String, Device>;
+
+#[derive(Debug)]
+struct Device {
+    log: WriteLog,
+    /// What its processes map.
+    fd: Arc<OwnedFd>,
+    /// Marks taken since it stood still.
+    taken: Vec<u64>,
+}
 
 #[derive(Debug, Default)]
 struct Readers {
@@ -82,16 +91,18 @@ impl WriteLogs {
         (self.memory / CHUNK as u64) as usize
     }
 
-    /// The log of a device, for one more process of it: how much memory it is for, and what to
-    /// map.
-    pub fn issue(&self, device: &str) -> Result<(u64, Arc<OwnedFd>), ShmError> {
+    /// The log of a device, for one more process of it, when all that the one before did is over:
+    /// how much memory it is for, and what to map.
+    pub fn issue(&self, name: &str) -> Result<(u64, Arc<OwnedFd>), ShmError> {
+        let mut readers = self.readers();
         let mut devices = self.devices();
-        if let Some((_, fd)) = devices.get(device) {
-            return Ok((self.memory, fd.clone()));
+        if let Some(device) = devices.get(name) {
+            readers.note(&device.taken);
+            return Ok((self.memory, device.fd.clone()));
         }
         let (log, fd) = WriteLog::new(self.memory)?;
-        let fd = Arc::new(fd);
-        devices.insert(device.to_string(), (log, fd.clone()));
+        let (fd, taken) = (Arc::new(fd), vec![0; self.chunks()]);
+        devices.insert(name.to_string(), Device { log, fd: fd.clone(), taken });
         Ok((self.memory, fd))
     }
 
@@ -102,7 +113,7 @@ impl WriteLogs {
             machine.log_dirty_pages(true)?;
         }
         // KVM has all pages in its log at first; and what comes from before is for the others.
-        let read = machine.take_dirty_pages().inspect(|pages| readers.note(pages));
+        let read = self.take_all(machine).inspect(|pages| readers.note(pages));
         if let Err(error) = read {
             readers.stop_if_alone(machine)?;
             return Err(error);
@@ -121,33 +132,35 @@ impl WriteLogs {
         }
     }
 
-    /// What was written since the reader last asked, device processes left out.
-    pub(super) fn take(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
-        self.readers().take(&machine.take_dirty_pages()?, reader, self.chunks())
+    /// What was written since the reader last asked.
+    pub fn read(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
+        // One lock from the reading of the logs to the clearing of them.
+        let mut readers = self.readers();
+        readers.take(&self.take_all(machine)?, reader, self.chunks())
     }
 
-    /// All that was written since the reader last asked. What device processes wrote is in it once
-    /// more each time, until they stand still.
-    pub fn read(&self, machine: &Machine, reader: Reader) -> Result<Vec<u64>, KvmError> {
-        let mut readers = self.readers();
-        let mut pages = readers.take(&machine.take_dirty_pages()?, reader, self.chunks())?;
-        self.devices().values().for_each(|(log, _)| log.add_to(&mut pages));
+    /// What the logs have, which are empty then. With the readers locked.
+    fn take_all(&self, machine: &Machine) -> Result<Vec<u64>, KvmError> {
+        let mut pages = machine.take_dirty_pages()?;
+        self.take_devices(&mut pages);
         Ok(pages)
     }
 
-    /// Adds what device processes wrote since they last stood still.
-    pub(super) fn add_devices(&self, pages: &mut [u64]) {
-        self.devices().values().for_each(|(log, _)| log.add_to(pages));
+    fn take_devices(&self, pages: &mut [u64]) {
+        for Device { log, taken, .. } in self.devices().values_mut() {
+            log.take(|n, bits| {
+                if let (Some(page), Some(taken)) = (pages.get_mut(n), taken.get_mut(n)) {
+                    *page |= bits;
+                    *taken |= bits;
+                }
+            });
+        }
     }
 
-    /// Device processes stand still, and `reader` has what they wrote: their logs begin anew.
-    pub(super) fn at_rest(&self, reader: Reader) {
-        let mut readers = self.readers();
-        let mut pages = vec![0; self.chunks()];
-        let devices = self.devices();
-        devices.values().for_each(|(log, _)| log.add_to(&mut pages));
-        readers.note_others(&pages, Some(reader));
-        devices.values().for_each(|(log, _)| log.clear());
+    /// Device processes stand still, and what they marked has been taken: nothing that was begun
+    /// is to be ended by another process.
+    pub(super) fn at_rest(&self) {
+        self.devices().values_mut().for_each(|device| device.taken.fill(0));
     }
 
     /// These pages were written, all but `reader` have to know.
@@ -339,10 +352,43 @@ mod tests {
         }
         let (memory, other) = logs.issue("disk1").expect("log");
         WriteLog::map(other.as_fd(), memory).expect("map").mark(64 * PAGE as u64, 1);
-        let mut pages = [0; 2];
-        logs.add_devices(&mut pages);
-        assert_eq!(pages, [0x3ff, 1]);
+        let taken = || {
+            let mut pages = [0; 2];
+            logs.take_devices(&mut pages);
+            pages
+        };
+        assert_eq!(taken(), [0x3ff, 1]);
+        assert_eq!(taken(), [0, 0]);
         assert_eq!(logs.devices().len(), 2);
+    }
+
+    /// A process that died may have written what it had marked, after the mark was taken.
+    #[test]
+    fn what_a_process_marked_that_died_counts_once_more() {
+        let logs = WriteLogs::new(CHUNK as u64);
+        let reader = {
+            let mut readers = logs.readers();
+            let reader = Reader(readers.number());
+            readers.unread.insert(reader, vec![0]);
+            reader
+        };
+        let take = || {
+            let mut pages = [0];
+            logs.take_devices(&mut pages);
+            logs.readers().take(&pages, reader, 1).unwrap()[0]
+        };
+        let (memory, fd) = logs.issue("disk0").expect("log");
+        let process = WriteLog::map(fd.as_fd(), memory).expect("map");
+        process.mark(0, 1);
+        logs.at_rest(); // not taken yet
+        assert_eq!((take(), take()), (1, 0));
+        process.mark(PAGE as u64, 1);
+        assert_eq!((take(), take()), (0b10, 0));
+        logs.issue("disk0").expect("log");
+        assert_eq!((take(), take()), (0b11, 0));
+        logs.at_rest();
+        logs.issue("disk0").expect("log");
+        assert_eq!(take(), 0);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use crate::blk::engine::{Engine, Job, SyncEngine, Uring, UringEngine};
 use crate::blk::execute::Disk;
 use crate::blk::memory::Memory;
 use crate::blk::request::Operation;
+use crate::blk::view::View;
+use crate::protocol::write_log::WriteLog;
 
 const SIZE: u64 = 64 << 10;
 /// Guest memory, and where its status bytes are.
@@ -92,13 +94,14 @@ fn on_both(
     ),
 ) {
     let guest = memory();
-    let mut sync = SyncEngine::new(disk, false);
+    let view = View::new(&guest).expect("view");
+    let mut sync = SyncEngine::new(disk, &view, false);
     test(
         &mut |operation, parts, ranges| request(&mut sync, &guest, operation, parts, ranges),
         &guest,
     );
     let mut uring = Uring::new(disk, None).expect("io_uring");
-    let mut engine = UringEngine::new(&mut uring, disk, false);
+    let mut engine = UringEngine::new(&mut uring, disk, &view, false);
     test(
         &mut |operation, parts, ranges| request(&mut engine, &guest, operation, parts, ranges),
         &guest,
@@ -199,8 +202,9 @@ fn parts_of_blocks_are_not_lost_to_each_other() {
                 scope.spawn(move || {
                     let guest = memory();
                     let mut uring = Uring::new(disk, None).expect("io_uring");
-                    let mut ring = UringEngine::new(&mut uring, disk, false);
-                    let mut sync = SyncEngine::new(disk, false);
+                    let view = View::new(&guest).expect("view");
+                    let mut ring = UringEngine::new(&mut uring, disk, &view, false);
+                    let mut sync = SyncEngine::new(disk, &view, false);
                     let mut write = |offset: u64, parts: &[(u64, usize)]| {
                         let operation = Operation::Write(offset);
                         if by_ring {
@@ -317,4 +321,37 @@ proptest! {
         });
         prop_assert!(content(&image) == **model.borrow());
     }
+}
+
+/// Pages of memory that were marked before a request was begun may be taken while it is under way.
+#[test]
+fn what_was_filled_is_marked_when_it_is_over() {
+    let file = tempfile::tempfile().expect("file");
+    file.set_len(SIZE).expect("size");
+    let (read_only, id, direct, overlay) = (false, [7; 20], None, None);
+    let disk = Disk { file, size: SIZE, block_size: 512, read_only, id, direct, overlay };
+    let guest = memory();
+    let (log, _fd) = WriteLog::new(MEMORY).expect("log");
+    let view = View::logged(&guest, &log);
+    let taken = || {
+        let mut pages = 0;
+        log.take(|n, bits| pages |= if n == 0 { bits } else { 0 });
+        pages
+    };
+    let check = |engine: &mut dyn FnMut(Operation, &[(u64, usize)])| {
+        let parts = &[(0x1000, 512), (0x2fff, 2), (0x5000, 510)];
+        engine(Operation::Read(512), parts);
+        assert_eq!(taken(), 0b10_1110, "a read");
+        engine(Operation::Read(SIZE - 512), &[(0x6000, 1024)]);
+        assert_eq!(taken(), 0b100_0000, "one that fails half way");
+        engine(Operation::Write(512), parts);
+        assert_eq!(taken(), 0, "a write");
+        engine(Operation::GetId, &[(0x1000, 20)]);
+        assert_eq!(taken(), 0b10, "the serial number");
+    };
+    let mut sync = SyncEngine::new(&disk, &view, false);
+    check(&mut |operation, parts| drop(request(&mut sync, &guest, operation, parts, &[])));
+    let mut uring = Uring::new(&disk, None).expect("io_uring");
+    let mut engine = UringEngine::new(&mut uring, &disk, &view, false);
+    check(&mut |operation, parts| drop(request(&mut engine, &guest, operation, parts, &[])));
 }

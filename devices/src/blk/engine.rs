@@ -21,6 +21,7 @@ use super::clear::Range;
 use super::execute::{Disk, ExecuteError, Executor};
 use super::memory::Slice;
 use super::request::Operation;
+use super::view::View;
 pub use uring::UringError;
 pub(super) use uring::{Uring, UringEngine};
 
@@ -118,14 +119,15 @@ const TOGETHER: usize = 8;
 #[derive(Debug)]
 pub(super) struct SyncEngine<'d, 'm> {
     disk: &'d Disk,
+    memory: &'m View<'m>,
     executor: Executor,
     over: VecDeque<Done<'m>>,
 }
 
-impl<'d> SyncEngine<'d, '_> {
-    pub fn new(disk: &'d Disk, write_through: bool) -> Self {
+impl<'d, 'm> SyncEngine<'d, 'm> {
+    pub fn new(disk: &'d Disk, memory: &'m View<'m>, write_through: bool) -> Self {
         let over = VecDeque::with_capacity(TOGETHER);
-        SyncEngine { disk, executor: Executor::new(write_through), over }
+        SyncEngine { disk, memory, executor: Executor::new(write_through), over }
     }
 }
 
@@ -139,6 +141,9 @@ impl<'m> Engine<'m> for SyncEngine<'_, 'm> {
     ) -> Result<Option<Done<'m>>, EngineError> {
         let mut filled = 0;
         let result = self.executor.execute(self.disk, job.operation, data, ranges, &mut filled);
+        if job.operation.fills() {
+            data.iter().for_each(|slice| self.memory.has_written(slice));
+        }
         self.over.push_back(Done { job, filled, result });
         Ok(None)
     }

@@ -40,6 +40,14 @@ pub(super) enum Operation {
     Clear(Clear),
 }
 
+impl Operation {
+    /// Whether it writes to guest memory.
+    #[inline]
+    pub fn fills(self) -> bool {
+        matches!(self, Operation::Read(_) | Operation::GetId)
+    }
+}
+
 /// Why a request is answered with an error, without touching the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {

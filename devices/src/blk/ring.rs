@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use super::chain::Chain;
 use super::config::QUEUE_SIZE;
 use super::inflight::{InflightError, Record, Tracker};
+use super::memory::Slice;
 use super::prefetch::prefetch;
 use super::view::View;
 
@@ -101,6 +102,8 @@ impl RingError {
 #[derive(Debug)]
 pub(super) struct Ring<'m> {
     memory: &'m View<'m>,
+    /// What of it is written to.
+    used_ring: Vec<Slice<'m>>,
     queue: Queue,
     tracker: Option<Tracker>,
     /// Chains that a process before this one took and did not answer, the first last.
@@ -144,13 +147,33 @@ impl<'m> Ring<'m> {
             }
             (tracker, unfinished) = (Some(past.tracker), past.unfinished);
         }
-        // It is set up anew after every cut, before anything is written to it.
-        for slice in memory.slices(layout.used, 6 + 8 * usize::from(layout.size)).flatten() {
-            memory.will_write(&slice);
-        }
+        let used_ring = memory.slices(layout.used, 6 + 8 * usize::from(layout.size));
+        let used_ring: Vec<_> = used_ring.flatten().collect();
+        used_ring.iter().for_each(|slice| memory.will_write(slice));
         let (batch, last) = (Vec::with_capacity(usize::from(layout.size)), Taken::Nothing);
         let (answered, announced, promised) = (0, used, false);
-        Ok(Ring { memory, queue, tracker, unfinished, batch, answered, announced, last, promised })
+        Ok(Ring {
+            memory,
+            used_ring,
+            queue,
+            tracker,
+            unfinished,
+            batch,
+            answered,
+            announced,
+            last,
+            promised,
+        })
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &'m View<'m> {
+        self.memory
+    }
+
+    /// Notes that the used ring was written to.
+    fn has_written(&self) {
+        self.used_ring.iter().for_each(|slice| self.memory.has_written(slice));
     }
 
     /// First available entry not taken yet.
@@ -305,6 +328,7 @@ impl<'m> Ring<'m> {
             tracker.published(&self.batch, used);
         }
         self.batch.clear();
+        self.has_written();
         Ok(())
     }
 
@@ -339,12 +363,15 @@ impl<'m> Ring<'m> {
 
     /// Asks the driver for no kicks: the ring is being looked at anyway.
     pub fn suppress_kicks(&mut self) -> Result<(), RingError> {
-        self.queue.disable_notification(self.memory).map_err(RingError::Poisoned)
+        let done = self.queue.disable_notification(self.memory).map_err(RingError::Poisoned);
+        self.has_written();
+        done
     }
 
     /// Asks the driver for a kick at the next chain. True if one came meanwhile.
     pub fn request_kicks(&mut self) -> Result<bool, RingError> {
         self.promised = self.queue.enable_notification(self.memory).map_err(RingError::Poisoned)?;
+        self.has_written();
         Ok(self.promised)
     }
 }

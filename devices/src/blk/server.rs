@@ -143,11 +143,11 @@ impl Server {
         let write_through = start.write_through && disk.is_durable();
         match &mut self.uring {
             Some(uring) => {
-                let engine = UringEngine::new(uring, disk, write_through);
+                let engine = UringEngine::new(uring, disk, &view, write_through);
                 self.queue.run(start, Service::new(ring, parser, engine, paid), next_avail)
             }
             None => {
-                let engine = SyncEngine::new(disk, write_through);
+                let engine = SyncEngine::new(disk, &view, write_through);
                 self.queue.run(start, Service::new(ring, parser, engine, paid), next_avail)
             }
         }
@@ -361,7 +361,7 @@ impl Queue {
             Ok(body) => body,
             Err(refusal) => {
                 let status = self.refuse(refusal);
-                let len = answer(request.status, status, 0, request.writable);
+                let len = answer(&service.ring, request.status, status, 0, request.writable);
                 self.begin_request(&service.ring, &mut service.paid);
                 service.answered = true;
                 service.ring.push_used(head, len)?;
@@ -436,7 +436,8 @@ impl Queue {
                 VIRTIO_BLK_S_IOERR as u8
             }
         };
-        ring.push_used(job.head, answer(job.status, status, filled, job.writable))
+        let len = answer(ring, job.status, status, filled, job.writable);
+        ring.push_used(job.head, len)
     }
 
     #[cold]
@@ -527,10 +528,11 @@ impl Queue {
 /// Writes a status; returns the length for the used entry: that of a prefix of the
 /// writable bytes that was really written.
 #[inline]
-fn answer(at: Slice<'_>, status: u8, filled: u64, writable: u64) -> u32 {
+fn answer(ring: &Ring<'_>, at: Slice<'_>, status: u8, filled: u64, writable: u64) -> u32 {
     if at.write_obj(status, 0).is_err() {
         return 0;
     }
+    ring.memory().has_written(&at);
     let len = if filled == writable { filled + 1 } else { filled };
     u32::try_from(len).unwrap_or(u32::MAX)
 }

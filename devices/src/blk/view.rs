@@ -6,6 +6,7 @@
 
 use std::iter::FusedIterator;
 
+use libc::iovec;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
@@ -46,15 +47,37 @@ impl<'m> View<'m> {
         Ok(View { runs, log: write_log::own() })
     }
 
+    /// One that notes what is written in `log`.
+    #[cfg(test)]
+    pub fn logged(memory: &'m Memory, log: &'m WriteLog) -> View<'m> {
+        View { log: Some(log), ..View::new(memory).expect("view") }
+    }
+
     /// Notes that `slice`, a part of this memory, is going to be written.
     #[inline]
     pub fn will_write(&self, slice: &Slice<'_>) {
+        self.note(slice.ptr_guard().as_ptr() as usize, slice.len());
+    }
+
+    /// Notes that it has been.
+    #[inline]
+    pub fn has_written(&self, slice: &Slice<'_>) {
+        self.will_write(slice);
+    }
+
+    /// Notes that what an iovec names, a part of this memory, has been written.
+    #[inline]
+    pub fn has_written_to(&self, iovec: &iovec) {
+        self.note(iovec.iov_base as usize, iovec.iov_len);
+    }
+
+    #[inline]
+    fn note(&self, at: usize, len: usize) {
         let Some(log) = self.log else { return };
-        let at = slice.ptr_guard().as_ptr() as usize;
         for run in &self.runs {
             let into = at.wrapping_sub(run.memory.ptr_guard().as_ptr() as usize);
             if into < run.memory.len() {
-                return log.mark(run.offset + into as u64, slice.len() as u64);
+                return log.mark(run.offset + into as u64, len as u64);
             }
         }
     }

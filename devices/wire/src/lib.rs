@@ -8,6 +8,7 @@
 
 mod channel;
 mod codec;
+pub mod membarrier;
 mod shm;
 mod uffd;
 

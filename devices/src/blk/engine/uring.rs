@@ -24,6 +24,7 @@ use crate::blk::execute::{Disk, ExecuteError, Executor, MAX_IOVECS, fill_iovecs}
 use crate::blk::memory::Slice;
 use crate::blk::request::Operation;
 use crate::blk::turns::Turns;
+use crate::blk::view::View;
 
 /// Jobs in flight, at most: a full queue.
 const SLOTS: usize = QUEUE_SIZE as usize;
@@ -122,6 +123,7 @@ struct Slot<'m> {
 pub(in crate::blk) struct UringEngine<'s, 'm> {
     uring: &'s mut Uring,
     disk: &'s Disk,
+    memory: &'m View<'m>,
     write_through: bool,
     slots: Vec<Slot<'m>>,
     free: Vec<u16>,
@@ -134,7 +136,12 @@ pub(in crate::blk) struct UringEngine<'s, 'm> {
 }
 
 impl<'s, 'm> UringEngine<'s, 'm> {
-    pub fn new(uring: &'s mut Uring, disk: &'s Disk, write_through: bool) -> Self {
+    pub fn new(
+        uring: &'s mut Uring,
+        disk: &'s Disk,
+        memory: &'m View<'m>,
+        write_through: bool,
+    ) -> Self {
         let slots = (0..SLOTS).map(|_| Slot::default()).collect();
         let free = (0..QUEUE_SIZE).rev().collect();
         let executor = Executor::new(write_through);
@@ -142,6 +149,7 @@ impl<'s, 'm> UringEngine<'s, 'm> {
         UringEngine {
             uring,
             disk,
+            memory,
             write_through,
             slots,
             free,
@@ -226,6 +234,9 @@ impl<'s, 'm> UringEngine<'s, 'm> {
     fn at_once(&mut self, job: Job<'m>, data: &[Slice<'m>], ranges: &[Range]) -> Done<'m> {
         let mut filled = 0;
         let result = self.executor.execute(self.disk, job.operation, data, ranges, &mut filled);
+        if job.operation.fills() {
+            data.iter().for_each(|slice| self.memory.has_written(slice));
+        }
         Done { job, filled, result }
     }
 
@@ -238,15 +249,24 @@ impl<'s, 'm> UringEngine<'s, 'm> {
         let has_share = std::mem::take(&mut slot.has_share);
         let moved = u64::try_from(result).unwrap_or(0);
         let is_transfer = job.operation != Operation::Flush;
+        // All of it, whatever came of it. What is done of it here is noted where it is done.
+        if job.operation.fills() {
+            slot.iovecs.iter().for_each(|iovec| self.memory.has_written_to(iovec));
+        }
         let (moved, result) = match -result {
             ..=0 if moved >= job.bytes || !is_transfer => (moved, Ok(())),
             ..=0 | libc::EAGAIN | libc::EINTR => {
+                let whole = slot.iovecs.clone();
                 // SAFETY: the slot's iovecs name slices of 'm, and there are at most
                 // MAX_IOVECS.
-                unsafe {
+                let gone_on = unsafe {
                     let file = &self.disk.file;
                     self.executor.go_on(file, job.operation, &mut slot.iovecs, moved)
+                };
+                if job.operation.fills() {
+                    whole.iter().for_each(|iovec| self.memory.has_written_to(iovec));
                 }
+                gone_on
             }
             errno => (0, Err(ExecuteError::Io(io::Error::from_raw_os_error(errno)))),
         };

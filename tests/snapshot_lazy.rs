@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output as Ended};
 use std::time::{Duration, Instant};
 
+use cellblock::control::client::{Client, ClientError};
+use cellblock::control::protocol::Request;
 use cellblock::snapshot::format::{CHUNK, Chain, Snapshot};
+use common::trace::Traced;
 use common::{LIMIT, Vm};
 
 fn cellblock(args: &[&str]) -> Ended {
@@ -92,6 +95,42 @@ fn a_vm_whose_memory_still_comes_can_be_written_down() {
         snapshot(&mut lazy, &at(name), options);
         goes_on_and_ends(restored(&at(name), "eager"));
     }
+    goes_on_and_ends(vm);
+}
+
+/// Who has to wait for memory that still comes lets others have their answers.
+#[test]
+fn a_hold_that_waits_for_memory_keeps_nobody_else_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20 touch=200").memory("384M").start();
+    vm.wait_for_line("pause: n=20 ");
+    snapshot(&mut vm, &at, &["--stop"]);
+    let mut vm = restored(&at, "lazy");
+    vm.stats();
+    // No memory comes from here on.
+    let pager = Traced::hold(vm.pid(), "pager");
+    let control = vm.path("control");
+    let (asked, answered) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let held = scope.spawn(move || {
+            let mut client = Client::connect(&control).unwrap();
+            let limit = Duration::from_secs(5);
+            asked.send(()).unwrap();
+            let cut = client.snapshot(true, false, limit, "test", LIMIT);
+            cut.map(|_| client.ask(Request::Resume).unwrap())
+        });
+        answered.recv().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        for _ in 0..20 {
+            vm.stats();
+        }
+        let second = vm.try_ask(Request::Reset);
+        assert!(matches!(second, Err(ClientError::Refused { .. })), "{second:?}");
+        assert!(!held.is_finished(), "there is a cut without its memory");
+        pager.release();
+        held.join().unwrap().unwrap();
+    });
     goes_on_and_ends(vm);
 }
 

@@ -444,7 +444,11 @@ impl Temporary {
             e => self.failed("giving it its name")(e),
         })?;
         self.renamed = true;
-        fsync(self.parent.as_fd()).map_err(self.failed("making its name durable"))
+        let Err(e) = fsync(self.parent.as_fd()) else { return Ok(()) };
+        // Who is told that there is no snapshot is to find none.
+        let back = renameat2(&self.parent, to, &self.parent, from, RenameFlags::empty());
+        self.renamed = back.is_err();
+        Err(self.failed("making its name durable")(e))
     }
 
     fn failed(&self, step: &'static str) -> impl FnOnce(Errno) -> WriteError {

@@ -9,10 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use cellblock::control::client::{Client, ClientError};
-use cellblock::control::protocol::{Reply, Request, State};
+use cellblock::control::protocol::{DeviceState, Reply, Request, State};
 use cellblock::snapshot::format::Snapshot;
 use cellblock::snapshot::state::MicrovmState;
-use common::Vm;
+use common::{LIMIT, Vm, deaths};
 use nix::sys::signal::Signal;
 
 const RESETS: u64 = 8;
@@ -86,12 +86,12 @@ fn a_cut_from_before_a_reset_cannot_be_kept() {
     for known in [false, true] {
         let mut client = Client::connect(&vm.path("control")).unwrap();
         let limit = Duration::from_secs(5);
-        client.snapshot(false, false, limit, "test", common::LIMIT).unwrap();
+        client.snapshot(false, false, limit, "test", LIMIT).unwrap();
         vm.ask(Request::Reset);
         let refused = kept(&mut client, "a");
         assert!(matches!(refused, Err(ClientError::Refused { .. })), "{known}: {refused:?}");
         // The cuts that follow can, once each.
-        let cut = client.snapshot(false, false, limit, "test", common::LIMIT).unwrap();
+        let cut = client.snapshot(false, false, limit, "test", LIMIT).unwrap();
         let base = Snapshot::open(&at).unwrap().manifest().id.to_string();
         assert_eq!(cut.report.base, Some(base));
         if known {
@@ -102,6 +102,32 @@ fn a_cut_from_before_a_reset_cannot_be_kept() {
     vm.say(b"q");
     vm.wait_for("pause: ok");
     vm.ends_well();
+}
+
+/// It would go on as in the snapshot, but for a disk of which every request fails.
+#[test]
+fn a_vm_with_a_disk_that_has_failed_is_not_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let mut vm = Vm::restore(&at).start();
+    vm.wait_for_line("pause: n=");
+    let events = vm.events();
+    for _ in 0..4 {
+        deaths::kill_and_wait(&mut vm, &events, "blk", "disk0");
+    }
+    common::send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    let failed = |vm: &mut Vm| (vm.stats().disks[0].state == DeviceState::Failed).then_some(());
+    common::poll(LIMIT, || failed(&mut vm)).expect("its disk does not fail");
+    match vm.try_ask(Request::Reset) {
+        Err(ClientError::Refused { message, remedy }) => {
+            assert!(message.contains("device 'disk0' has failed"), "{message}");
+            assert_eq!(remedy.as_deref(), Some("restore the snapshot anew"));
+        }
+        other => vm.fail(&format!("it was reset: {other:?}")),
+    }
 }
 
 /// A reset of a VM whose processes do not come to rest is none: the guest goes on from where it was.
@@ -166,7 +192,7 @@ fn a_reset_gives_a_disk_the_budget_that_it_had() {
 fn cut(vm: &Vm) -> Vec<u8> {
     let mut client = Client::connect(&vm.path("control")).unwrap();
     let limit = Duration::from_secs(5);
-    let cut = client.snapshot(false, false, limit, "test", common::LIMIT).unwrap();
+    let cut = client.snapshot(false, false, limit, "test", LIMIT).unwrap();
     let mut bytes = vec![0; cut.report.state as usize];
     File::from(cut.state).read_exact_at(&mut bytes, 0).unwrap();
     bytes

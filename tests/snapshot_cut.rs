@@ -137,6 +137,33 @@ fn a_process_that_does_not_answer_fails_the_cut_in_time() {
     vm.ends_well();
 }
 
+/// A process that could never be told to go on is not waited for: another takes its place.
+#[test]
+fn a_process_with_no_room_for_messages_is_replaced() {
+    let mut vm = Vm::with("mode=pause every=20").disk(4).arg("--device-timeout").arg("0").start();
+    vm.wait_for("pause: n=20 ");
+    let events = vm.events();
+    common::send(vm.pid_of("blk", "disk0"), Signal::SIGSTOP);
+    let throttle = |iops| Request::Throttle {
+        id: "disk0".into(),
+        bw: None,
+        bw_burst: None,
+        iops: Some(iops),
+        iops_burst: None,
+    };
+    let full = (1_000_000..1_100_000).any(|iops| vm.try_ask(throttle(iops)).is_err());
+    assert!(full, "it takes any number of messages");
+    let result = cut_within(&vm, false, Duration::from_millis(300));
+    assert!(matches!(result, Err(ClientError::Refused { .. })), "{result:?}");
+    vm.wait_for_event(&events, |event| matches!(event, EventKind::DeviceReplaced { .. }));
+    vm.wait_for("pause: n=");
+    cut(&mut vm);
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 /// A guest that its user has paused does not run because a snapshot failed.
 #[test]
 fn a_paused_vm_stays_paused_when_its_snapshot_fails() {

@@ -251,6 +251,24 @@ fn policies_of_ones_own() {
     assert!(end.stderr.contains("plugin.policy, line 2: no system call `foo`"), "{}", end.stderr);
 }
 
+/// A policy as it was written when the C library made other calls: it has clone and nanosleep, and
+/// neither clone3 nor clock_nanosleep.
+#[test]
+fn a_policy_of_another_time_still_has_threads_that_sleep() {
+    let dir = tempfile::tempdir().unwrap();
+    let policy = "# one thread a vCPU\n\
+                  clone: arg0 & CLONE_THREAD\n\
+                  nanosleep: 1\n\
+                  {recvmsg, sendmsg, poll, memfd_create, ftruncate, fcntl, lseek}: 1\n\
+                  {madvise, sigaltstack, sched_yield, clock_gettime}: 1\n\
+                  mmap: arg2 in ~PROT_EXEC || arg2 in ~PROT_WRITE\n\
+                  mprotect: arg2 in ~PROT_EXEC\n";
+    std::fs::write(dir.path().join("plugin.policy"), policy).unwrap();
+    let plugin = Plugin::new("smp").cpus(3).arguments(&["3"]).option("--seccomp-policy-dir");
+    let end = plugin.option(dir.path().to_str().unwrap()).start().finish();
+    assert_eq!(end.status.code(), Some(0), "{}", end.stderr);
+}
+
 #[test]
 fn what_cannot_be_is_said() {
     let usage = |options: &[&str]| run::usage(options);

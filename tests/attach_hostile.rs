@@ -353,6 +353,25 @@ fn a_line_goes_down_with_the_last_who_holds_it_up() {
     stops_soon(vm);
 }
 
+#[test]
+fn an_interrupt_event_ends_with_its_program() {
+    let (vm, _dir) = saying("", &[]);
+    let looks = attach(&vm);
+    let up = || looks.pic_state(false).unwrap().last_irr & 4 != 0;
+    let makes = attach(&vm);
+    let event = makes.create_irq_event(10).unwrap();
+    let kept = event.fd().try_clone_to_owned().unwrap();
+    let raise = || assert_eq!(nix::unistd::write(&kept, &1u64.to_ne_bytes()), Ok(8));
+    raise();
+    common::poll(common::LIMIT, || up().then_some(())).expect("an interrupt");
+    drop((event, makes));
+    common::poll(common::LIMIT, || (!up()).then_some(())).expect("its line goes down");
+    raise();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!up());
+    stops_soon(vm);
+}
+
 /// A watcher that dies with an access takes it from nobody.
 #[test]
 fn each_watcher_sees_every_access_when_another_dies_over_one() {

@@ -237,9 +237,10 @@ impl Server {
         }
     }
 
-    fn close_all(mut self) {
-        while let Some(id) = self.connections.keys().next().copied() {
-            self.close(id);
+    /// The VM ends, and with it all that plugins made: nothing is undone, one by one.
+    fn close_all(self) {
+        for Connection { session, .. } in self.connections.values() {
+            self.hub.leave(session);
         }
     }
 

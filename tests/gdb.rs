@@ -220,6 +220,21 @@ fn gdb_lets_two_vcpus_go_that_stopped_at_one_breakpoint() {
 }
 
 #[test]
+fn gdb_without_memory_says_what_to_do() {
+    let (mut vm, _dir) = counting(",memory=none", 1);
+    drop(attach(&vm));
+    let output = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+        .args(["gdb", vm.path("plugin").to_str().unwrap(), "--listen", "/tmp/never"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(text.contains("hands out no memory") && text.contains("memory=rw"), "{text}");
+    vm.ask(Request::Stop);
+    vm.ends_well();
+}
+
+#[test]
 fn gdb_without_a_vm_says_what_to_do() {
     let output = Command::new(env!("CARGO_BIN_EXE_cellblock"))
         .args(["gdb", "/nonexistent", "--listen", "/tmp/never"])

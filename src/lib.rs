@@ -16,6 +16,7 @@ pub mod plugin;
 pub mod plugin_process;
 pub mod pool;
 pub mod remedy;
+mod slice;
 pub mod snapshot;
 pub mod spec;
 pub mod terminal;

@@ -63,6 +63,7 @@ impl Handler for Vm {
                 Reply::error(format!("there is no disk {id}"), Some("see 'cellblock stats'"))
             }
             Request::Snapshot { .. }
+            | Request::Held
             | Request::Kept { .. }
             | Request::AwaitTrigger
             | Request::Reset => Reply::error("not of this VM", None),

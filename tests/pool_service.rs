@@ -7,7 +7,7 @@ mod pool_support;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Output, Stdio};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::Duration;
 
 use cellblock::pool::service::client::{ClientError, PoolClient};
@@ -116,7 +116,10 @@ struct Holder {
 impl Holder {
     fn start(service: &Service, words: &[&str]) -> Holder {
         let mut command = cellblock(&["pool", "claim"]);
-        command.arg(service.path()).args(words);
+        Holder::of(command.arg(service.path()).args(words))
+    }
+
+    fn of(command: &mut Command) -> Holder {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();
@@ -227,7 +230,17 @@ fn a_disk_can_be_another_one() {
     assert!(text.contains("no disk 'disk9'"), "{text}");
     service.eventually("its return", |stats| stats.in_use == 0);
     let stats = service.stats();
-    assert_eq!((stats.restore_failures, stats.violations), (1, 0));
+    assert_eq!((stats.restore_failures, stats.violations), (0, 0));
+    // A path is that of whoever claims, wherever the pool is.
+    let mut command = cellblock(&["pool", "claim", "--json", "--disk", "id=disk0,path=disk.other"]);
+    command.arg("--data").arg("touch").arg(service.path());
+    let command = command.current_dir(other.parent().unwrap());
+    let mut holder = Holder::of(command);
+    let Answer::Claim(vm) = serde_json::from_str(&holder.line).unwrap() else { panic!() };
+    let files: Vec<String> = proc::files(vm.pid as i32).into_values().collect();
+    assert!(files.iter().any(|file| file == other.to_str().unwrap()), "{files:?}");
+    holder.stdin = None;
+    holder.ends();
 }
 
 #[test]
@@ -374,6 +387,15 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         ("nonsense", "that is no request"),
         ("{\"request\":\"claim\",\"data_hex\":\"0\"}", "no hexadecimal digits"),
         ("{\"request\":\"claim\",\"disks\":[\"disk\"]}", "say which disk"),
+        (
+            "{\"request\":\"claim\",\"disks\":[\"id=a,path=b\"]}",
+            "b: the pool wants paths that begin",
+        ),
+        (
+            "{\"request\":\"claim\",\"disks\":[\"id=a,cow=b\"]}",
+            "b: the pool wants paths that begin",
+        ),
+        ("{\"request\":\"claim\",\"snapshot\":\"s\"}", "s: the pool wants paths that begin"),
         ("{\"request\":\"release\"}", "has no VM"),
     ] {
         let mut stream = UnixStream::connect(service.path()).unwrap();

@@ -7,12 +7,15 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cellblock::control::client::{Client, ClientError, Cut};
 use cellblock::control::protocol::{EventKind, Request, State};
 use cellblock::snapshot::state::MicrovmState;
+use common::trace::Traced;
 use common::{LIMIT, Vm};
+use nix::libc;
 use nix::sys::signal::Signal;
 
 /// Cycles of the standing test; `CELLBLOCK_CYCLES` has it do more, as 5000.
@@ -156,6 +159,58 @@ fn a_held_vm_stands_still_until_its_client_says_or_goes() {
     let (mut client, _held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
     client.ask(Request::Stop).unwrap();
     vm.ends_well();
+}
+
+/// Whoever reads a VM that it holds reads one moment: nobody else has it go on, and a hold that
+/// is over is known to be.
+#[test]
+fn a_hold_is_its_clients_alone() {
+    let mut vm = Vm::with("mode=pause every=10").disk(4).start();
+    vm.wait_for("pause: n=10 ");
+    let (mut client, held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
+    let before = contents(held.memory.try_clone().unwrap());
+    for request in [Request::Resume, Request::Held, Request::Reset] {
+        match vm.try_ask(request.clone()) {
+            Err(ClientError::Refused { message, .. }) if request == Request::Resume => {
+                assert!(message.contains("held for a snapshot"), "{message}");
+            }
+            Err(ClientError::Refused { .. }) => {}
+            other => vm.fail(&format!("{request:?}: {other:?}")),
+        }
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(contents(held.memory) == before, "the guest ran");
+    client.ask(Request::Held).unwrap();
+    client.ask(Request::Resume).unwrap();
+    assert!(client.ask(Request::Held).is_err(), "nothing is held any more");
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// The VM ends while the command reads it: what it has then is not given out as a snapshot.
+#[test]
+fn a_hold_that_ended_before_all_was_read_makes_no_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("mode=pause every=10").disk(4).start();
+    vm.wait_for("pause: n=10 ");
+    vm.stats();
+    vm.signal(Signal::SIGSTOP);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+    command.arg("snapshot").arg(vm.path("control")).arg(dir.path().join("s")).arg("--stop");
+    let command = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let writer = Traced::hold(command.id() as i32, "cellblock");
+    vm.signal(Signal::SIGCONT);
+    writer.run_until(|call| call.entered && call.number == libc::SYS_fsync);
+    assert!(vm.try_ask(Request::Resume).is_err());
+    vm.ask(Request::Stop);
+    vm.wait_exit();
+    writer.release();
+    let ended = command.wait_with_output().unwrap();
+    let line = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!((ended.status.code(), line.lines().count()), (Some(1), 1), "{line}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "something is left");
 }
 
 /// Memory is copied in turns: who else has a request is answered in between.

@@ -4,10 +4,13 @@
 mod common;
 
 use std::process::Command;
+use std::time::Duration;
 
-use cellblock::control::client::ClientError;
-use cellblock::control::protocol::{Reply, Request, State};
-use common::Vm;
+use cellblock::control::client::{Client, ClientError};
+use cellblock::control::protocol::{DeviceState, Reply, Request, State};
+use cellblock::snapshot::format::Snapshot;
+use common::{LIMIT, Vm, deaths};
+use nix::sys::signal::Signal;
 
 const RESETS: u64 = 8;
 
@@ -62,4 +65,64 @@ fn a_reset_vm_lives_the_same_moment_again_and_again() {
     vm.say(b"q");
     vm.wait_for("pause: ok");
     vm.ends_well();
+}
+
+/// What is written after a reset is written since the snapshot that the VM was put back to: a cut
+/// of the time before cannot become the base of diffs any more.
+#[test]
+fn a_cut_from_before_a_reset_cannot_be_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let mut vm = Vm::restore(&at).start();
+    vm.wait_for_line("pause: n=");
+    let kept =
+        |client: &mut Client, digit: &str| client.ask(Request::Kept { id: digit.repeat(32) });
+    for known in [false, true] {
+        let mut client = Client::connect(&vm.path("control")).unwrap();
+        let limit = Duration::from_secs(5);
+        client.snapshot(false, false, limit, "test", LIMIT).unwrap();
+        vm.ask(Request::Reset);
+        let refused = kept(&mut client, "a");
+        assert!(matches!(refused, Err(ClientError::Refused { .. })), "{known}: {refused:?}");
+        // The cuts that follow can, once each.
+        let cut = client.snapshot(false, false, limit, "test", LIMIT).unwrap();
+        let base = Snapshot::open(&at).unwrap().manifest().id.to_string();
+        assert_eq!(cut.report.base, Some(base));
+        if known {
+            kept(&mut client, "b").unwrap();
+            assert!(kept(&mut client, "c").is_err(), "the same cut became two snapshots");
+        }
+    }
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// It would go on as in the snapshot, but for a disk of which every request fails.
+#[test]
+fn a_vm_with_a_disk_that_has_failed_is_not_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let mut vm = Vm::restore(&at).start();
+    vm.wait_for_line("pause: n=");
+    let events = vm.events();
+    for _ in 0..4 {
+        deaths::kill_and_wait(&mut vm, &events, "blk", "disk0");
+    }
+    common::send(vm.pid_of("blk", "disk0"), Signal::SIGKILL);
+    let failed = |vm: &mut Vm| (vm.stats().disks[0].state == DeviceState::Failed).then_some(());
+    common::poll(LIMIT, || failed(&mut vm)).expect("its disk does not fail");
+    match vm.try_ask(Request::Reset) {
+        Err(ClientError::Refused { message, remedy }) => {
+            assert!(message.contains("device 'disk0' has failed"), "{message}");
+            assert_eq!(remedy.as_deref(), Some("restore the snapshot anew"));
+        }
+        other => vm.fail(&format!("it was reset: {other:?}")),
+    }
 }

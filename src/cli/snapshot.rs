@@ -105,6 +105,10 @@ impl Snapshot {
         let cut = cut.map_err(Failure::error)?;
         let held = Instant::now();
         self.fill(&mut writer, &cut, parent.as_ref())?;
+        if hold {
+            // What was read is of one moment only if the VM has not gone on meanwhile.
+            client.ask(Request::Held).map_err(Failure::error)?;
+        }
         let mut still_us = cut.report.still_us;
         if hold && !self.stop {
             client.ask(Request::Resume).map_err(Failure::error)?;
@@ -237,7 +241,7 @@ fn state_error(error: std::io::Error) -> Failure {
 fn make_durable(cut: &Cut) -> Result<(), Failure> {
     for disk in cut.report.disks.iter().filter(|disk| !disk.cow) {
         open(&disk.id, &disk.path)?
-            .sync_data()
+            .sync_all() // its time of last change too, by which it is known again
             .map_err(|e| Failure::Error(format!("making disk '{}' durable: {e}", disk.id)))?;
     }
     Ok(())

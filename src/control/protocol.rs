@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub enum Request {
     /// Park every vCPU. Refused while the VM is not running.
     Pause,
-    /// Let the vCPUs go on. Refused while the VM is not paused.
+    /// Let the vCPUs go on. Refused while the VM is not paused, or held for another connection.
     Resume,
     /// End the VM, paused or not.
     Stop,
@@ -53,7 +53,7 @@ pub enum Request {
     /// Make a cut through all processes. The reply comes with file descriptors, for who
     /// asks by recvmsg: the state, guest memory as of the cut, what was written to `cow` disks.
     Snapshot {
-        /// Stand still afterwards, until this connection asks to `resume` or `stop`, or ends;
+        /// Stand still afterwards, until this connection asks to `resume`, or ends, or the VM does;
         /// guest memory is then not copied.
         #[serde(default)]
         hold: bool,
@@ -67,6 +67,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         trigger: Option<String>,
     },
+    /// Ask whether this connection still holds the VM: what was read so far is then of the cut.
+    Held,
     /// The last cut that this VM made was written down as the snapshot of this id: what is
     /// written from then on can be a diff to it.
     Kept {
@@ -99,6 +101,8 @@ pub enum Reply {
         /// From the request to the last vCPU released, in microseconds.
         took_us: u64,
     },
+    /// The VM stands still for this connection.
+    Held,
     /// The VM knows that its cut was kept.
     Kept,
     /// The VM stops; the socket goes away when it has.

@@ -1,190 +1,119 @@
 //! Shells are made, and VMs ended, with what the processors have left: what somebody waits for
 //! goes first.
 //!
-//! A process in the background, with all that it starts, is of the scheduler's idle class: it
-//! runs where nobody else would, and gives way at once. That is for a while only ([`MOST`]): on
-//! a machine that is busy for ever nothing is put off for ever. It needs the right to come back
-//! (`RLIMIT_NICE` or `CAP_SYS_NICE`); without, everything runs as it always would.
+//! A process in the background has a lower priority than the pool, with all that it starts. That
+//! is for a while only ([`MOST`]), and for as long as nobody waits for it. To come back it needs
+//! the right to do so (`RLIMIT_NICE` or `CAP_SYS_NICE`); without, everything runs as it always
+//! would.
 //!
-//! A shell that waits is **hastened**: its threads ask for a short slice of the processors. They
-//! get no more of them by that, but as soon as they wake, in the middle of another's slice: a claim
-//! on a busy machine takes two milliseconds instead of fifteen. Everybody may ask for that (from
-//! Linux 6.12 on). For a VM that runs many turns are dear, so it is **calmed** soon.
-#![allow(unsafe_code)] // asking the scheduler
+//! Priorities are changed for whole process groups, which takes one call. To look for the threads
+//! of a process in `/proc` makes its end slow: the kernel has to forget all that was looked at,
+//! milliseconds of work for each shell.
+#![allow(unsafe_code)] // setting priorities
 
-use std::fs;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 /// How long something is left to what the processors have left.
 pub(super) const MOST: Duration = Duration::from_millis(100);
 
-/// What a hastened thread runs at a time, in nanoseconds: the least that the kernel knows.
-const SLICE: u64 = 100_000;
+/// How much lower the priority is then: a tenth of the processors is left on a machine where
+/// everybody else is busy too.
+const LOWER: i32 = 10;
+/// The lowest priority that there is.
+const LOWEST: i32 = 19;
 
-/// Has a shell served as soon as it wakes.
-pub(super) fn hasten(pid: u32) {
-    for_family(pid, &mut |thread| set_slice(thread, SLICE));
-}
-
-/// Takes that back.
-pub(super) fn calm(pid: u32) {
-    for_family(pid, &mut |thread| set_slice(thread, 0));
-}
-
-/// What a thread is scheduled by.
-fn attributes(thread: u32) -> Option<libc::sched_attr> {
-    let thread = libc::pid_t::try_from(thread).ok()?;
-    // SAFETY: plain numbers, of which zero is one.
-    let mut found: libc::sched_attr = unsafe { std::mem::zeroed() };
-    let size = size_of::<libc::sched_attr>();
-    // SAFETY: the kernel writes no more than `size` bytes to `found`, which outlives the call.
-    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, thread, &raw mut found, size, 0) };
-    (result == 0).then_some(found)
-}
-
-/// Asks for so much at a time, or for what is usual; a kernel that knows no such wish takes none.
-fn set_slice(thread: u32, ns: u64) {
-    let Some(mut wish) = attributes(thread).filter(|now| now.sched_policy == 0) else { return };
-    wish.size = size_of::<libc::sched_attr>() as u32;
-    (wish.sched_flags, wish.sched_runtime) = (0, ns);
-    (wish.sched_deadline, wish.sched_period) = (0, 0);
-    // SAFETY: reads `wish`, which outlives the call. It is refused for a thread that is no more.
-    unsafe { libc::syscall(libc::SYS_sched_setattr, thread, &raw const wish, 0) };
-}
-
-/// A family of processes in the background. Dropped, it stays there.
+/// A group of processes in the background. Dropped, it stays there.
 #[derive(Debug)]
 pub(super) struct Background(u32);
 
 impl Background {
-    /// Puts a process, and whatever it starts from now on, in the background; nothing where that
-    /// could not be taken back.
-    pub(super) fn begin(pid: u32) -> Option<Background> {
-        let possible = may_return() && children(pid, pid).is_some();
-        (possible && change(pid, libc::SCHED_OTHER, libc::SCHED_IDLE)).then_some(Background(pid))
+    /// Puts a process group, and whatever its members start from now on, in the background;
+    /// nothing where that could not be taken back.
+    pub(super) fn begin(group: u32) -> Option<Background> {
+        let usual = usual()?;
+        set(group, (usual + LOWER).min(LOWEST)).then_some(Background(group))
     }
 
-    /// As [`Background::begin`], with all that it has started.
-    pub(super) fn begin_all(pid: u32) -> Option<Background> {
-        let begun = Background::begin(pid)?;
-        for_family(pid, &mut |thread| {
-            change(thread, libc::SCHED_OTHER, libc::SCHED_IDLE);
-        });
-        Some(begun)
-    }
-
-    /// Puts all of it that can be seen back among all others: who is being started at that moment
-    /// may be seen only the next time.
+    /// Takes the group back.
     pub(super) fn end(&self) {
-        for_family(self.0, &mut |thread| {
-            change(thread, libc::SCHED_IDLE, libc::SCHED_OTHER);
-        });
+        come_forward(self.0);
     }
 }
 
-/// Whether a thread of this user gets out of the idle class again, which is tried once.
-fn may_return() -> bool {
-    static MAY: OnceLock<bool> = OnceLock::new();
-    *MAY.get_or_init(|| {
+/// Takes a process group out of the background.
+pub(super) fn come_forward(group: u32) {
+    if let Some(usual) = usual() {
+        set(group, usual);
+    }
+}
+
+/// The priority of this process, if one that is lower can be raised to it again, which is tried
+/// once.
+fn usual() -> Option<i32> {
+    static USUAL: OnceLock<Option<i32>> = OnceLock::new();
+    *USUAL.get_or_init(|| {
         // It ends with whatever it has become.
-        let tried = std::thread::Builder::new().name("pool-class".into()).spawn(|| {
-            change(0, libc::SCHED_OTHER, libc::SCHED_IDLE)
-                && change(0, libc::SCHED_IDLE, libc::SCHED_OTHER)
+        let tried = std::thread::Builder::new().name("pool-priority".into()).spawn(|| {
+            // SAFETY: takes numbers, and returns one, which is -1 for that priority as well.
+            let own = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+            // SAFETY: takes numbers, and returns one. Of the calling thread alone.
+            let set = |nice| unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } == 0;
+            (own < LOWEST && set(LOWEST) && set(own)).then_some(own)
         });
-        tried.is_ok_and(|thread| thread.join().unwrap_or(false))
+        tried.ok()?.join().unwrap_or(None)
     })
 }
 
-/// Moves a thread from one class to the other. False if it is not there, or of another class.
-fn change(thread: u32, from: i32, to: i32) -> bool {
-    let Ok(thread) = libc::pid_t::try_from(thread) else { return false };
-    let priority = libc::sched_param { sched_priority: 0 };
-    // SAFETY: takes a number, and returns one.
-    let now = unsafe { libc::sched_getscheduler(thread) };
-    // SAFETY: reads `priority`, which outlives the call.
-    now == from && unsafe { libc::sched_setscheduler(thread, to, &raw const priority) } == 0
-}
-
-/// Calls `act` with every thread of the process and of its descendants, parents first.
-fn for_family(pid: u32, act: &mut dyn FnMut(u32)) {
-    let mut next = vec![pid];
-    while let Some(process) = next.pop() {
-        let Ok(entries) = fs::read_dir(format!("/proc/{process}/task")) else { continue };
-        let name = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
-        for thread in entries.flatten().filter_map(name) {
-            act(thread);
-            next.extend(children(process, thread).unwrap_or_default());
-        }
-    }
-}
-
-/// Processes that a thread has started; nothing where that cannot be known.
-fn children(process: u32, thread: u32) -> Option<Vec<u32>> {
-    let text = fs::read_to_string(format!("/proc/{process}/task/{thread}/children")).ok()?;
-    Some(text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+fn set(group: u32, nice: i32) -> bool {
+    // SAFETY: takes numbers, and returns one.
+    unsafe { libc::setpriority(libc::PRIO_PGRP, group, nice) == 0 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{BufRead, BufReader};
-    use std::process::{Command, Stdio};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command, Stdio};
 
-    fn classes(pid: u32) -> Vec<i32> {
-        let mut found = Vec::new();
-        for_family(pid, &mut |thread| {
-            // SAFETY: takes a number, and returns one.
-            found.push(unsafe { libc::sched_getscheduler(thread as libc::pid_t) });
-        });
-        found
+    fn priority(pid: u32) -> i32 {
+        // SAFETY: takes numbers, and returns one.
+        unsafe { libc::getpriority(libc::PRIO_PROCESS, pid) }
     }
 
-    /// A family of two processes that wait for their end.
-    fn family() -> std::process::Child {
+    /// A group of two processes that wait for their end.
+    fn family() -> (Child, u32) {
         let mut child = Command::new("sh")
-            .args(["-c", "exec 3<&0; cat <&3 & echo there; wait"])
+            .args(["-c", "exec 3<&0; cat <&3 & echo $!; wait"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .process_group(0)
             .spawn()
             .expect("sh");
         let mut line = String::new();
         let out = child.stdout.take().expect("pipe");
         BufReader::new(out).read_line(&mut line).expect("line");
-        assert_eq!(line, "there\n");
-        child
+        (child, line.trim().parse().expect("a process id"))
     }
 
     #[test]
-    fn a_family_goes_to_the_background_and_comes_back_with_all_its_members() {
-        let mut child = family();
-        let pid = child.id();
-        assert_eq!(classes(pid), [libc::SCHED_OTHER; 2]);
-        match Background::begin_all(pid) {
+    fn a_group_goes_to_the_background_and_comes_back_with_all_its_members() {
+        let (mut child, grandchild) = family();
+        let members = [child.id(), grandchild];
+        // SAFETY: takes numbers, and returns one.
+        let own = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+        assert_eq!(members.map(priority), [own; 2]);
+        match Background::begin(child.id()) {
             Some(background) => {
-                assert_eq!(classes(pid), [libc::SCHED_IDLE; 2]);
+                assert_eq!(members.map(priority), [(own + LOWER).min(LOWEST); 2]);
                 background.end();
             }
-            None => assert!(!may_return(), "it could have been"),
+            None => assert_eq!(usual(), None, "it could have been"),
         }
-        assert_eq!(classes(pid), [libc::SCHED_OTHER; 2]);
-        // Zero where the kernel knows no slices, then and afterwards.
-        let slices = || {
-            let mut found = Vec::new();
-            for_family(pid, &mut |thread| {
-                found.push(attributes(thread).expect("there").sched_runtime);
-            });
-            found
-        };
-        let usual = slices();
-        hasten(pid);
-        let wanted = if usual == [0; 2] { 0 } else { SLICE };
-        assert_eq!(slices(), [wanted; 2]);
-        assert!(usual.iter().all(|usual| *usual == 0 || *usual > SLICE), "{usual:?}");
-        calm(pid);
-        assert_eq!(slices(), usual);
+        assert_eq!(members.map(priority), [own; 2]);
         drop(child.stdin.take());
         assert!(child.wait().expect("its end").success());
-        assert!(Background::begin(pid).is_none(), "nobody is there");
+        assert!(Background::begin(child.id()).is_none(), "nobody is there");
     }
 }

@@ -1,6 +1,7 @@
 //! What a pool is made of, and what is wrong with that.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +14,15 @@ use super::parts::PartsError;
 use super::protocol::{Shape, Stage};
 use super::scratch::Scratch;
 use super::shell::{Recipe, ShellError};
+use crate::cell::overlay::Place;
 use crate::remedy::Remedy;
 use crate::snapshot::format::{Chain, FormatError, SnapshotId};
+use crate::spec::DiskSpec;
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::VmmError;
 use crate::vmm::restore::{DiskOverride, RestoreError};
+use crate::vmm::shell::EmptyError;
+use crate::vmm::snapshot::Kept;
 
 /// What a shell is counted as beyond guest memory.
 const OVERHEAD: u64 = 8 << 20;
@@ -35,8 +40,13 @@ pub struct PoolConfig {
     pub max_live: usize,
     /// How long a claim waits for one.
     pub acquire_timeout: Duration,
-    /// Most bytes of guest memory of all shells and VMs, each counted in full with some for its
-    /// processes; seven eighths of what the host has available where not given.
+    /// Most bytes of memory of all shells and VMs. Each is counted as all that its guest can make it
+    /// take: guest memory, the whole size of every cow disk whose writes are in memory, and with
+    /// [`Release::Reset`] the pages that are kept to put back, up to 64 MiB.
+    ///
+    /// Where not given it is seven eighths of what the host has available, and cow disks and kept
+    /// pages are left out: they take what is written, as a rule little, and are counted in full only
+    /// for who has said how much there is.
     pub memory: Option<u64>,
     /// What becomes of a VM that is given back.
     pub release: Release,
@@ -134,6 +144,14 @@ pub enum PoolError {
     SharedDisk(String),
     #[error("the pool is of shells of a shape, whose disks are what they are")]
     DisksOfShape,
+    #[error("shells of a shape have no snapshot of their own that they could be reset to")]
+    ResetOfShape,
+    #[error(
+        "what is written to disk '{0}' would be in memory that the pool's limit does not count"
+    )]
+    Uncounted(String),
+    #[error(transparent)]
+    Fit(Box<EmptyError>),
     #[error("{0} bytes for the guest are more than the {MAX_DATA} that its metadata has room for")]
     Data(usize),
     #[error("opening its disks")]
@@ -152,6 +170,13 @@ impl Remedy for PoolError {
             PoolError::Format(error) => error.remedy(),
             PoolError::Restore(error) => error.remedy(),
             PoolError::Disks(error) => error.remedy(),
+            PoolError::Fit(error) => error.remedy(),
+            PoolError::ResetOfShape => {
+                Some("prime the pool with the snapshot, or have VMs destroyed".into())
+            }
+            PoolError::Uncounted(id) => {
+                Some(format!("keep the writes in a file: '--disk id={id},cow=DIR'"))
+            }
             PoolError::Shell(error) => error.remedy(),
             PoolError::SharedDisk(id) => {
                 Some(format!("keep each VM's writes to itself with '--disk id={id},cow'"))
@@ -212,11 +237,16 @@ pub(super) struct Prepared {
     pub(super) primed: Option<(PathBuf, SnapshotId)>,
     /// What can be wished of its disks and is so already.
     pub(super) disks: Vec<DiskOverride>,
+    /// Disks whose writes in memory would not be counted.
+    pub(super) uncounted: Vec<String>,
 }
 
 /// Checks everything that can be wrong with a pool, before anything is made.
 pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared, PoolError> {
-    let (stage, memory, primed, disks) = match base.machine {
+    if matches!(base.machine, Machine::Shape(_)) && config.release == Release::Reset {
+        return Err(PoolError::ResetOfShape);
+    }
+    let (stage, shape, primed, disks) = match base.machine {
         Machine::Primed { snapshot, disks } => {
             let path = absolute(&snapshot)?;
             let chain = Chain::open(&path)?;
@@ -229,18 +259,17 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
                 cow: disk.cow.clone(),
             });
             let same = disks.iter().cloned().chain(cow).collect();
-            let (id, memory) = (chain.manifest().id, chain.manifest().memory);
+            let id = chain.manifest().id;
             let track = config.release == Release::Reset;
             let stage = Stage::Primed { snapshot: path.clone(), id: id.0, disks, track };
-            (stage, memory, Some((path, id)), same)
+            (stage, shape, Some((path, id)), same)
         }
         Machine::Shape(mut shape) => {
             for disk in &mut shape.disks {
                 disk.path = absolute(&disk.path)?;
             }
             no_shared_disk(&shape)?;
-            let memory = shape.memory;
-            (Stage::Shape(shape), memory, None, Vec::new())
+            (Stage::Shape(shape.clone()), shape, None, Vec::new())
         }
     };
     let limits = Limits {
@@ -248,21 +277,47 @@ pub(super) fn prepare(base: BaseConfig, config: &PoolConfig) -> Result<Prepared,
         max_size: config.max_size,
         max_live: config.max_live,
         memory: config.memory.unwrap_or_else(|| available_memory() / 8 * 7),
-        charge: memory.saturating_add(OVERHEAD),
+        charge: charge(&shape, config)?,
     };
     limits.check()?;
     let (directory, keep) = directory(base.directory)?;
     let recipe = Recipe {
         program: base.program.unwrap_or_else(|| "/proc/self/exe".into()),
         directory,
-        hastened: Arc::default(),
+        claimers: Arc::default(),
         _keep: keep,
         stage,
         sandbox: base.sandbox,
         seccomp: base.seccomp,
         log: base.log,
     };
-    Ok(Prepared { recipe, limits, primed, disks })
+    let counted = |disk: &DiskSpec| config.memory.is_none() || in_memory(disk);
+    let uncounted = shape.disks.iter().filter(|disk| !counted(disk));
+    let uncounted = uncounted.map(|disk| disk.id().to_string()).collect();
+    Ok(Prepared { recipe, limits, primed, disks, uncounted })
+}
+
+/// Whether what is written to the disk is kept in memory.
+fn in_memory(disk: &DiskSpec) -> bool {
+    disk.cow == Some(Place::Memory)
+}
+
+/// What a VM is counted as: see [`PoolConfig::memory`].
+fn charge(shape: &Shape, config: &PoolConfig) -> Result<u64, PoolError> {
+    let mut charge = shape.memory.saturating_add(OVERHEAD);
+    if config.memory.is_none() {
+        return Ok(charge);
+    }
+    for disk in shape.disks.iter().filter(|disk| in_memory(disk)) {
+        // Of a block device metadata say nothing.
+        let size = File::open(&disk.path).and_then(|mut file| file.seek(SeekFrom::End(0)));
+        let size = size.map_err(|error| PoolError::Path(disk.path.clone(), error))?;
+        charge = charge.saturating_add(size);
+    }
+    if config.release == Release::Reset {
+        charge = charge.saturating_add(shape.memory.min(Kept::MOST));
+    }
+    Ok(charge)
 }
 
 /// VMs of one image that each write to it would be no clones, and are none but the first.
@@ -296,4 +351,53 @@ fn available_memory() -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
     kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine with a disk of 1 GiB, which takes no room.
+    fn shape(dir: &Path, cow: Option<Place>) -> Shape {
+        let path = dir.join("disk");
+        let file = File::create(&path).expect("file");
+        file.set_len(1 << 30).expect("a hole");
+        let spec = format!("{},id=disk0", path.display());
+        let mut disk: DiskSpec = spec.parse().expect("a disk");
+        disk.read_only = cow.is_none();
+        disk.cow = cow;
+        Shape { memory: 64 << 20, cpus: 1, disks: vec![disk] }
+    }
+
+    #[test]
+    fn all_that_a_guest_can_make_a_vm_take_is_counted_where_there_is_a_limit() {
+        let dir = tempfile::tempdir().expect("directory");
+        let charged = |cow, memory| {
+            let base = BaseConfig::new(Machine::Shape(shape(dir.path(), cow)));
+            let prepared = prepare(base, &PoolConfig { memory, ..PoolConfig::default() });
+            prepared.map(|prepared| (prepared.limits.charge, prepared.uncounted))
+        };
+        let (plain, limit) = ((64 << 20) + OVERHEAD, Some(8 << 30));
+        let disk0 = vec!["disk0".to_string()];
+        assert_eq!(charged(Some(Place::Memory), limit).expect("room"), (plain + (1 << 30), vec![]));
+        let at = Some(Place::Directory(dir.path().into()));
+        assert_eq!(charged(at, limit).expect("room"), (plain, disk0.clone()));
+        assert_eq!(charged(None, limit).expect("room"), (plain, disk0));
+        assert_eq!(charged(Some(Place::Memory), None).expect("room"), (plain, vec![]));
+        let little = charged(Some(Place::Memory), Some(1 << 30)).expect_err("no room for one");
+        assert!(little.to_string().contains("one VM counts as 1096 MiB"), "{little}");
+        let config = PoolConfig { memory: limit, release: Release::Reset, ..PoolConfig::default() };
+        let kept = charge(&shape(dir.path(), None), &config).expect("a charge");
+        assert_eq!(kept, plain + (64 << 20));
+    }
+
+    #[test]
+    fn a_pool_of_a_shape_cannot_reset() {
+        let dir = tempfile::tempdir().expect("directory");
+        let base = BaseConfig::new(Machine::Shape(shape(dir.path(), None)));
+        let config = PoolConfig { release: Release::Reset, ..PoolConfig::default() };
+        let error = prepare(base, &config).err().expect("refused");
+        let line = crate::remedy::one_line(&error);
+        assert!(line.contains("no snapshot of their own") && line.contains("prime"), "{line}");
+    }
 }

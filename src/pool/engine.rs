@@ -12,6 +12,7 @@
 //! Shells are made by threads of the pool that live as long as any shell does, and destroyed by
 //! others: neither a claim nor the end of one waits for that.
 
+mod alarm;
 mod claim;
 mod workers;
 
@@ -25,6 +26,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use alarm::Alarm;
 use claim::Answer;
 pub use claim::{ClaimError, Lease, Wish};
 
@@ -116,6 +118,8 @@ struct Inner<F: Factory> {
     changed: Condvar,
     /// Somebody waits for a shell that is to be made.
     hurry: AtomicBool,
+    /// Makers are to look whether there is something for them.
+    alarm: Alarm,
 }
 
 /// Lets the threads end.
@@ -159,7 +163,9 @@ struct State<F: Factory> {
     idle: VecDeque<(u64, F::Shell)>,
     waiting: VecDeque<Waiter<F>>,
     ending: VecDeque<Doomed<F>>,
-    /// Idle shells wanted, by [`Engine::warm`]; what it asked for is kept up until a claim.
+    /// Idle shells wanted, by each [`Engine::warm`] that waits.
+    warming: Vec<usize>,
+    /// The most of them.
     warm: usize,
     draining: bool,
     closed: bool,
@@ -206,6 +212,7 @@ impl<F: Factory> Engine<F> {
             idle: VecDeque::new(),
             waiting: VecDeque::new(),
             ending: VecDeque::new(),
+            warming: Vec::new(),
             warm: 0,
             draining: false,
             closed: false,
@@ -228,6 +235,7 @@ impl<F: Factory> Engine<F> {
             ending: Condvar::new(),
             changed: Condvar::new(),
             hurry: AtomicBool::new(false),
+            alarm: Alarm::new()?,
         });
         // Made first: where a thread cannot be started, those that were end.
         let closer = Arc::new(Closer(inner.clone()));
@@ -252,18 +260,24 @@ impl<F: Factory> Engine<F> {
         let mut state = inner.lock();
         let target = target.min(inner.options.limits.max_size);
         let failures = state.books.make_failures;
+        state.warming.push(target);
         state.warm = state.warm.max(target);
         state.not_before = None;
         inner.settle(&mut state);
         while state.books.idle < target
             && state.books.make_failures == failures
             && !state.draining
-            && (state.books.making > 0 || state.wants_shell(&inner.options.limits, Instant::now()))
+            // Where the refill leaves the processors to a claim, it goes on soon.
+            && (state.books.making > 0 || state.lacks_shells(&inner.options.limits))
         {
             state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.warm = 0;
-        inner.settle(&mut state); // nobody waits for these any more
+        // Nobody waits for these any more; others may for theirs.
+        if let Some(own) = state.warming.iter().position(|other| *other == target) {
+            state.warming.swap_remove(own);
+        }
+        state.warm = state.warming.iter().copied().max().unwrap_or(0);
+        inner.settle(&mut state);
         state.books.idle
     }
 
@@ -311,9 +325,6 @@ impl<F: Factory> Engine<F> {
             state.durations.pop_front();
         }
         state.durations.push_back(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
-        if state.lacks_shells(&self.inner.options.limits) {
-            self.inner.making.notify_one();
-        }
     }
 }
 
@@ -335,8 +346,8 @@ impl<F: Factory> Inner<F> {
         self.settle_with(state, true);
     }
 
-    /// The same for a claim: where that has its shell, makers are woken by its end, when it has
-    /// been carried out or is given back.
+    /// The same for a claim: where that has its shell, makers are left alone until it has been
+    /// carried out.
     fn settle_claim(&self, state: &mut State<F>) {
         self.settle_with(state, false);
     }
@@ -345,9 +356,15 @@ impl<F: Factory> Inner<F> {
         state.settle(&self.factory, &self.options.limits);
         let hurry = state.warm > 0 || state.books.servable(&self.options.limits) > 0;
         self.hurry.store(hurry, Ordering::Relaxed);
-        // Where the refill waits, a maker has to know until when.
-        if (makers || state.books.waiting > 0) && state.lacks_shells(&self.options.limits) {
-            self.making.notify_one();
+        if state.lacks_shells(&self.options.limits) {
+            match makers || state.books.waiting > 0 {
+                // Where the refill waits, a maker has to know until when.
+                true => self.making.notify_one(),
+                false => {
+                    let waits = state.refill_waits(Instant::now());
+                    self.alarm.set(waits.unwrap_or(Duration::from_micros(1)));
+                }
+            }
         }
         if !state.ending.is_empty() {
             self.ending.notify_one();

@@ -79,6 +79,8 @@ pub enum Change {
     Destroyed,
     /// Somebody wants a VM.
     Claimed,
+    /// They want another, after one that was dead; it is the same claim.
+    Retried,
     /// They get an idle shell; it was there when they came.
     Hit,
     /// They get a shell that they had to wait for.
@@ -121,6 +123,7 @@ pub struct Ledger {
     pub discarded: u64,
     pub destroyed: u64,
     pub claims: u64,
+    pub retries: u64,
     pub hits: u64,
     pub misses: u64,
     pub timeouts: u64,
@@ -145,7 +148,7 @@ impl Ledger {
             Change::MakeFailed => (Some(|l| &mut l.making), None),
             Change::Lost | Change::Discarded => (Some(|l| &mut l.idle), Some(|l| &mut l.ending)),
             Change::Destroyed => (Some(|l| &mut l.ending), None),
-            Change::Claimed => (None, Some(|l| &mut l.waiting)),
+            Change::Claimed | Change::Retried => (None, Some(|l| &mut l.waiting)),
             Change::Hit | Change::Miss => (Some(|l| &mut l.idle), Some(|l| &mut l.live)),
             Change::TimedOut | Change::Abandoned | Change::Refused => {
                 (Some(|l| &mut l.waiting), None)
@@ -182,6 +185,7 @@ impl Ledger {
             Change::Discarded => &mut self.discarded,
             Change::Destroyed => &mut self.destroyed,
             Change::Claimed => &mut self.claims,
+            Change::Retried => &mut self.retries,
             Change::Hit => &mut self.hits,
             Change::Miss => &mut self.misses,
             Change::TimedOut => &mut self.timeouts,
@@ -226,7 +230,7 @@ impl Ledger {
         let granted = self.hits + self.misses;
         equal("grants", granted, n(self.live) + self.returned + self.resets)?;
         let answered = granted + self.timeouts + self.abandoned + self.refused;
-        equal("claims", self.claims, n(self.waiting) + answered)?;
+        equal("claims", self.claims + self.retries, n(self.waiting) + answered)?;
         equal("shells given up", self.lost + self.discarded, n(self.ending) + self.destroyed)?;
         let most = |what: &str, value: usize, most: usize| match value <= most {
             true => Ok(()),

@@ -19,6 +19,7 @@
 //! | [`engine`] | who waits, who makes, who destroys; for any kind of shell |
 //! | [`config`] | what a pool is made of |
 //! | [`shell`] | a shell's process, seen from the pool |
+//! | `claimers` | who claims is served as soon as they wake |
 //! | `background` | shells in the making take what the processors have left |
 //! | `scratch` | the directory of a pool that was given none |
 //! | [`protocol`] | what the two say to each other |
@@ -31,6 +32,7 @@
 //! The other end of a shell is `crate::vmm::shell`.
 
 mod background;
+mod claimers;
 pub mod config;
 pub mod engine;
 pub mod ledger;
@@ -54,20 +56,26 @@ pub use protocol::Shape;
 pub use times::ClaimTimes;
 pub use vm::PooledRestoreVm;
 
-use crate::cell::overlay::Overlay;
+use crate::cell::overlay::{Overlay, Place};
 use crate::snapshot::format::{SnapshotId, describe};
+use crate::snapshot::state::MicrovmState;
 use crate::spec::{DiskSpec, OpenedDisk};
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::restore::{self, DiskOverride};
+use crate::vmm::shell::EmptyError;
 use config::Prepared;
 use engine::{Engine, Lease, Options, Wish};
 use protocol::{Claim, Origin, OtherDisk, Stage};
-use shell::{Recipe, ShellError};
+use shell::{Answer, Recipe, ShellError};
 use stats::PoolStats;
 use times::monotonic_ns;
 
 /// How often a claim takes another shell after one that had died.
 const TRIES: usize = 3;
+/// What a shell gets to answer a claim that has waited for it for as long as it would.
+const ANSWER_FLOOR: Duration = Duration::from_millis(500);
+/// The same where it has to fetch a state, or to make the processes of other disks.
+const WORK_FLOOR: Duration = Duration::from_secs(5);
 /// How long the end of a pool waits for its idle shells.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -86,6 +94,8 @@ struct Pool {
     primed: Option<(PathBuf, SnapshotId)>,
     /// What can be wished of the disks of primed shells and is so already.
     disks: Vec<DiskOverride>,
+    /// Disks whose writes are not to be in memory.
+    uncounted: Vec<String>,
 }
 
 impl Drop for Pool {
@@ -104,7 +114,8 @@ pub struct ClaimOrder<'a> {
     /// Disks that are to be others than those of the pool. Their processes are made on demand, and
     /// a VM that has had some is never reset for another claim.
     pub disks: Vec<DiskOverride>,
-    /// How long to wait; the pool's `acquire_timeout` where not given.
+    /// How long to wait, in all; the pool's `acquire_timeout` where not given. A shell that is there
+    /// gets half a second to answer even so, and five where it has to fetch a state or other disks.
     pub patience: Option<Duration>,
     /// Looked at from time to time while it waits: whether somebody still wants it.
     pub wanted: Option<&'a dyn Fn() -> bool>,
@@ -116,18 +127,20 @@ impl RestorePool {
     /// # Errors
     /// Limits that make no sense, and a snapshot that no VM can go on from.
     pub fn new(base: BaseConfig, config: PoolConfig) -> Result<RestorePool, PoolError> {
-        let Prepared { recipe, limits, primed, disks } = config::prepare(base, &config)?;
+        let Prepared { recipe, limits, primed, disks, uncounted } = config::prepare(base, &config)?;
         let makers = std::thread::available_parallelism().map_or(2, usize::from).clamp(1, 4);
         let options = Options { limits, release: config.release, makers, enders: makers };
         let engine = Engine::new(recipe, options).map_err(PoolError::Thread)?;
         let (charge, memory) = (limits.charge, limits.memory);
-        Ok(RestorePool(Arc::new(Pool { engine, config, charge, memory, primed, disks })))
+        let pool = Pool { engine, config, charge, memory, primed, disks, uncounted };
+        Ok(RestorePool(Arc::new(pool)))
     }
 
     /// A VM with this memory, whose bytes are guest RAM from its start on, and this state, as
     /// [`crate::snapshot::state::MicrovmState::encode`] gives it. Memory is copied: for large
     /// guests a snapshot is better.
     pub fn restore(&self, memory: &[u8], vcpu_state: &[u8]) -> Result<PooledRestoreVm, PoolError> {
+        self.check_parts(memory, vcpu_state)?;
         let files = parts::files(memory, vcpu_state).map_err(PoolError::Parts)?;
         self.claim_from(Some(Origin::Parts), &files, &ClaimOrder::default())
     }
@@ -189,37 +202,93 @@ impl RestorePool {
         if order.data.len() > MAX_DATA {
             return Err(PoolError::Data(order.data.len()));
         }
+        self.check_fit(from.as_ref())?;
         let (begun, begun_ns) = (Instant::now(), monotonic_ns());
+        pool.engine.factory().claimers.hasten();
         let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         let patience = order.patience.unwrap_or(pool.config.acquire_timeout);
+        // Before anybody's shell is taken: what cannot be had is to cost none.
+        let mut others = self.open_others(&order.disks)?;
+        let works = from.is_some() || !others.is_empty();
+        let floor = if works { WORK_FLOOR } else { ANSWER_FLOOR };
         for again in 0.. {
-            let left = patience.saturating_sub(begun.elapsed());
-            let wish = Wish { patience: left, first: again > 0, wanted: order.wanted };
+            if again > 0 {
+                if order.wanted.is_some_and(|wanted| !wanted()) {
+                    return Err(engine::ClaimError::Abandoned.into());
+                }
+                // The shell that had them may have written to them.
+                others.clear();
+                others = self.open_others(&order.disks)?;
+            }
+            let first = again > 0;
+            let wish = Wish { patience, begun: Some(begun), first, wanted: order.wanted };
             let mut lease = pool.engine.claim(wish)?;
             let granted_ns = monotonic_ns();
-            let done = self.claim_shell(&mut lease, from.clone(), &fds, order);
-            match done {
+            let answer = Answer {
+                limit: patience.saturating_sub(begun.elapsed()).max(floor),
+                wanted: order.wanted,
+            };
+            let done = self.claim_shell(&mut lease, from.clone(), &fds, &others, order, answer);
+            let error = match done {
                 Ok((heard_ns, runs_ns)) => {
                     let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
                     let times = ClaimTimes::since(begun_ns, points);
                     pool.engine.note_duration(times.answered);
-                    let vm = PooledRestoreVm::new(lease, times);
-                    pool.engine.factory().runs(vm.pid());
-                    return Ok(vm);
+                    return Ok(PooledRestoreVm::new(lease, times));
                 }
+                Err(error) => error,
+            };
+            let another = match &error {
                 // Not the claim's fault: another one may live.
-                Err(PoolError::Shell(ShellError::Died(_) | ShellError::Silent))
-                    if again + 1 < TRIES =>
-                {
-                    lease.spoilt();
+                ShellError::Died(_) => true,
+                // Its guest may run by now, or later: of two with the same data one is too many.
+                ShellError::Silent => {
+                    let gone = lease.shell().is_none_or(shell::Shell::kill);
+                    gone && begun.elapsed() < patience
                 }
-                Err(error) => {
-                    lease.spoilt();
-                    return Err(error);
-                }
+                _ => false,
+            };
+            lease.spoilt();
+            if !another || again + 1 == TRIES {
+                return Err(error.into());
             }
         }
         unreachable!("the last try ends in one way or the other")
+    }
+
+    fn check_parts(&self, memory: &[u8], state: &[u8]) -> Result<(), PoolError> {
+        // One that is primed says so at the claim.
+        let Stage::Shape(shape) = &self.0.engine.factory().stage else { return Ok(()) };
+        let misfit = |error: EmptyError| PoolError::Fit(Box::new(error));
+        MicrovmState::decode(state).map_err(|error| misfit(error.into()))?;
+        let (what, found) = ("bytes of memory", memory.len() as u64);
+        match found > shape.memory {
+            true => Err(misfit(EmptyError::Shape { what, found, shell: shape.memory })),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether what is to be restored can be what the pool's shells are.
+    fn check_fit(&self, from: Option<&Origin>) -> Result<(), PoolError> {
+        let (Stage::Shape(shape), Some(Origin::Snapshot(path))) =
+            (&self.0.engine.factory().stage, from)
+        else {
+            return Ok(());
+        };
+        let found = describe(path)?;
+        let Some(manifest) = found.manifest.filter(|_| found.fault.is_none()) else {
+            return found.fault.map_or(Ok(()), |fault| Err(fault.into()));
+        };
+        let pairs = [
+            ("bytes of memory", manifest.memory, shape.memory),
+            ("vCPUs", manifest.vcpus.into(), shape.cpus.into()),
+        ];
+        match pairs.into_iter().find(|(_, found, shell)| found != shell) {
+            Some((what, found, shell)) => {
+                Err(PoolError::Fit(Box::new(EmptyError::Shape { what, found, shell })))
+            }
+            None => Ok(()),
+        }
     }
 
     fn claim_shell(
@@ -227,49 +296,58 @@ impl RestorePool {
         lease: &mut Lease<Recipe>,
         from: Option<Origin>,
         files: &[BorrowedFd<'_>],
+        others: &[(DiskSpec, OpenedDisk)],
         order: &ClaimOrder<'_>,
-    ) -> Result<(u64, u64), PoolError> {
-        // A shell's cow disk is as empty as a new one.
-        let has = |disk: &DiskOverride| self.0.disks.iter().any(|own| own == disk);
-        let others = match order.disks.iter().all(has) {
-            true => Vec::new(),
-            false => {
-                // Nobody else wants it then.
-                lease.keep_from_others();
-                self.open_others(lease.shell().ok_or(ShellError::Died(None))?.id(), &order.disks)?
-            }
-        };
+        answer: Answer<'_>,
+    ) -> Result<(u64, u64), ShellError> {
+        if !others.is_empty() {
+            // Nobody else wants it then.
+            lease.keep_from_others();
+        }
+        let shell = lease.shell().ok_or(ShellError::Died(None))?;
+        let serial = shell::serial_of(shell.id());
         let mut files = files.to_vec();
         let mut disks = Vec::new();
-        for (spec, image) in &others {
+        for (spec, image) in others {
             files.push(image.fd.as_fd());
             files.extend(image.overlay.iter().flat_map(Overlay::fds));
-            let (spec, size, cow) = (spec.clone(), image.size, image.overlay.is_some());
-            disks.push(OtherDisk { spec, size, cow });
+            let mut spec = spec.clone();
+            if spec.cow.is_some() {
+                spec.serial = Some(serial.clone());
+            }
+            disks.push(OtherDisk { spec, size: image.size, cow: image.overlay.is_some() });
         }
         let claim = Claim { from, data: order.data.clone(), disks };
-        let shell = lease.shell().ok_or(ShellError::Died(None))?;
-        Ok(shell.claim(claim, &files)?)
+        shell.claim(claim, &files, answer)
     }
 
-    /// Opens disks for the shell `id` in the place of those that it has: it may open nothing.
+    /// Opens disks for a shell in the place of those that it has: it may open nothing.
     fn open_others(
         &self,
-        id: SnapshotId,
         disks: &[DiskOverride],
     ) -> Result<Vec<(DiskSpec, OpenedDisk)>, PoolError> {
+        // A shell's cow disk is as empty as a new one.
+        let has = |disk: &DiskOverride| self.0.disks.iter().any(|own| own == disk);
+        if disks.iter().all(has) {
+            return Ok(Vec::new());
+        }
         let Stage::Primed { snapshot, id: wanted, disks: own, .. } = &self.0.engine.factory().stage
         else {
             return Err(PoolError::DisksOfShape);
         };
+        let uncounted = |disk: &&DiskOverride| {
+            disk.cow == Some(Place::Memory) && self.0.uncounted.contains(&disk.id)
+        };
+        if let Some(disk) = disks.iter().find(uncounted) {
+            return Err(PoolError::Uncounted(disk.id.clone()));
+        }
         let named: Vec<DiskOverride> = disks
             .iter()
             .chain(own.iter().filter(|own| disks.iter().all(|disk| disk.id != own.id)))
             .cloned()
             .collect();
-        let serial = shell::serial_of(id);
-        let mut opened = restore::open_others(snapshot, SnapshotId(*wanted), &named, &serial)
-            .map_err(Box::new)?;
+        let mut opened =
+            restore::open_others(snapshot, SnapshotId(*wanted), &named).map_err(Box::new)?;
         opened.retain(|(spec, _)| disks.iter().any(|disk| disk.id == spec.id()));
         Ok(opened)
     }

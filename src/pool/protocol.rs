@@ -115,12 +115,15 @@ pub enum Origin {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromShell {
     /// It waits.
-    Ready,
+    Ready {
+        /// Its device processes: a process group each.
+        cells: Vec<u32>,
+    },
     /// The guest runs.
     Claimed {
         /// When the claim was heard of, on this host's monotonic clock.
         heard_ns: u64,
-        /// When the vCPUs were told to run.
+        /// When the vCPUs were to be told to run, which comes next.
         runs_ns: u64,
     },
     /// It does not, and never will.

@@ -32,6 +32,7 @@ use nix::unistd::geteuid;
 use super::{BaseConfig, PoolConfig, PoolError, RestorePool};
 use crate::logging;
 use crate::remedy::{Remedy, printable};
+use crate::slice;
 use crate::vmm::signals::Signals;
 use place::{Place, PlaceError};
 use protocol::Answer;
@@ -192,6 +193,8 @@ impl Shared {
         let shared = self.clone();
         let thread = std::thread::Builder::new().name("pool-client".into());
         let started = thread.spawn(move || {
+            // What it does is short, and somebody waits for it.
+            slice::shorten_own();
             connection::run(&shared, &stream);
             shared.gone(number);
         });

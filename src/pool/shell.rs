@@ -5,14 +5,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use cellblock_wire::{Channel, ChannelError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::background::{self, Background};
+use super::background::{self, Background, come_forward};
+use super::claimers::Claimers;
 use super::engine::Factory;
 use super::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
 use super::scratch::Scratch;
@@ -25,14 +26,22 @@ pub(crate) const COMMAND: &str = "pool-shell";
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long a claim or a reset may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// For so long a VM counts as one that starts.
-const STARTS: Duration = Duration::from_millis(100);
 /// How often a maker looks whether somebody waits by now.
 const LOOK: Duration = Duration::from_millis(3);
-/// How often it is looked for processes that were being started in the background.
-const STARTING: Duration = Duration::from_millis(10);
 /// How long one may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// How long one that was killed may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+/// How often it is looked whether a claim that is not answered yet is still wanted.
+const WANTED: Duration = Duration::from_millis(50);
+
+/// How long a claim waits for a shell's answer.
+#[derive(Clone, Copy)]
+pub(super) struct Answer<'a> {
+    pub(super) limit: Duration,
+    /// Whether somebody still wants it.
+    pub(super) wanted: Option<&'a dyn Fn() -> bool>,
+}
 
 /// A shell that is none, or did not become a VM.
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +92,8 @@ pub(super) struct Recipe {
     pub(super) sandbox: bool,
     pub(super) seccomp: SeccompMode,
     pub(super) log: LogLevel,
-    /// VMs that are hastened still, and since when they run.
-    pub(super) hastened: Arc<Mutex<Vec<(Instant, u32)>>>,
+    /// Who has claimed of them just now.
+    pub(super) claimers: Arc<Claimers>,
     /// The directory, if it is to go with the last of them.
     pub(super) _keep: Option<Arc<Scratch>>,
 }
@@ -132,28 +141,21 @@ impl Recipe {
             log: self.log,
         };
         let background = if waits() { None } else { Background::begin(shell.pid()) };
+        let in_background = background.is_some();
         shell.say(&ToShell::Prepare(Box::new(preparation)), &[])?;
         if let Some(background) = background {
             shell.await_word(background::MOST, waits);
             background.end();
-            shell.come_forward(&background);
         }
         match shell.hear(READY_LIMIT)? {
-            FromShell::Ready => {
-                background::hasten(shell.pid());
+            FromShell::Ready { cells } => {
+                if in_background {
+                    cells.into_iter().for_each(come_forward);
+                }
                 Ok(shell)
             }
             _ => Err(ShellError::Silent),
         }
-    }
-
-    /// A shell has become a VM.
-    pub(super) fn runs(&self, pid: u32) {
-        self.hastened().push((Instant::now(), pid));
-    }
-
-    fn hastened(&self) -> MutexGuard<'_, Vec<(Instant, u32)>> {
-        self.hastened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -172,29 +174,17 @@ impl Factory for Recipe {
     fn reset(&self, shell: &mut Shell) -> Result<(), ShellError> {
         shell.say(&ToShell::Reset, &[])?;
         match shell.hear(ANSWER_LIMIT)? {
-            FromShell::Ready => {
-                self.hastened().retain(|(_, pid)| *pid != shell.pid());
-                background::hasten(shell.pid());
-                Ok(())
-            }
+            FromShell::Ready { .. } => Ok(()),
             _ => Err(ShellError::Silent),
         }
     }
 
     fn look_after(&self) {
-        // Under the lock: none of them is waited for before it is taken off the list.
-        self.hastened().retain(|(since, pid)| {
-            let starts = since.elapsed() < STARTS;
-            if !starts {
-                background::calm(*pid);
-            }
-            starts
-        });
+        self.claimers.look_after();
     }
 
     fn destroy(&self, shell: Shell) {
-        self.hastened().retain(|(_, pid)| *pid != shell.pid());
-        let background = Background::begin_all(shell.pid());
+        let background = Background::begin(shell.pid());
         let _ = shell.channel.try_send(&ToShell::End, &[]); // it may have ended
         if let Some(background) = background {
             shell.ends_within(background::MOST);
@@ -210,12 +200,26 @@ impl Shell {
         &mut self,
         claim: Claim,
         fds: &[BorrowedFd<'_>],
+        answer: Answer<'_>,
     ) -> Result<(u64, u64), ShellError> {
+        let end = Instant::now() + answer.limit.min(ANSWER_LIMIT);
         self.say(&ToShell::Claim(Box::new(claim)), fds)?;
-        match self.hear(ANSWER_LIMIT)? {
-            FromShell::Claimed { heard_ns, runs_ns } => Ok((heard_ns, runs_ns)),
-            _ => Err(ShellError::Silent),
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.hear(left.min(WANTED)) {
+                Ok(FromShell::Claimed { heard_ns, runs_ns }) => return Ok((heard_ns, runs_ns)),
+                Ok(_) => return Err(ShellError::Silent),
+                Err(ShellError::Silent)
+                    if left > WANTED && answer.wanted.is_none_or(|wanted| wanted()) => {}
+                Err(error) => return Err(error),
+            }
         }
+    }
+
+    /// Ends it without asking. Whether it is gone, and with it its guest.
+    pub(super) fn kill(&mut self) -> bool {
+        let _ = self.child.kill(); // it fails only where it is gone
+        self.wait(KILL_LIMIT).is_some()
     }
 
     fn say(&mut self, message: &ToShell, fds: &[BorrowedFd<'_>]) -> Result<(), ShellError> {
@@ -246,19 +250,6 @@ impl Shell {
         let end = Instant::now() + most;
         while !waits() && Instant::now() < end {
             if self.hangs_up(LOOK, PollFlags::POLLIN) != Some(false) {
-                return;
-            }
-        }
-    }
-
-    /// Takes all of it out of the background, those included that are being started.
-    fn come_forward(&self, background: &Background) {
-        let end = Instant::now() + READY_LIMIT;
-        loop {
-            // Once it has said something there are all of them.
-            let all = self.hangs_up(STARTING, PollFlags::POLLIN) != Some(false);
-            background.end();
-            if all || Instant::now() > end {
                 return;
             }
         }

@@ -37,6 +37,10 @@ pub struct PoolStats {
     pub draining: bool,
     /// Claims so far.
     pub claims: u64,
+    /// Shells that were asked for anew, by claims that had got one that was dead: each is a hit or a
+    /// miss more.
+    #[serde(default)]
+    pub retries: u64,
     /// Those that found a shell.
     pub hits: u64,
     /// Those that had to wait for one, and got it.
@@ -122,6 +126,7 @@ impl PoolStats {
             max_memory,
             draining: engine.draining,
             claims: books.claims,
+            retries: books.retries,
             hits: books.hits,
             misses: books.misses,
             timeouts: books.timeouts,
@@ -169,6 +174,7 @@ impl PoolStats {
         }
         let counters = [
             ("claims_total", "Claims.", self.claims),
+            ("retries_total", "Shells asked for anew after one that was dead.", self.retries),
             ("hits_total", "Claims that found a shell.", self.hits),
             ("misses_total", "Claims that had to wait for one.", self.misses),
             ("timeouts_total", "Claims that waited too long.", self.timeouts),

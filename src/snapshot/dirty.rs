@@ -87,7 +87,10 @@ impl Tracker {
     /// the last [`Tracker::cut`]. To be begun before.
     pub fn round(&mut self, machine: &Machine) -> Result<Vec<u64>, KvmError> {
         let Some(reader) = self.reader else { return Ok(vec![u64::MAX; self.chunks()]) };
-        let mut pages = self.logs.take(machine, reader)?;
+        let mut pages = self.logs.take(machine, reader).inspect_err(|_| {
+            // Some of the log may have been read and cleared.
+            self.base = None;
+        })?;
         add(&mut self.since, &pages);
         self.logs.add_devices(&mut pages);
         Ok(pages)

@@ -9,6 +9,7 @@ use super::run_page::RunPage;
 use super::state::{StateCell, VcpuState};
 use super::{Outstanding, Space, ThreadHook};
 use crate::bus::{Bus, Outcome, VmExit};
+use crate::slice;
 use crossbeam_channel::{Receiver, Sender, select};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
@@ -100,6 +101,8 @@ impl Recruit {
             cell: self.cell.clone(),
             events: self.events.clone(),
         };
+        // It runs for long, which what starts it need not.
+        slice::lengthen_own();
         let result = kick::mask_signals()
             .map_err(|error| format!("setting the signal mask: {error}"))
             .and_then(|()| hook.map_or(Ok(()), |hook| hook(self.id)));

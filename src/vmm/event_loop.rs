@@ -602,6 +602,9 @@ impl Handler for Requests<'_> {
         if let Some(refused) = self.0.refuse_unclaimed(&request) {
             return Response::Now(refused);
         }
+        if let Some(reply) = self.0.about_hold(&request, token.client()) {
+            return Response::Now(reply);
+        }
         if let Request::Snapshot { hold, live, timeout_us, trigger } = request {
             return self.0.snapshot(hold, live, timeout_us, trigger, token);
         }

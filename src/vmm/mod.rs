@@ -39,7 +39,7 @@ mod requests;
 pub mod restore;
 pub mod shell;
 pub(crate) mod signals;
-mod snapshot;
+pub(crate) mod snapshot;
 mod supervise;
 mod triggers;
 mod watchdog;

@@ -44,6 +44,7 @@ impl Vm {
             // Carried out where their answers go.
             Request::Snapshot { .. }
             | Request::Kept { .. }
+            | Request::Held
             | Request::AwaitTrigger
             | Request::Events => Some(Reply::Events),
         }

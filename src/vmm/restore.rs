@@ -390,19 +390,18 @@ pub(crate) fn read_state(path: &Path, chain: &Chain) -> Result<MicrovmState, Res
 }
 
 /// Opens the disks that `named` makes others than those of the VM that the snapshot at `path`
-/// was of; with `serial` for those of them that are cow.
+/// was of. The serial numbers of those of them that are cow are the caller's affair.
 pub(crate) fn open_others(
     path: &Path,
     id: SnapshotId,
     named: &[DiskOverride],
-    serial: &str,
 ) -> Result<Vec<(DiskSpec, OpenedDisk)>, VmmError> {
     let chain = Chain::open(path).map_err(RestoreError::from)?;
     if chain.manifest().id != id {
         return Err(RestoreError::Other(path.into()).into());
     }
     let state = read_state(path, &chain)?;
-    let (specs, disks) = open_disks(&state, &chain, named, Some(serial))?;
+    let (specs, disks) = open_disks(&state, &chain, named, Some(""))?;
     let both = specs.into_iter().zip(disks).filter_map(|(mut spec, disk)| match disk {
         Backing::Image(image) if named.iter().any(|disk| disk.id == spec.id()) => {
             spec.path = spec.path.canonicalize().unwrap_or(spec.path);

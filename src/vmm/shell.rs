@@ -27,6 +27,7 @@ use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
 use crate::pool::shell::serial_of;
 use crate::pool::times::monotonic_ns;
 use crate::remedy::{Remedy, chain};
+use crate::slice;
 use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::spec::SerialSpec;
 use crate::vm::layout;
@@ -124,12 +125,14 @@ impl Progress for Quiet {
 /// Becomes what the pool at the other end of `channel` says, waits to be claimed, and runs to its
 /// end. The caller must still be single-threaded.
 pub fn run(channel: Channel) -> Result<(), ShellError> {
+    // Whoever claims it waits for each of its threads in turn. vCPUs do without.
+    slice::shorten_own();
     let (order, _) = channel.recv_timeout::<ToShell>(WORD_LIMIT)?;
     let ToShell::Prepare(preparation) = order else { return Err(ShellError::Order) };
     let mut vm = match prepare(*preparation) {
         Ok((vm, id, stage)) => {
-            channel.send(&FromShell::Ready, &[])?;
             let mut vm = vm;
+            channel.send(&vm.ready(), &[])?;
             vm.shell = Some(Box::new(Shell { channel, id, stage, discarded: false }));
             vm
         }
@@ -226,14 +229,19 @@ impl Vm {
     /// Does what the pool asks for. Its end is ours.
     pub(super) fn pool_request(&mut self, epoll: &Epoll) -> Flow {
         let Some(shell) = &mut self.shell else { return ON };
+        let mut runs = false;
+        if shell.discarded {
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
         let done = match shell.channel.try_recv::<ToShell>() {
             Ok(None) => return ON,
             Ok(Some((ToShell::Claim(claim), fds))) => {
                 let heard_ns = monotonic_ns();
                 let claimed = self.claim(*claim, fds, epoll);
+                runs = claimed.is_ok();
                 claimed.map(|()| FromShell::Claimed { heard_ns, runs_ns: monotonic_ns() })
             }
-            Ok(Some((ToShell::Reset, _))) => self.unclaim().map(|()| FromShell::Ready),
+            Ok(Some((ToShell::Reset, _))) => self.unclaim().map(|()| self.ready()),
             Ok(Some((ToShell::Prepare(_), _))) => Err(ShellError::Order),
             Ok(Some((ToShell::End, _))) | Err(_) => {
                 shell.discarded = true;
@@ -251,7 +259,35 @@ impl Vm {
             shell.discarded = true;
             return Flow::Break(Ok(VmEnd::Stopped));
         }
+        // Said before it is done: a vCPU that is woken may well take this processor, and whoever
+        // claimed it has something to do meanwhile. One that cannot run has ended.
+        if runs && let Err(error) = self.go() {
+            tracing::error!(error = chain(&error), "running a VM that was claimed");
+            return Flow::Break(Ok(VmEnd::Stopped));
+        }
         ON
+    }
+
+    fn go(&mut self) -> Result<(), ShellError> {
+        match self.is_paused() {
+            true => self.vcpus.resume().map_err(|error| ShellError::Reset(chain(&error))),
+            false => Ok(self.run_vcpus()?),
+        }
+    }
+
+    fn ready(&self) -> FromShell {
+        let pids = self.cells.iter().filter_map(|cell| u32::try_from(cell.pid()?).ok());
+        FromShell::Ready { cells: pids.collect() }
+    }
+
+    /// A machine that nobody has claimed yet, and that lacks a device, is given to nobody.
+    pub(super) fn discard_unclaimed(&mut self) {
+        if let Some(shell) = &mut self.shell
+            && !matches!(shell.stage, Waiting::Claimed)
+        {
+            shell.discarded = true;
+            self.asked_to_stop = true;
+        }
     }
 
     /// A machine that is nobody's yet can be looked at, and ended, and that is all.
@@ -264,7 +300,7 @@ impl Vm {
         })
     }
 
-    /// Becomes somebody's VM, and runs.
+    /// Becomes somebody's VM, up to the first instruction.
     fn claim(&mut self, claim: Claim, fds: Vec<OwnedFd>, epoll: &Epoll) -> Result<(), ShellError> {
         let Some(shell) = &mut self.shell else { return Err(ShellError::Order) };
         let id = shell.id;
@@ -299,10 +335,7 @@ impl Vm {
         if !primed {
             self.nudge();
         }
-        match self.is_paused() {
-            true => self.vcpus.resume().map_err(|error| ShellError::Reset(chain(&error))),
-            false => Ok(self.run_vcpus()?),
-        }
+        Ok(())
     }
 
     /// Goes back to where the claim found it.
@@ -321,6 +354,9 @@ impl Vm {
         }
         if let Err(why) = self.forget_limits() {
             return fail(why);
+        }
+        if let Err(id) = self.supervisor.begin_anew() {
+            return fail(format!("device '{id}' has failed, or is being replaced"));
         }
         // What it was asked for by somebody else is nobody's any more.
         if let Some(control) = &mut self.control {

@@ -185,6 +185,25 @@ impl Supervisor {
         self.find(id).is_some_and(|n| self.watched[n].is_exchanged())
     }
 
+    /// A device that has failed, if there is one.
+    pub(super) fn failed(&self) -> Option<&str> {
+        self.watched.iter().find(|watched| watched.failed).map(|watched| watched.id.as_str())
+    }
+
+    /// From here on it is somebody else's VM, and what died before counts no longer. Errs with the
+    /// device that is without its process, or has failed: nobody is to be given that.
+    pub(super) fn begin_anew(&mut self) -> Result<(), &str> {
+        let serves = |watched: &Watched| !watched.failed && watched.phase == Phase::Serving;
+        if let Some(n) = self.watched.iter().position(|watched| !serves(watched)) {
+            return Err(&self.watched[n].id);
+        }
+        for watched in &mut self.watched {
+            watched.deaths.clear();
+            watched.restarts = 0;
+        }
+        Ok(())
+    }
+
     /// Whether a process that is gone gets a successor that does what this one did.
     pub(super) fn replaces(&self, id: &str) -> bool {
         self.find(id).is_some_and(|n| !self.watched[n].failed)
@@ -301,6 +320,7 @@ impl Vm {
                 "its process died {deaths} times in {WINDOW:?}: the device has failed"
             );
             self.event(EventKind::DeviceFailed { role, id, deaths: deaths as u64 });
+            self.discard_unclaimed();
         }
         self.start_successor(epoll, w);
     }

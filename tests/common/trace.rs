@@ -58,6 +58,55 @@ impl Traced {
         panic!("the thread does not come to that within {LIMIT:?}");
     }
 
+    /// As [`Traced::run_until`], for as long as `done` is false; then it stands still too.
+    pub fn run_until_or(
+        &self,
+        mut wanted: impl FnMut(Call) -> bool,
+        mut done: impl FnMut() -> bool,
+    ) -> Option<Call> {
+        let mut signal = None;
+        loop {
+            ptrace::syscall(self.thread, signal.take()).unwrap();
+            let stopped = loop {
+                match waitpid(self.thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::StillAlive) if done() => {
+                        ptrace::interrupt(self.thread).unwrap();
+                        self.wait();
+                        return None;
+                    }
+                    Ok(WaitStatus::StillAlive) => std::thread::sleep(Duration::from_micros(50)),
+                    other => break other.unwrap(),
+                }
+            };
+            match stopped {
+                WaitStatus::PtraceSyscall(_) => {
+                    let call = self.call();
+                    if wanted(call) {
+                        return Some(call);
+                    }
+                }
+                WaitStatus::Stopped(_, by) => signal = Some(by),
+                _ => {}
+            }
+        }
+    }
+
+    /// Has the call that it is about to make do nothing, and fail.
+    pub fn fail(&self, errno: Errno) {
+        let mut regs = ptrace::getregs(self.thread).unwrap();
+        // Some call that every filter lets through.
+        let harmless = libc::user_regs_struct {
+            orig_rax: libc::SYS_close as u64,
+            rdi: u64::from(u32::MAX),
+            ..regs
+        };
+        ptrace::setregs(self.thread, harmless).unwrap();
+        ptrace::syscall(self.thread, None).unwrap();
+        assert!(matches!(self.wait(), WaitStatus::PtraceSyscall(_)));
+        regs.rax = -(errno as i64) as u64;
+        ptrace::setregs(self.thread, regs).unwrap();
+    }
+
     fn call(&self) -> Call {
         let regs = ptrace::getregs(self.thread).unwrap();
         Call {

@@ -3,10 +3,12 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use cellblock::control::client::Client;
+use cellblock::control::protocol::{Reply, Request};
 use cellblock::pool::{BaseConfig, Machine, PooledRestoreVm, Shape};
 
 use crate::common::Vm;
@@ -145,4 +147,20 @@ pub fn cellblock(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
     command.args(words);
     command
+}
+
+/// The control socket of the one shell that has its sockets in `directory`.
+pub fn idle(directory: &Path) -> PathBuf {
+    let sockets = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let mut control: Vec<_> = sockets.filter(|path| path.extension().is_none()).collect();
+    assert_eq!(control.len(), 1, "{control:?}");
+    control.remove(0)
+}
+
+/// A process of a VM, if there is one at the moment.
+pub fn pid_of(control: &Path, role: &str) -> Option<i32> {
+    match Client::connect(control).ok()?.ask(Request::Ps).ok()?.0 {
+        Reply::Ps { processes } => processes.iter().find(|p| p.role == role).map(|p| p.pid),
+        other => panic!("{other:?}"),
+    }
 }

@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::cli::{Failure, output};
 use crate::pool::service::client::PoolClient;
 use crate::pool::service::protocol::{Answer, Request, to_hex};
+use crate::slice;
 use crate::spec::time;
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::restore::DiskOverride;
@@ -51,11 +52,14 @@ pub(super) struct Claim {
 
 impl Claim {
     pub(super) fn execute(self) -> Result<(), Failure> {
+        // Before the VM says anything there is little to do, and that is waited for.
+        slice::shorten_own();
         let mut signals = Signals::install()
             .map_err(|error| Failure::Error(format!("taking signals over: {error}")))?;
         let data = self.data()?;
         // The pool is somewhere else.
-        let snapshot = self.snapshot.map(|path| path.canonicalize().unwrap_or(path));
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let snapshot = self.snapshot.map(absolute);
         let request = Request::Claim {
             data: None,
             data_hex: (!data.is_empty()).then(|| to_hex(&data)),
@@ -140,6 +144,7 @@ fn has_end(stdin: BorrowedFd<'_>) -> bool {
     !(data.file_type().is_char_device() && is_null)
 }
 
+/// Checks it, and says it in words that mean the same to the pool, which is somewhere else.
 fn disk(text: &str) -> Result<String, String> {
-    text.parse::<DiskOverride>().map(|_| text.to_string())
+    text.parse::<DiskOverride>()?.absolute()
 }

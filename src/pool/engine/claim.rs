@@ -53,6 +53,8 @@ pub enum ClaimError<E: std::error::Error + 'static> {
 pub struct Wish<'a> {
     /// Wait so long.
     pub patience: Duration,
+    /// Since then; since now where not given.
+    pub begun: Option<Instant>,
     /// Before all others: a claim that had its turn, and got a shell that was dead.
     pub first: bool,
     /// Whether somebody still wants it; looked at from time to time.
@@ -80,19 +82,22 @@ pub struct Lease<F: Factory> {
 impl<F: Factory> Engine<F> {
     /// Waits for a shell.
     pub fn claim(&self, wish: Wish<'_>) -> Result<Lease<F>, ClaimError<F::Error>> {
-        let begun = Instant::now();
+        let begun = wish.begun.unwrap_or_else(Instant::now);
         let inner = &self.inner;
         let (ticket, answer) = {
             let mut state = inner.lock();
             let (send, answer) = sync_channel(1);
             let ticket = state.next_ticket;
             state.next_ticket += 1;
-            state.book(Change::Claimed, &inner.options.limits);
+            let change = if wish.first { Change::Retried } else { Change::Claimed };
+            state.book(change, &inner.options.limits);
             let waiter = Waiter { ticket, fresh: true, first: wish.first, answer: send };
-            match wish.first {
-                true => state.waiting.push_front(waiter),
-                false => state.waiting.push_back(waiter),
-            }
+            // Among those who go before others, whoever came first does too.
+            let at = match wish.first {
+                true => state.waiting.iter().take_while(|waiter| waiter.first).count(),
+                false => state.waiting.len(),
+            };
+            state.waiting.insert(at, waiter);
             inner.settle_claim(&mut state);
             state.waiting.iter_mut().for_each(|waiter| waiter.fresh = false);
             (ticket, answer)

@@ -284,6 +284,27 @@ fn warming_makes_as_many_as_there_may_be() {
 }
 
 #[test]
+fn warming_goes_on_after_a_claim_and_beside_another() {
+    let (pool, knobs) = pool(0, 4, 8);
+    assert_eq!(pool.warm(1), 1);
+    // The refill leaves the processors to the claim for a moment.
+    let lease = claim(&pool, Duration::ZERO).expect("there is one");
+    assert_eq!(pool.warm(2), 2);
+    drop(lease);
+    // Two at once, each for its own.
+    knobs.slow_us.store(20_000, Ordering::SeqCst);
+    knobs.dead.lock().unwrap().extend(1..=3);
+    eventually("their end", || pool.idle_count() == 0);
+    std::thread::scope(|scope| {
+        let few = scope.spawn(|| pool.warm(1));
+        let many = scope.spawn(|| pool.warm(4));
+        assert!(few.join().unwrap() >= 1);
+        assert_eq!(many.join().unwrap(), 4);
+    });
+    all_gone(pool, &knobs);
+}
+
+#[test]
 fn the_dead_are_replaced_and_never_handed_out() {
     let (pool, knobs) = pool(2, 2, 8);
     eventually("two", || pool.idle_count() == 2);
@@ -318,6 +339,39 @@ fn a_claim_whose_shell_was_dead_comes_before_others() {
         }
         drop(lease);
         assert_eq!(served.iter().take(2).collect::<Vec<_>>(), [true, false]);
+    });
+    let books = pool.stats().books;
+    assert_eq!((books.claims, books.retries), (2, 1), "another shell is no other claim");
+    all_gone(pool, &knobs);
+}
+
+#[test]
+fn those_who_come_before_others_keep_their_order_and_the_time_they_have_waited() {
+    let (pool, knobs) = pool(0, 1, 1);
+    let lease = claim(&pool, LONG).expect("one");
+    let (told, served) = channel();
+    std::thread::scope(|scope| {
+        for n in 0..3 {
+            let (own, told) = (pool.clone(), told.clone());
+            scope.spawn(move || {
+                let wish = Wish { patience: LONG, first: true, ..Wish::default() };
+                let lease = own.claim(wish).expect("its turn");
+                told.send(n).unwrap();
+                drop(lease);
+            });
+            eventually("its wait", || pool.stats().books.waiting == n + 1);
+        }
+        // One that has waited since long ago does not wait for long.
+        let begun = Instant::now();
+        let before = begun.checked_sub(LONG - SHORT);
+        let late = Wish { patience: LONG, first: true, begun: before, ..Wish::default() };
+        match pool.claim(late) {
+            Err(ClaimError::TimedOut { waited, .. }) => assert!(waited >= LONG, "{waited:?}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(begun.elapsed() < LONG / 4);
+        drop(lease);
+        assert_eq!(served.iter().take(3).collect::<Vec<_>>(), [0, 1, 2]);
     });
     all_gone(pool, &knobs);
 }

@@ -126,7 +126,7 @@ fn end<F: Factory>(inner: &Inner<F>) {
     }
 }
 
-/// Finds idle shells that have died, before somebody is given one.
+/// Finds idle shells that have died, before somebody is given one; and wakes makers.
 fn watch<F: Factory>(inner: &Inner<F>) {
     let limits = &inner.options.limits;
     let mut state = inner.lock();
@@ -148,9 +148,12 @@ fn watch<F: Factory>(inner: &Inner<F>) {
         }
         // Woken at the end only by the time: it is in no hurry.
         drop(state);
+        let rang = inner.alarm.wait(LOOK.saturating_sub(looked.elapsed()));
         inner.factory.look_after();
-        std::thread::sleep(LOOK);
         state = inner.lock();
+        if rang && state.lacks_shells(limits) {
+            inner.making.notify_one();
+        }
     }
     inner.making.notify_all();
     inner.ending.notify_all();

@@ -145,6 +145,12 @@ impl Connection<'_> {
                     Ok(disks) => disks,
                     Err(why) => return complaint(&format!("disks: {why}")),
                 };
+                let relative = disks.iter().find_map(DiskOverride::relative);
+                let relative = relative.or(snapshot.as_deref().filter(|path| path.is_relative()));
+                if let Some(path) = relative {
+                    let path = path.display();
+                    return complaint(&format!("{path}: the pool wants paths that begin with '/'"));
+                }
                 let patience = timeout_us.map_or(self.shared.timeout, Duration::from_micros);
                 let stream = self.stream;
                 let wanted = || !is_gone(stream);

@@ -27,7 +27,7 @@ mod watch;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::FaultWindow;
@@ -136,8 +136,8 @@ struct Shared {
     recorded: AtomicBool,
     /// Somebody waits for all of it.
     hurry: AtomicBool,
-    /// The guest has begun to run.
-    runs: AtomicBool,
+    /// When the guest began to run.
+    runs: OnceLock<Instant>,
     /// Counts every step of the thread, for the watch.
     steps: AtomicU64,
     /// It sleeps until somebody waits, as it may before the guest runs.
@@ -246,7 +246,7 @@ impl Prospect {
             prefetch: AtomicBool::new(false),
             recorded: AtomicBool::new(false),
             hurry: AtomicBool::new(false),
-            runs: AtomicBool::new(false),
+            runs: OnceLock::new(),
             steps: AtomicU64::new(0),
             rests: AtomicBool::new(false),
             coming: Coming::new(),
@@ -410,7 +410,7 @@ impl Pager {
 
     /// The guest runs from now on: it is left alone for its first steps.
     pub fn guest_runs(&self) {
-        self.shared.runs.store(true, Ordering::Relaxed);
+        self.shared.runs.get_or_init(Instant::now);
     }
 
     /// Brings everything at once, also what nobody asked for yet.

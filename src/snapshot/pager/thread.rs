@@ -24,7 +24,8 @@ const STEPS: u32 = 16;
 /// Most faults taken from one process before others have their turn.
 const ROUND: usize = 16;
 /// How long what nobody asked for is left alone, unless a record names it: the guest's first
-/// steps need the processors, and what they touch is what is worth recording.
+/// steps need the processors. What they touch is recorded, and nothing after them: that is another
+/// matter in every VM.
 const PREFETCH_DELAY: Duration = Duration::from_millis(150);
 /// The longest wait for the guest to run at all.
 const START_LIMIT: Duration = Duration::from_secs(2);
@@ -60,8 +61,6 @@ pub(super) struct Worker {
     record: Record,
     next: usize,
     started: Instant,
-    /// When the guest was first seen to run.
-    runs: Option<Instant>,
     /// When somebody waited last.
     busy: Instant,
     /// The chunk that is likely to be wanted next, and how many from it on.
@@ -142,7 +141,6 @@ impl Worker {
             record,
             next: 0,
             started: Instant::now(),
-            runs: None,
             busy: Instant::now(),
             likely: (0, 0),
             longest: stall_limit / STEPS,
@@ -151,7 +149,7 @@ impl Worker {
 
     fn run(mut self) -> Result<(), PagerError> {
         let result = self.serve().and_then(|()| self.let_go());
-        self.record.keep();
+        end_record(&self.shared, &mut self.record);
         if result.is_err() {
             // Open to the end of the process: see the module's documentation.
             std::mem::forget((self.vmm, self.devices));
@@ -170,7 +168,7 @@ impl Worker {
             let somebody = self.wait(match wanted {
                 Ahead::Now(_) => Some(Duration::ZERO),
                 Ahead::In(time) => Some(time.clamp(Duration::from_millis(1), LOOK)),
-                Ahead::Never if self.shared.runs.load(Ordering::Relaxed) => Some(self.longest),
+                Ahead::Never if self.shared.runs.get().is_some() => Some(self.longest),
                 // Many wait in a pool like this: none of them is to cost a processor anything.
                 Ahead::Never => None,
             })?;
@@ -182,7 +180,7 @@ impl Worker {
                 && self.bring(index)?
             {
                 self.shared.prefetched.fetch_add(1, Ordering::Relaxed);
-                self.record.touched(index);
+                self.touched(index);
             }
         }
         Ok(())
@@ -257,7 +255,7 @@ impl Worker {
         self.look_ahead(index);
         if self.bring(index)? {
             self.shared.demanded.fetch_add(1, Ordering::Relaxed);
-            self.record.touched(index);
+            self.touched(index);
             return Ok(());
         }
         // It came just now; or it is of zeros, between two ranges that are registered.
@@ -326,8 +324,13 @@ impl Worker {
             self.order.pop();
         }
         self.shared.recorded.store(true, Ordering::Release);
+        let now = Instant::now();
+        let records = self.records_for(now);
+        if records == Some(Duration::ZERO) {
+            end_record(&self.shared, &mut self.record);
+        }
         if !self.shared.prefetch.load(Ordering::Relaxed) {
-            return Ahead::Never;
+            return records.filter(|left| !left.is_zero()).map_or(Ahead::Never, Ahead::In);
         }
         while let (index, more @ 1..) = self.likely {
             if index < self.chain.chunks() && !presence.has(index) {
@@ -335,17 +338,14 @@ impl Worker {
             }
             self.likely = (index + 1, more - 1);
         }
-        let now = Instant::now();
-        if self.shared.runs.load(Ordering::Relaxed) {
-            self.runs.get_or_insert(now);
-        }
-        let due = self.runs.map_or(self.started + START_LIMIT, |runs| runs + PREFETCH_DELAY);
+        let runs = self.shared.runs.get();
+        let due = runs.map_or(self.started + START_LIMIT, |runs| *runs + PREFETCH_DELAY);
         let due = due.max(self.busy + QUIET);
         if now < due && !self.shared.hurry.load(Ordering::Relaxed) {
             return Ahead::In(due - now);
         }
-        // What was wanted so far is what the next restore will want.
-        self.record.keep();
+        // From here on it is not the guest who says what comes.
+        end_record(&self.shared, &mut self.record);
         while self.next < self.chain.chunks() {
             if !presence.has(self.next) {
                 return Ahead::Now(self.next);
@@ -353,6 +353,19 @@ impl Worker {
             self.next += 1;
         }
         Ahead::Never
+    }
+
+    /// How long what is touched is recorded still; nothing where it is not, or for as long as the
+    /// guest does not run.
+    fn records_for(&self, now: Instant) -> Option<Duration> {
+        let runs = self.shared.runs.get().filter(|_| self.record.is_open())?;
+        Some((*runs + PREFETCH_DELAY).saturating_duration_since(now))
+    }
+
+    fn touched(&mut self, index: usize) {
+        if self.record.is_open() && self.records_for(Instant::now()) != Some(Duration::ZERO) {
+            self.record.touched(index);
+        }
     }
 
     /// Everything is there: nobody has to wait for anything any more.
@@ -399,6 +412,14 @@ impl Device {
             // It fails for a process that is no more.
             let _ = target.uffd.unregister(window.start, window.len);
         }
+    }
+}
+
+/// What was wanted so far is what the next restore will want, if it was the guest's wish.
+fn end_record(shared: &Shared, record: &mut Record) {
+    match shared.runs.get() {
+        Some(_) => record.keep(),
+        None => record.forget(),
     }
 }
 

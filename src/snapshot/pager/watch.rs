@@ -49,7 +49,7 @@ impl Watch {
             std::thread::sleep(self.limit / LOOKS);
             let steps = shared.steps.load(Ordering::Relaxed);
             let rests = shared.rests.load(Ordering::Relaxed);
-            let runs = shared.runs.load(Ordering::Relaxed);
+            let runs = shared.runs.get().is_some();
             looks = if steps == seen && (runs || !rests) { looks + 1 } else { 0 };
             if runs && rests {
                 let _ = shared.bell.write(1); // it fails only when it is rung already

@@ -1,5 +1,6 @@
 //! What a user says is different about a disk: `id=ID[,path=F][,cow[=DIR]]`.
 
+use std::path::Path;
 use std::str::FromStr;
 
 use super::DiskOverride;
@@ -28,6 +29,37 @@ impl FromStr for DiskOverride {
     }
 }
 
+impl DiskOverride {
+    /// The same in words, with paths that do not depend on the directory this process is in.
+    pub fn absolute(&self) -> Result<String, String> {
+        let path = |path: &Path| {
+            let absolute = std::path::absolute(path);
+            let absolute = absolute.map_err(|error| format!("{}: {error}", path.display()))?;
+            let text = absolute.to_str().ok_or_else(|| format!("{absolute:?} is not text"))?;
+            Ok::<String, String>(text.replace(',', ",,"))
+        };
+        let mut words = format!("id={}", self.id.replace(',', ",,"));
+        if let Some(image) = &self.path {
+            words.push_str(&format!(",path={}", path(image)?));
+        }
+        match &self.cow {
+            None => {}
+            Some(Place::Memory) => words.push_str(",cow"),
+            Some(Place::Directory(at)) => words.push_str(&format!(",cow={}", path(at)?)),
+        }
+        Ok(words)
+    }
+
+    /// A path that means something only in the directory of whoever wrote it.
+    pub fn relative(&self) -> Option<&Path> {
+        let at = match &self.cow {
+            Some(Place::Directory(at)) => Some(at),
+            _ => None,
+        };
+        self.path.iter().chain(at).map(|path| path.as_path()).find(|path| path.is_relative())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,6 +77,16 @@ mod tests {
         assert_eq!(disk("id=disk0,cow"), Ok(other(None, Some(Place::Memory))));
         let at = Some(Place::Directory("/tmp".into()));
         assert_eq!(disk("cow=/tmp,path=a,id=disk0"), Ok(other(Some("a"), at)));
+        let words = |text: &str| disk(text).unwrap().absolute().unwrap();
+        assert_eq!(words("cow,path=/a,,b,id=d"), "id=d,path=/a,,b,cow");
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(words("id=d,cow=x"), format!("id=d,cow={}", here.join("x").display()));
+        let relative = |text: &str| disk(text).unwrap().relative().map(Path::to_path_buf);
+        assert_eq!(relative("id=d,path=/a,cow=b"), Some("b".into()));
+        assert_eq!(
+            (relative("id=d,path=/a,cow"), relative("id=d,path=a")),
+            (None, Some("a".into()))
+        );
         for text in ["disk0=/a", "id=,path=/a", "id=a,path=", "id=a", "id=a,id=b,cow", ""] {
             assert!(disk(text).is_err(), "{text}");
         }

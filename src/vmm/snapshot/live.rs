@@ -50,6 +50,8 @@ impl Vm {
     ) -> Result<(OwnedFd, u64, Vec<u64>), CaptureError> {
         self.snapshots.tracker.begin(&self.machine)?;
         let (round, since) = self.snapshots.tracker.cut(&self.machine)?;
+        // First of all: the logs are empty now, and whatever fails below has kept nothing.
+        self.snapshots.unkept = Some(since.clone());
         let count = dirty::count(&round);
         if let Some(copy) = live {
             let copied = copy.pages(self.ram.fd(), &round, self.has_holes());

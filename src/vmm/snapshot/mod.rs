@@ -11,11 +11,13 @@
 //! | `live`, `rounds` | copies guest memory, in the cut or in rounds before it |
 //! | `layers` | copies what the guest has written to `cow` disks |
 //! | `plugins` | brings plugins to rest, and lets them go on |
+//! | `held` | a cut that a client holds, and what ends it |
 //! | `load` | brings a machine to where a state is |
 //! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
 mod capture;
 mod devices;
+mod held;
 mod layers;
 mod live;
 mod load;
@@ -61,7 +63,7 @@ pub(super) struct Snapshots {
     pub(super) tracker: Tracker,
     /// What was written since the tracker's base before the last cut, until that is kept.
     unkept: Option<Vec<u64>>,
-    /// Whose the last cut is.
+    /// Whose the last cut is, as long as it can be kept.
     cutter: Option<u64>,
     cut: Coordinator,
     /// The cut that a client holds: its connection, and what has to be thawed.
@@ -135,7 +137,6 @@ impl Vm {
         let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
         let wanted = Wanted { hold, live: live && !hold, limit, trigger };
         self.nothing_kept();
-        self.snapshots.cutter = Some(token.client());
         let cut = match wanted.live {
             true => match self.prepare_live(wanted, token) {
                 Ok(()) => return Response::Later,
@@ -152,6 +153,7 @@ impl Vm {
         self.release_guest(client);
         match cut {
             Ok((report, fds)) => {
+                self.snapshots.cutter = Some(client);
                 let (epoch, still_us) = (report.epoch, report.still_us);
                 self.event(EventKind::Snapshot { epoch, still_us });
                 (Reply::Snapshot(report), fds)
@@ -240,7 +242,6 @@ impl Vm {
         let layers = live.as_mut().map(|live| std::mem::take(&mut live.layers)).unwrap_or_default();
         let memory = self.copy_still(live, wanted.hold);
         let (memory, last_pages, since) = self.or_give_up("guest memory", memory)?;
-        self.snapshots.unkept = base.map(|_| since.clone());
         let pages = base.map(|_| live::pages_file(&since)).transpose();
         let pages = self.or_give_up("guest memory", pages)?;
         let overlays = self.finish_layers(layers);
@@ -271,7 +272,7 @@ impl Vm {
     pub(super) fn track_since(&mut self, id: SnapshotId) -> Result<(), KvmError> {
         self.snapshots.tracker.begin(&self.machine)?;
         self.snapshots.tracker.cut(&self.machine)?;
-        self.snapshots.tracker.keep(id);
+        self.keep(id);
         // The new generation id is in memory already.
         self.snapshots.tracker.wrote(&self.ram, layout::VMGENID, PAGE as u64);
         Ok(())
@@ -280,18 +281,28 @@ impl Vm {
     /// The last cut was written down as a snapshot.
     pub(super) fn kept(&mut self, id: &str, client: u64) -> Reply {
         if self.snapshots.cutter != Some(client) {
-            return Reply::error("the last cut of the VM was made for another", None);
+            return Reply::error(
+                "the VM has no cut of this connection that could be kept: another was made since, \
+                 or the VM was reset",
+                None,
+            );
         }
         let Some(id) = SnapshotId::parse(id) else {
             return Reply::error("this is no snapshot's id", None);
         };
-        self.snapshots.unkept = None;
-        self.snapshots.tracker.keep(id);
+        self.keep(id);
         Reply::Kept
+    }
+
+    /// What is written from the tracker's last cut on is written since snapshot `id`.
+    pub(super) fn keep(&mut self, id: SnapshotId) {
+        (self.snapshots.cutter, self.snapshots.unkept) = (None, None);
+        self.snapshots.tracker.keep(id);
     }
 
     /// If the last cut was not written down, what was written before it still counts.
     fn nothing_kept(&mut self) {
+        self.snapshots.cutter = None;
         if let Some(since) = self.snapshots.unkept.take() {
             self.snapshots.tracker.forget(&since);
         }
@@ -354,33 +365,6 @@ impl Vm {
         {
             tracing::error!(error = crate::remedy::chain(&error), "going on after a snapshot");
         }
-    }
-
-    /// Lets everyone go on after a cut that was held. False where there is none.
-    pub(super) fn end_hold(&mut self) -> bool {
-        let Some((_, frozen)) = self.snapshots.held.take() else { return false };
-        self.thaw(frozen, Input::Thaw);
-        true
-    }
-
-    /// A client is gone: what it held goes on.
-    pub(super) fn client_gone(&mut self, client: u64) {
-        self.release_guest(client);
-        if self.snapshots.live.as_ref().is_some_and(|live| live.token.client() == client) {
-            tracing::warn!("who asked for a live snapshot is gone; it is given up");
-            self.snapshots.live = None;
-        }
-        if self.snapshots.held.as_ref().is_some_and(|(holder, _)| *holder == client)
-            && !self.asked_to_stop
-        {
-            tracing::warn!("who took the snapshot is gone; the VM goes on");
-            self.end_hold();
-        }
-    }
-
-    /// Whether a cut holds the VM still.
-    pub(super) fn is_held(&self) -> bool {
-        self.snapshots.held.is_some()
     }
 }
 

@@ -23,6 +23,9 @@ const KEPT: usize = 16 << 10;
 pub struct Kept(HashMap<usize, Box<[u8; PAGE]>>);
 
 impl Kept {
+    /// Bytes that they come to, at most.
+    pub(crate) const MOST: u64 = (KEPT * PAGE) as u64;
+
     fn keep(&mut self, page: usize, bytes: &[u8]) {
         if self.0.len() < KEPT
             && let Ok(bytes) = <[u8; PAGE]>::try_from(bytes)

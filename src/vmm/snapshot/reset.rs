@@ -81,6 +81,12 @@ impl Vm {
         if self.is_held() || self.copies() {
             return Reply::error("a snapshot of the VM is being taken", Some("try again"));
         }
+        if let Some(id) = self.supervisor.failed() {
+            return Reply::error(
+                format!("no reset: device '{id}' has failed, and would have no process"),
+                Some("restore the snapshot anew"),
+            );
+        }
         let begun = Instant::now();
         let mut frozen = Frozen::of_plugins(match self.returning(&origin.state) {
             Ok(plugins) => plugins,
@@ -156,7 +162,7 @@ impl Vm {
             let (_, since) = self.snapshots.tracker.cut(&self.machine)?;
             let pages = put_back::known(&origin.chain, &self.ram, &since, &mut origin.kept)?;
             self.snapshots.tracker.put_back(&since);
-            self.snapshots.tracker.keep(id);
+            self.keep(id);
             pages
         } else {
             let mut written = vec![0; self.snapshots.tracker.chunks()];

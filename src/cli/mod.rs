@@ -36,7 +36,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::remedy::{Remedy, one_line, printable};
-use crate::{logging, terminal};
+use crate::{logging, open_files, terminal};
 
 const ABOUT: &str = "Run a virtual machine whose every device is a jailed process of its own";
 
@@ -109,6 +109,7 @@ impl Failure {
 
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    open_files::raise_limit();
     let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),

@@ -39,7 +39,7 @@ use clap::{Parser, Subcommand};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::remedy::{Remedy, one_line, printable};
-use crate::{logging, terminal};
+use crate::{logging, open_files, terminal};
 
 const ABOUT: &str = "Run a virtual machine whose every device is a jailed process of its own";
 
@@ -120,6 +120,7 @@ fn cancel_on_signals(cancel: &Arc<AtomicBool>) -> Result<(), Failure> {
 
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    open_files::raise_limit();
     let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),

@@ -11,6 +11,7 @@ pub mod event;
 pub mod gdb;
 pub mod guest;
 pub mod logging;
+pub mod open_files;
 pub mod plugin;
 pub mod plugin_process;
 pub mod pool;

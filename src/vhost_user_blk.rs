@@ -16,6 +16,8 @@ use cellblock_seccomp::filter::{self, Policy};
 use cellblock_seccomp::spawner::{self, Event, ExitStatus, Spawner};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::SockType;
+use nix::sys::stat::Mode;
 
 use crate::cell::counters::BlkCounters;
 use crate::cell::launch::{Common, wait_ready};
@@ -114,7 +116,9 @@ pub fn run(config: &Config) -> Result<(), ServeError> {
 }
 
 fn listen(config: &Config) -> Result<(UnixListener, impl Drop + use<>), ServeError> {
-    let socket = ListeningSocket::bind(&config.socket).map_err(ServeError::Socket)?;
+    let socket =
+        ListeningSocket::bind_as(&config.socket, SockType::Stream, Mode::S_IRUSR | Mode::S_IWUSR)
+            .map_err(ServeError::Socket)?;
     let (fd, node) = socket.into_parts();
     let listener = UnixListener::from(fd);
     // A front end may be gone again between the news of it and the accept.

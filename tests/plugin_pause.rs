@@ -4,8 +4,8 @@
 
 mod plugin_support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use cellblock_plugin_api::{Event, Space, Vcpu, Vm};
@@ -34,6 +34,7 @@ fn a_hundred_thousand_pauses_by_four_threads_of_four_busy_vcpus() {
     // The last cookie of each requester that each vCPU reported.
     let seen: Vec<[AtomicU64; 4]> = (0..4).map(|_| Default::default()).collect();
     let pauses = AtomicU64::new(0);
+    let meeting = Barrier::new(4);
     let begin = Instant::now();
     std::thread::scope(|scope| {
         for (vcpu, seen) in vcpus.iter().zip(&seen) {
@@ -56,24 +57,24 @@ fn a_hundred_thousand_pauses_by_four_threads_of_four_busy_vcpus() {
         }
         let requesters: Vec<_> = (0..4u64)
             .map(|id| {
-                let (vm, seen) = (vm.new_connection().unwrap(), &seen);
+                let (vm, seen, meeting) = (vm.new_connection().unwrap(), &seen, &meeting);
                 scope.spawn(move || {
                     for n in 1..=EACH {
                         let user = id << 32 | n;
-                        // Each asks all of them, and now and then only its own: and waits until it
-                        // has heard of that, which no later request hurries along.
-                        if n % 500 == 0 {
-                            vm.pause_vcpus(1 << id, user).unwrap();
-                            let own = &seen[id as usize];
-                            wait_for("an answer, or another's request in its place", || {
-                                let others = own.iter().map(|seen| seen.load(Ordering::Acquire));
-                                (own[id as usize].load(Ordering::Acquire) == user
-                                    || others.max().unwrap_or(0) != 0)
-                                    .then_some(())
-                            });
-                        } else {
+                        if n % 50 != 0 {
                             vm.pause_vcpus(!0, user).unwrap();
+                            continue;
                         }
+                        // A request can take the place of another that was not taken yet. Now and
+                        // then each asks its own vCPU alone, and all that was asked before is older:
+                        // then just this one has to be answered, and is waited for.
+                        meeting.wait();
+                        vm.pause_vcpus(1 << id, user).unwrap();
+                        wait_for("an answer to the very last request", || {
+                            let last = seen[id as usize][id as usize].load(Ordering::Acquire);
+                            (last == user).then_some(())
+                        });
+                        meeting.wait();
                     }
                 })
             })

@@ -180,12 +180,15 @@ int main(int argc, char **argv) {
       OK(crosvm_vcpu_set_sregs(vcpu, &sregs));
       OK(crosvm_vcpu_set_regs(vcpu, &regs));
     } else if (event.kind == CROSVM_VCPU_EVENT_KIND_IO_ACCESS) {
-      if (event.io_access.address == RESET && event.io_access.is_write) return 0;
+      bool is_write = event.io_access.is_write, is_reset = event.io_access.address == RESET;
+      if (is_reset && is_write) return 0;
       pthread_mutex_lock(&uart.lock);
       for (unsigned i = 0; i < event.io_access.length; i++) {
-        unsigned n = (event.io_access.address - BASE + i) % 8;
-        if (event.io_access.is_write) write_register(n, event.io_access.data[i]);
-        else event.io_access.data[i] = read_register(n);
+        /* The bytes of a string go to one port; an event does not tell them from a word's. */
+        bool string = event.io_access.length > 4 || event.io_access.address == BASE;
+        unsigned n = event.io_access.address - BASE + (string && !(uart.lcr & LCR_DLAB) ? 0 : i);
+        if (is_write) write_register(n % 8, event.io_access.data[i]);
+        else event.io_access.data[i] = is_reset ? 0 : read_register(n % 8);
       }
       update_line(vm);
       pthread_mutex_unlock(&uart.lock);

@@ -30,6 +30,7 @@
 mod constants;
 mod parse;
 mod program;
+mod replaced;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};

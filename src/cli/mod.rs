@@ -30,13 +30,16 @@ mod vhost_user_blk;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use cellblock_devices::protocol::LogLevel;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::remedy::{Remedy, one_line, printable};
-use crate::{logging, terminal};
+use crate::{logging, open_files, terminal};
 
 const ABOUT: &str = "Run a virtual machine whose every device is a jailed process of its own";
 
@@ -107,8 +110,17 @@ impl Failure {
     }
 }
 
+/// Has a signal to end set `cancel`, so that what is being written is taken away.
+fn cancel_on_signals(cancel: &Arc<AtomicBool>) -> Result<(), Failure> {
+    [SIGINT, SIGTERM, SIGHUP].into_iter().try_for_each(|signal| {
+        let taken = signal_hook::flag::register(signal, cancel.clone());
+        taken.map(drop).map_err(|e| Failure::Error(format!("taking signals over: {e}")))
+    })
+}
+
 /// Runs the program with `args`, the program's name first.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    open_files::raise_limit();
     let outcome = match Cli::try_parse_from(merge::one_word(args)) {
         Ok(cli) => cli.execute(),
         Err(error) => usage(&error),

@@ -80,16 +80,27 @@ pub struct Node {
 }
 
 impl ListeningSocket {
-    /// Makes a socket at `path` with mode 0600 and listens. An existing path is refused.
+    /// Makes a socket at `path` with mode 0600 and listens. An existing path is refused. Clients
+    /// send bytes, and no fds.
     pub fn bind(path: &Path) -> Result<ListeningSocket, SocketError> {
-        ListeningSocket::bind_as(path, SockType::Stream, Mode::S_IRUSR | Mode::S_IWUSR)
+        ListeningSocket::make(path, SockType::Stream, Mode::S_IRUSR | Mode::S_IWUSR, false)
     }
 
-    /// As [`ListeningSocket::bind`], with a socket of another type and mode.
+    /// As [`ListeningSocket::bind`], with a socket of another type and mode, whose clients send fds
+    /// as well.
     pub fn bind_as(
         path: &Path,
         kind: SockType,
         mode: Mode,
+    ) -> Result<ListeningSocket, SocketError> {
+        ListeningSocket::make(path, kind, mode, true)
+    }
+
+    fn make(
+        path: &Path,
+        kind: SockType,
+        mode: Mode,
+        takes_fds: bool,
     ) -> Result<ListeningSocket, SocketError> {
         let fail = |doing| {
             move |errno: Errno| SocketError::System {
@@ -118,6 +129,9 @@ impl ListeningSocket {
         let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
         if mode.intersects(Mode::S_IRWXG | Mode::S_IRWXO) {
             widen(path, identity, mode).map_err(fail("letting other users reach"))?;
+        }
+        if !takes_fds {
+            refuse_fds(&made.fd);
         }
         listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
         Ok(made)
@@ -195,6 +209,26 @@ fn occupied(path: &Path, kind: SockType) -> SocketError {
         Ok(true) => SocketError::Stale(path.to_owned()),
         _ => SocketError::Live(path.to_owned()),
     }
+}
+
+/// Has the kernel refuse fds that are sent to a socket, and to those that are accepted from it: no
+/// client sends any that is meant well, and whoever reads closes them, which can take as long as
+/// the client likes. Linux 6.16 is the first that can.
+#[allow(unsafe_code)] // an option that nix does not have
+fn refuse_fds(socket: &OwnedFd) {
+    // asm-generic/socket.h
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let off: libc::c_int = 0;
+    // SAFETY: the kernel reads an int of this size; a kernel without the option refuses it.
+    let _ = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
 }
 
 #[cfg(test)]

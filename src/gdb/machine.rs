@@ -114,6 +114,12 @@ impl Machine {
                 continue;
             }
             let Some(event) = seat.vcpu.wait_timeout(TURN)? else { continue };
+            if let Event::Paused { .. } = event {
+                // Of a stop that was asked for when the vCPU was about to stop by itself.
+                seat.asked = false;
+                seat.vcpu.resume()?;
+                continue;
+            }
             let reason = match event {
                 Event::Debug { dr6, .. } if dr6 & DR6_STEP != 0 => Some(Stop::Stepped(id)),
                 Event::Debug { .. } => Some(Stop::Breakpoint(id)),

@@ -34,6 +34,9 @@ pub enum GdbError {
         #[source]
         source: cellblock_plugin_api::Error,
     },
+    /// Its memory is kept from programs that attach.
+    #[error("the VM at {} hands out no memory, which gdb cannot do without", .0.display())]
+    NoMemory(PathBuf),
     /// The socket for gdb.
     #[error("making the socket for gdb")]
     Listen(#[from] SocketError),
@@ -55,6 +58,9 @@ impl Remedy for GdbError {
                 "start it with --plugin-socket PATH, and give that path or its control socket"
                     .into(),
             ),
+            GdbError::NoMemory(_) => {
+                Some("start it with --plugin-socket PATH,memory=rw (or ro, to look only)".into())
+            }
             GdbError::Listen(error) => error.remedy(),
             _ => None,
         }
@@ -67,16 +73,18 @@ impl Remedy for GdbError {
 /// [`GdbError`].
 pub fn serve(vm: &Path, listen: &Path, ready: impl FnOnce()) -> Result<(), GdbError> {
     // Tried out before anybody waits in vain.
-    drop(attach(vm)?);
+    if attach(vm)?.guest_memory().is_err_and(|error| error.errno() == libc::EPERM) {
+        return Err(GdbError::NoMemory(vm.to_owned()));
+    }
     let socket = ListeningSocket::bind(listen)?;
     let (listener, _node) = socket.into_listener();
     ready();
     loop {
         let (stream, _) = listener.accept().map_err(GdbError::Accept)?;
-        let machine = Machine::stop(attach(vm)?)?;
-        match debug(stream, machine) {
+        match attach(vm).and_then(Machine::stop).and_then(|machine| debug(stream, machine)) {
             Ok(reason) => tracing::info!(?reason, "gdb has left"),
             Err(GdbError::Vm(cellblock_plugin_api::Error::Closed)) => return Ok(()),
+            Err(error @ GdbError::Attach { .. }) => return Err(error),
             // gdb is gone, or does not speak its protocol: the next one may.
             Err(error) => tracing::warn!(error = crate::remedy::chain(&error), "gdb"),
         }

@@ -97,6 +97,9 @@ impl MultiThreadBase for Debugged {
         let vcpu = self.machine.vcpu(index(tid)).ok_or(TargetError::NonFatal)?;
         let mut general = vcpu.regs().map_err(refused)?;
         let mut fpu = vcpu.fpu().map_err(refused)?;
+        if !registers::same_segments(regs, &vcpu.sregs().map_err(refused)?) {
+            return Err(TargetError::NonFatal);
+        }
         registers::from_gdb(regs, &mut general, &mut fpu);
         vcpu.set_fpu(&fpu).map_err(refused)?;
         vcpu.set_regs(&general).map_err(refused)

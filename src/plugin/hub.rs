@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use cellblock_plugin_api::{MemoryAccess, Rights, Space, wake_private};
 use nix::errno::Errno;
@@ -10,14 +11,19 @@ use nix::errno::Errno;
 use super::ranges::{self, Claim, Ranges};
 use super::session::{Session, SessionError};
 use super::tap::Tap;
+use super::watches::Watches;
 use crate::bus::Bus;
 use crate::vcpu::{Attendant, Kicks};
+
+/// How long telling plugins of the end may take.
+const TELL_LIMIT: Duration = Duration::from_millis(200);
 
 /// See the module.
 pub struct Hub {
     kicks: Arc<Kicks>,
     vcpus: Box<[Place]>,
     ranges: RwLock<Ranges>,
+    watches: RwLock<Watches>,
     watched: AtomicBool,
     sessions: Mutex<Vec<Arc<Session>>>,
     /// The plugin that the VM was started for.
@@ -41,6 +47,8 @@ struct Place {
     wanted: AtomicBool,
     /// A plugin has not answered an event of it.
     open: AtomicBool,
+    /// Whose request was taken last.
+    turn: AtomicUsize,
     /// Rises with everything its thread is to notice.
     calls: AtomicU32,
     sleeps: AtomicBool,
@@ -64,6 +72,7 @@ impl Hub {
         let hub = Arc::new(Hub {
             vcpus: (0..vcpus).map(|_| Place::default()).collect(),
             ranges: RwLock::default(),
+            watches: RwLock::default(),
             watched: AtomicBool::new(false),
             sessions: Mutex::new(owner.iter().cloned().collect()),
             created: AtomicUsize::new(if has_owner { vcpus } else { 0 }),
@@ -113,6 +122,7 @@ impl Hub {
         if !session.is_owner() {
             self.sessions().retain(|other| other.id() != session.id());
             self.with_ranges(|ranges| ranges.forget(session));
+            self.with_watches(|watches| watches.forget(session));
         }
         // Who waits for it looks up; a vCPU it debugs is made to.
         for vcpu in 0..self.vcpus.len() {
@@ -120,11 +130,13 @@ impl Hub {
         }
     }
 
-    /// Everybody is told that the VM ends.
+    /// Everybody is told that the VM ends. Who lets himself be told is by the time this returns.
     pub fn ending(&self) {
-        for session in self.sessions().iter() {
-            session.signal_shutdown();
-        }
+        let sessions = self.sessions().clone();
+        let (told, all_told) = crossbeam_channel::bounded(0);
+        sessions.iter().for_each(|session| session.signal_shutdown(told.clone()));
+        drop(told);
+        let _ = all_told.recv_timeout(TELL_LIMIT);
     }
 
     /// Whether the guest has memory that a plugin made.
@@ -177,16 +189,20 @@ impl Hub {
         start: u64,
         length: u64,
     ) -> Result<(), Errno> {
-        self.with_ranges(|ranges| match length {
-            0 => ranges.unwatch(session, space, start),
-            _ => ranges.watch(session, space, start, length),
+        self.with_watches(|watches| match length {
+            0 => watches.remove(session, space, start),
+            _ => watches.add(session, space, start, length),
         })
     }
 
     fn with_ranges<R>(&self, change: impl FnOnce(&mut Ranges) -> R) -> R {
-        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        let result = change(&mut ranges);
-        self.watched.store(ranges.is_watched(), Ordering::Release);
+        change(&mut self.ranges.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn with_watches<R>(&self, change: impl FnOnce(&mut Watches) -> R) -> R {
+        let mut watches = self.watches.write().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut watches);
+        self.watched.store(!watches.is_empty(), Ordering::Release);
         result
     }
 
@@ -195,12 +211,13 @@ impl Hub {
         ranges.find(space, address).cloned()
     }
 
-    pub(super) fn watcher(&self, space: Space, address: u64, skip: usize) -> Option<Arc<Session>> {
+    /// The first plugin from number `from` on that watches an address.
+    pub(super) fn watcher(&self, space: Space, address: u64, from: usize) -> Option<Arc<Session>> {
         if !self.watched.load(Ordering::Acquire) {
             return None;
         }
-        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
-        ranges.watcher(space, address, skip)
+        let watches = self.watches.read().unwrap_or_else(PoisonError::into_inner);
+        watches.next(space, address, from)
     }
 
     /// Asks a vCPU to stop for a plugin.
@@ -228,11 +245,16 @@ impl Hub {
         if !self.vcpus[vcpu].wanted.swap(false, Ordering::AcqRel) {
             return None;
         }
-        let found = self
-            .sessions()
-            .iter()
-            .find_map(|session| Some((session.clone(), session.seat(vcpu).take_request()?)));
-        if found.is_some() {
+        let found = {
+            // In turns, so that one who asks without end does not keep the vCPU from the others.
+            let sessions = self.sessions();
+            let last = self.vcpus[vcpu].turn.load(Ordering::Relaxed);
+            let (before, after): (Vec<_>, Vec<_>) = sessions.iter().partition(|s| s.id() <= last);
+            let mut turns = after.into_iter().chain(before);
+            turns.find_map(|session| Some((session.clone(), session.seat(vcpu).take_request()?)))
+        };
+        if let Some((session, _)) = &found {
+            self.vcpus[vcpu].turn.store(session.id(), Ordering::Relaxed);
             // There may be more.
             self.vcpus[vcpu].wanted.swap(true, Ordering::AcqRel);
         }

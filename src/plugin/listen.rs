@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use cellblock_plugin_api::{MemoryAccess, Rights};
+use cellblock_wire::closer::{self, Outside};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{SockFlag, SockType, accept4, getsockopt, sockopt::PeerCredentials};
@@ -14,6 +15,7 @@ use nix::unistd::geteuid;
 use crate::control::socket::{ListeningSocket, Node, SocketError};
 use crate::remedy::Remedy;
 use crate::spec::PluginSocketSpec;
+use crate::throttle::Throttle;
 use crate::vm::memory::GuestRam;
 
 /// The socket to attach by could not be made.
@@ -41,7 +43,8 @@ impl Remedy for AttachError {
 
 /// A listening socket, and what those that connect to it get.
 pub struct AttachSocket {
-    fd: OwnedFd,
+    /// Those that were not let in yet may have sent something.
+    fd: Outside<OwnedFd>,
     node: Option<Node>,
     spec: PluginSocketSpec,
     uid: u32,
@@ -50,6 +53,20 @@ pub struct AttachSocket {
     read_only: Option<OwnedFd>,
     /// Whether all of it is there, where it comes on demand.
     arrived: Option<Arrived>,
+    /// Those that were refused.
+    refusals: Throttle,
+}
+
+/// Who is at the socket.
+pub(super) enum Caller {
+    /// Nobody.
+    Nobody,
+    /// Somebody who may, with what they may.
+    Let(OwnedFd, Rights),
+    /// Somebody who may not, and is closed.
+    Refused,
+    /// Somebody for whom there are no fds now.
+    Waits(Errno),
 }
 
 /// Says whether all of guest memory is there.
@@ -69,13 +86,14 @@ impl AttachSocket {
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(AttachError::Setup)?;
         let uid = geteuid().as_raw();
         Ok(AttachSocket {
-            fd,
+            fd: fd.into(),
             node: Some(node),
             spec: spec.clone(),
             uid,
             ram: None,
             read_only: None,
             arrived: None,
+            refusals: Throttle::default(),
         })
     }
 
@@ -136,19 +154,28 @@ impl AttachSocket {
         self.read_only.as_ref()?.try_clone().ok()
     }
 
-    /// Somebody who connected and may, with what they may; who may not is closed.
+    /// The next who has connected.
     #[allow(unsafe_code)] // nix gives the accepted descriptor as a number
-    pub(super) fn accept(&self) -> Option<(OwnedFd, Rights)> {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let fd = accept4(self.fd.as_raw_fd(), flags).ok()?;
+    pub(super) fn accept(&mut self) -> Caller {
+        let fd = match accept4(self.fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            Ok(fd) => fd,
+            Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
+                return Caller::Waits(errno);
+            }
+            Err(_) => return Caller::Nobody,
+        };
         // SAFETY: the kernel gave it to us just now.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let uid = getsockopt(&socket, PeerCredentials).ok()?.uid();
-        match self.rights(uid) {
-            Some(rights) => Some((socket, rights)),
+        let uid = getsockopt(&socket, PeerCredentials).map(|peer| peer.uid());
+        match uid.ok().and_then(|uid| self.rights(uid)) {
+            Some(rights) => Caller::Let(socket, rights),
             None => {
-                tracing::warn!(uid, "refused a program that tried to attach");
-                None
+                closer::close(socket);
+                if let Some(unsaid) = self.refusals.take() {
+                    let uid = uid.unwrap_or(u32::MAX);
+                    tracing::warn!(uid, unsaid, "refused a program that tried to attach");
+                }
+                Caller::Refused
             }
         }
     }

@@ -14,11 +14,14 @@
 //! * `server`, `requests`: the thread that serves connections.
 //!
 //! # What a plugin cannot do
-//! Hang the VMM: a vCPU that waits for it is in a pause's reach, and the main loop never waits for
-//! it. Be believed: what it writes into a slot is copied once and the copy checked; a message that
+//! Hang the VMM: a vCPU that waits for it is in a pause's reach; neither the main loop nor the
+//! server waits for it, and what it sends in is closed by threads that serve nobody
+//! ([`cellblock_wire::closer`]). Use the VMM up: things, ranges, watches and fds have limits, for
+//! one and for all. Be believed: what it writes into a slot is copied once and the copy checked; a message that
 //! does not decode ends its connection. Outlive its welcome: what an attached one held is released
 //! when its last connection ends, and the vCPUs it stopped run on.
 
+mod fds;
 mod hub;
 mod listen;
 mod memory;
@@ -30,6 +33,7 @@ mod seat;
 mod server;
 mod session;
 mod tap;
+mod watches;
 
 pub use hub::Hub;
 pub use listen::{Arrived, AttachError, AttachSocket};

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use cellblock_plugin_api::Space;
 use cellblock_plugin_api::wire::Payload;
 use cellblock_plugin_api::wire::part::{FromPart, MAX_STATE, ToPart};
-use cellblock_wire::{Channel, ChannelError};
+use cellblock_wire::{Channel, ChannelError, closer};
 use nix::errno::Errno;
 
 use super::hub::Hub;
-use super::session::Session;
+use super::session::{Part, Session};
 
 /// Name of the plugin that the VMM starts.
 pub const OWNER: &str = "plugin0";
@@ -25,7 +25,7 @@ const NAME: usize = 64;
 pub struct Holder {
     /// For the snapshot.
     pub name: String,
-    part: Option<Arc<Channel>>,
+    part: Option<Part>,
 }
 
 /// What a plugin answered.
@@ -77,26 +77,39 @@ impl Holder {
             // What it has said already counts, however late it is.
             let left = until.saturating_duration_since(Instant::now());
             let left = left.max(Duration::from_millis(1));
-            match part.recv_timeout::<FromPart>(left) {
-                Ok((FromPart::Quiesced { epoch: of, state }, fds)) if of == epoch => {
-                    let state = state.take(fds.last().map(|fd| fd.as_fd()));
-                    return match state {
-                        Ok(state) if state.len() <= MAX_STATE => Answer::State(state),
-                        _ => Answer::Failed(Errno::EFBIG as i32),
-                    };
+            let (message, fds) = match part.recv_timeout::<FromPart>(left) {
+                Ok((_, fds)) if fds.len() > 1 => {
+                    closer::close_all(fds);
+                    return Answer::Gone;
                 }
-                Ok((FromPart::Restored { epoch: of }, _)) if of == epoch => {
-                    return Answer::Restored;
-                }
-                Ok((FromPart::Failed { epoch: of, errno }, _)) if of == epoch => {
-                    return Answer::Failed(errno);
-                }
-                // Of a snapshot that was given up.
-                Ok(_) if Instant::now() < until => {}
-                Ok(_) | Err(ChannelError::TimedOut(_)) => return Answer::Late,
+                Ok(message) => message,
+                Err(ChannelError::TimedOut(_)) => return Answer::Late,
                 Err(_) => return Answer::Gone,
+            };
+            let answer = match message {
+                FromPart::Quiesced { epoch: of, state } if of == epoch => Some(kept(state, &fds)),
+                FromPart::Restored { epoch: of } if of == epoch => Some(Answer::Restored),
+                FromPart::Failed { epoch: of, errno } if of == epoch => Some(Answer::Failed(errno)),
+                // Of a snapshot that was given up.
+                _ if Instant::now() < until => None,
+                _ => Some(Answer::Late),
+            };
+            closer::close_all(fds);
+            if let Some(answer) = answer {
+                return answer;
             }
         }
+    }
+}
+
+/// The state that a plugin gives, of which it says first how much it is.
+fn kept(state: Payload, fds: &[OwnedFd]) -> Answer {
+    if state.bytes() > MAX_STATE as u64 {
+        return Answer::Failed(Errno::EFBIG as i32);
+    }
+    match state.take(fds.last().map(|fd| fd.as_fd())) {
+        Ok(state) => Answer::State(state),
+        Err(_) => Answer::Failed(Errno::EFBIG as i32),
     }
 }
 

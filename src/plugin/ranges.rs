@@ -17,21 +17,15 @@ pub(super) struct Claim {
     pub(super) is_async: bool,
 }
 
-/// All reserved ranges, and those that are watched.
+/// All reserved ranges.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     ports: BTreeMap<u64, Claim>,
     mmio: BTreeMap<u64, Claim>,
-    watched: Vec<Watch>,
 }
 
-#[derive(Debug)]
-struct Watch {
-    space: Space,
-    base: u64,
-    last: u64,
-    session: Arc<Session>,
-}
+/// The most ranges one plugin has reserved.
+const MOST: usize = 1024;
 
 /// The last address of a range; EINVAL where it is past the end of the address space.
 pub(super) fn last(start: u64, length: u64) -> Result<u64, Errno> {
@@ -58,6 +52,10 @@ impl Ranges {
         if before.is_some_and(|(_, claim)| claim.last >= start) {
             return Err(Errno::EPERM);
         }
+        let its = |claim: &&Claim| claim.session.id() == session.id();
+        if self.ports.values().chain(self.mmio.values()).filter(its).count() >= MOST {
+            return Err(Errno::ENOSPC);
+        }
         let claim = Claim { last, session: session.clone(), is_async };
         self.space_mut(space).insert(start, claim);
         Ok(())
@@ -79,45 +77,6 @@ impl Ranges {
         }
     }
 
-    pub(super) fn watch(
-        &mut self,
-        session: &Arc<Session>,
-        space: Space,
-        base: u64,
-        length: u64,
-    ) -> Result<(), Errno> {
-        let last = last(base, length)?;
-        self.watched.push(Watch { space, base, last, session: session.clone() });
-        Ok(())
-    }
-
-    pub(super) fn unwatch(
-        &mut self,
-        session: &Session,
-        space: Space,
-        base: u64,
-    ) -> Result<(), Errno> {
-        let before = self.watched.len();
-        let gone = |watch: &Watch| {
-            (watch.session.id(), watch.space, watch.base) == (session.id(), space, base)
-        };
-        self.watched.retain(|watch| !gone(watch));
-        if self.watched.len() == before { Err(Errno::ENOENT) } else { Ok(()) }
-    }
-
-    /// The plugins that watch `address`, the first `skip` left out.
-    pub(super) fn watcher(&self, space: Space, address: u64, skip: usize) -> Option<Arc<Session>> {
-        let found = self
-            .watched
-            .iter()
-            .filter(|watch| watch.space == space && (watch.base..=watch.last).contains(&address));
-        found.skip(skip).map(|watch| watch.session.clone()).next()
-    }
-
-    pub(super) fn is_watched(&self) -> bool {
-        !self.watched.is_empty()
-    }
-
     /// Whether a plugin has reserved any.
     pub(super) fn has_any(&self, session: &Session) -> bool {
         let has = |claim: &Claim| claim.session.id() == session.id();
@@ -128,7 +87,6 @@ impl Ranges {
     pub(super) fn forget(&mut self, session: &Session) {
         self.ports.retain(|_, claim| claim.session.id() != session.id());
         self.mmio.retain(|_, claim| claim.session.id() != session.id());
-        self.watched.retain(|watch| watch.session.id() != session.id());
     }
 
     fn space(&self, space: Space) -> &BTreeMap<u64, Claim> {

@@ -33,6 +33,9 @@ ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 /// The most things one plugin has made at a time.
 const MADE: usize = 4096;
 
+/// Bytes of the largest table of interrupt routes that KVM takes, of 4096 lines.
+const MAX_ROUTES: u64 = 4096 * 24;
+
 /// An answer with the descriptors that go with it.
 pub(super) struct Out {
     pub(super) answer: Answer,
@@ -139,7 +142,15 @@ impl Server {
                 Ok(DONE.into())
             }
             Request::SetIrq { irq, active } => {
+                let mut made = session.made();
+                if active && !made.raised.contains(&irq) {
+                    room(made.len())?;
+                }
                 vm.set_irq_line(irq, active).map_err(errno)?;
+                match active {
+                    true => made.raised.insert(irq),
+                    false => made.raised.remove(&irq),
+                };
                 Ok(DONE.into())
             }
             Request::SignalMsi { address, data } => {
@@ -153,6 +164,9 @@ impl Server {
                 Ok(DONE.into())
             }
             Request::SetIrqRouting(payload) => {
+                if payload.bytes() > MAX_ROUTES {
+                    return Err(Errno::EINVAL);
+                }
                 let table = payload.take(fds.last().map(|fd| fd.as_fd()));
                 let table = table.map_err(|_| Errno::EINVAL)?;
                 let routes = routes_from_bytes(&table).ok_or(Errno::EINVAL)?;
@@ -236,6 +250,7 @@ impl Server {
                 Ok(DONE.into())
             }
             Request::TakePart { name } => {
+                self.fds.room(&self.hub, session.rights(), 1)?;
                 let (channel, restored, memory) = self.hub.take_part(session, &name)?;
                 let fds = [channel].into_iter().chain(memory).collect();
                 // The VM of a snapshot runs when everybody is there that it had.
@@ -301,6 +316,7 @@ impl Server {
         }
         // It would take the guest's writes away from the device.
         self.hub.leave_devices_alone(space, address, length.max(1).into())?;
+        self.fds.room(&self.hub, session.rights(), 1)?;
         let mut made = session.made();
         room(made.len())?;
         let event = event::event().map_err(io_errno)?;
@@ -332,6 +348,7 @@ impl Server {
     }
 
     fn create_irq_event(&self, session: &Session, irq: u32) -> Result<Out, Errno> {
+        self.fds.room(&self.hub, session.rights(), 1)?;
         let mut made = session.made();
         room(made.len())?;
         let event = event::event().map_err(io_errno)?;
@@ -404,6 +421,13 @@ impl Server {
         }
         for (event, irq) in std::mem::take(&mut made.irq_events).into_values() {
             report(vm.unregister_irqfd(&event, irq).map_err(errno));
+        }
+        for irq in std::mem::take(&mut made.raised) {
+            // Lines are shared: others may hold it up as well.
+            let held = |other: &Arc<Session>| other.made().raised.contains(&irq);
+            if !self.hub.sessions().iter().any(held) {
+                report(vm.set_irq_line(irq, false).map_err(errno));
+            }
         }
         for slab in std::mem::take(&mut made.memory).into_values() {
             self.hub.memory_gone();

@@ -1,7 +1,8 @@
 //! The thread that serves plugins' connections.
 //!
-//! One thread for all of them, so that nothing one plugin does costs more than its turn: a message
-//! is answered or its connection ends, and nobody is waited for.
+//! One thread for all of them. A message is answered or its sender's connections end, in turns, and
+//! nobody is waited for: answers that find no room end the connection, and fds that come in, or lie
+//! in a connection that ends, are closed elsewhere ([`closer`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,29 +10,42 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
+use std::time::Duration;
 
+use cellblock_plugin_api::Rights;
 use cellblock_plugin_api::wire::{Reply, Request};
+use cellblock_wire::closer::{self, Outside};
 use cellblock_wire::{Channel, ChannelError};
+use crossbeam_channel::{Receiver, Sender};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::fds::{Fds, UNCLOSED};
 use super::hub::Hub;
-use super::listen::AttachSocket;
+use super::listen::{AttachSocket, Caller};
 use super::memory::SlotNumbers;
 use super::session::Session;
 use crate::control::socket::Node;
 use crate::event;
 use crate::snapshot::write_logs::WriteLogs;
+use crate::throttle::Throttle;
 use crate::vcpu::Supply;
 use crate::vm::kvm::Machine;
 
 /// The most connections of one plugin.
 const CONNECTIONS: usize = 128;
-/// The most programs that are attached at a time.
+/// The most programs that are attached at a time, and how many of them may only observe.
 const ATTACHED: usize = 16;
+const OBSERVERS: usize = 12;
+/// fds that one more costs: its own, and those of its first answers.
+const NEW_FDS: usize = 8;
+/// How long those wait that cannot be let in for want of fds, before it is tried again.
+const BREATH: Duration = Duration::from_millis(100);
+/// How long the thread may take to end.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// Messages of one connection in a row.
 const ROUND: usize = 16;
 
@@ -82,13 +96,14 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Plugins {
     stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    /// Ends with the thread.
+    ended: Receiver<()>,
     _node: Option<Node>,
 }
 
 impl Plugins {
     /// Starts the server, with the socket of the VM's owner and the one to attach by. `confine` is
-    /// called first on its thread.
+    /// called first on each of its threads.
     ///
     /// # Errors
     /// [`StartError`].
@@ -97,9 +112,11 @@ impl Plugins {
         machinery: Machinery,
         owner: Option<OwnedFd>,
         mut attach: Option<AttachSocket>,
-        confine: impl FnOnce() -> Result<(), String> + Send + 'static,
+        confine: impl Fn() -> Result<(), String> + Clone + Send + 'static,
     ) -> Result<Plugins, StartError> {
         let system = |errno: Errno| StartError::System(errno.into());
+        closer::start(confine.clone()).map_err(StartError::Thread)?;
+        let fds = Fds::of_process(hub.vcpus()).map_err(StartError::System)?;
         let stop = Arc::new(event::event().map_err(StartError::System)?);
         let node = attach.as_mut().and_then(AttachSocket::take_node);
         let Machinery { machine, supply, vcpus, on_start, logs, memory_is_mapped, network } =
@@ -115,6 +132,9 @@ impl Plugins {
             memory_is_mapped,
             network,
             attach,
+            fds,
+            shut: false,
+            refusals: Throttle::default(),
             slots: SlotNumbers::default(),
             connections: BTreeMap::new(),
             next: FIRST,
@@ -127,9 +147,11 @@ impl Plugins {
             server.add(Channel::from_fd(socket), session).map_err(system)?;
         }
         let (ready, confined) = crossbeam_channel::bounded(1);
-        let thread = Builder::new()
+        let (alive, ended): (Sender<()>, _) = crossbeam_channel::bounded(0);
+        Builder::new()
             .name("plugins".into())
             .spawn(move || {
+                let _alive = alive;
                 let result = confine();
                 let go_on = result.is_ok();
                 let _ = ready.send(result);
@@ -139,7 +161,7 @@ impl Plugins {
             })
             .map_err(StartError::Thread)?;
         match confined.recv() {
-            Ok(Ok(())) => Ok(Plugins { stop, thread: Some(thread), _node: node }),
+            Ok(Ok(())) => Ok(Plugins { stop, ended, _node: node }),
             Ok(Err(why)) => Err(StartError::Confine(why)),
             Err(_) => Err(StartError::Confine("it ended".into())),
         }
@@ -149,8 +171,11 @@ impl Plugins {
 impl Drop for Plugins {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        // Nothing it does waits for a plugin; but the VM's end depends on no plugin's thread at all.
+        if let Err(crossbeam_channel::RecvTimeoutError::Timeout) =
+            self.ended.recv_timeout(END_LIMIT)
+        {
+            tracing::error!("the thread that serves plugins does not end; it is left to itself");
         }
     }
 }
@@ -171,13 +196,18 @@ pub(super) struct Server {
     pub(super) memory_is_mapped: bool,
     pub(super) network: Option<Network>,
     pub(super) attach: Option<AttachSocket>,
+    pub(super) fds: Fds,
+    /// Nobody is let in for a moment.
+    shut: bool,
+    /// Plugins that were let go for what they sent.
+    refusals: Throttle,
     pub(super) slots: SlotNumbers,
     connections: BTreeMap<u64, Connection>,
     next: u64,
 }
 
 struct Connection {
-    channel: Channel,
+    channel: Outside<Channel>,
     session: Arc<Session>,
 }
 
@@ -185,7 +215,8 @@ impl Server {
     fn run(mut self) {
         let mut events = [EpollEvent::empty(); 16];
         loop {
-            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let limit = if self.shut { BREATH.try_into() } else { Ok(EpollTimeout::NONE) };
+            let count = match self.epoll.wait(&mut events, limit.unwrap_or(EpollTimeout::ZERO)) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => {
@@ -193,6 +224,9 @@ impl Server {
                     break;
                 }
             };
+            if self.shut && self.may_open() {
+                self.set_shut(false);
+            }
             for event in &events[..count] {
                 match event.data() {
                     STOP => return self.close_all(),
@@ -203,9 +237,10 @@ impl Server {
         }
     }
 
-    fn close_all(mut self) {
-        while let Some(id) = self.connections.keys().next().copied() {
-            self.close(id);
+    /// The VM ends, and with it all that plugins made: nothing is undone, one by one.
+    fn close_all(self) {
+        for Connection { session, .. } in self.connections.values() {
+            self.hub.leave(session);
         }
     }
 
@@ -218,7 +253,7 @@ impl Server {
         self.next += 1;
         self.watch(channel.as_fd(), id)?;
         session.connections.fetch_add(1, Ordering::Relaxed);
-        self.connections.insert(id, Connection { channel, session });
+        self.connections.insert(id, Connection { channel: channel.into(), session });
         Ok(())
     }
 
@@ -227,21 +262,32 @@ impl Server {
         if session.connections.load(Ordering::Relaxed) >= CONNECTIONS {
             return Err(Errno::EMFILE);
         }
+        self.fds.room(&self.hub, session.rights(), 1)?;
         let (ours, theirs) = Channel::pair().map_err(|_| Errno::EMFILE)?;
         self.add(ours, session.clone())?;
         Ok(theirs.into_fd())
     }
 
     fn accept(&mut self) {
-        let Some(attach) = &self.attach else { return };
-        let Some((socket, rights)) = attach.accept() else { return };
+        if !self.may_open() {
+            tracing::warn!("there are too few fds to let programs attach; they wait");
+            return self.set_shut(true);
+        }
+        let Some(attach) = &mut self.attach else { return };
+        let (socket, rights) = match attach.accept() {
+            Caller::Let(socket, rights) => (socket, rights),
+            Caller::Nobody | Caller::Refused => return,
+            Caller::Waits(errno) => {
+                tracing::warn!(%errno, "a program cannot attach now; it waits");
+                return self.set_shut(true);
+            }
+        };
         let memory = attach.memory();
-        let mut attached: Vec<usize> = self.connections.values().map(|c| c.session.id()).collect();
-        attached.dedup();
-        attached.sort_unstable();
-        attached.dedup();
-        if attached.len() >= ATTACHED {
-            tracing::warn!("{ATTACHED} programs are attached; refused another");
+        if let Err(error) = self.admit(rights) {
+            closer::close(socket);
+            if let Some(unsaid) = self.refusals.take() {
+                tracing::warn!(unsaid, "refused a program that tried to attach: {error}");
+            }
             return;
         }
         let joined = self.hub.join(rights, memory);
@@ -254,6 +300,41 @@ impl Server {
         }
     }
 
+    /// Whether there is room for one more.
+    fn admit(&self, rights: Rights) -> Result<(), String> {
+        let (mut all, mut observers) = (0, 0);
+        for session in self.hub.sessions().iter().filter(|session| !session.is_owner()) {
+            all += 1;
+            observers += usize::from(session.rights() != Rights::Control);
+        }
+        if all >= ATTACHED {
+            return Err(format!("{ATTACHED} programs are attached"));
+        }
+        if rights != Rights::Control && observers >= OBSERVERS {
+            return Err(format!("{OBSERVERS} programs that observe are attached"));
+        }
+        self.fds.room(&self.hub, rights, NEW_FDS).map_err(|_| {
+            "those that are attached have all fds that are for them; raise the limit of open \
+             files (ulimit -n) of the VM"
+                .to_string()
+        })
+    }
+
+    /// Whether a connection can be taken on, if only to be refused.
+    fn may_open(&self) -> bool {
+        closer::waiting() < UNCLOSED
+    }
+
+    /// Leaves those that connect where they are; they are let in later.
+    fn set_shut(&mut self, shut: bool) {
+        let Some(attach) = &self.attach else { return };
+        let flags = if shut { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+        match self.epoll.modify(attach, &mut EpollEvent::new(flags, ATTACH)) {
+            Ok(()) => self.shut = shut,
+            Err(errno) => tracing::error!(%errno, "watching the plugin socket"),
+        }
+    }
+
     fn serve(&mut self, id: u64) {
         for _ in 0..ROUND {
             let Some(connection) = self.connections.get(&id) else { return };
@@ -261,14 +342,16 @@ impl Server {
             let (request, fds) = match connection.channel.try_recv::<Request>() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
-                Err(error) => {
-                    if !matches!(error, ChannelError::Closed) {
-                        tracing::warn!(error = crate::remedy::chain(&error), "a plugin's message");
-                    }
-                    return self.close(id);
-                }
+                Err(ChannelError::Closed) => return self.close(id),
+                Err(error) => return self.let_go(&session, &crate::remedy::chain(&error)),
             };
-            let (reply, fds): (Reply, _) = match self.carry_out(&session, request, &fds) {
+            if !fds.is_empty() && (fds.len() > takes(&request) || closer::waiting() >= UNCLOSED) {
+                closer::close_all(fds);
+                return self.let_go(&session, "more fds than are taken");
+            }
+            let result = self.carry_out(&session, request, &fds);
+            closer::close_all(fds);
+            let (reply, fds): (Reply, _) = match result {
                 Ok(out) => (Ok(out.answer), out.fds),
                 Err(errno) => (Err(errno as i32), Vec::new()),
             };
@@ -282,9 +365,19 @@ impl Server {
         }
     }
 
+    /// Ends all connections of a plugin that sent what it may not.
+    fn let_go(&mut self, session: &Session, why: &str) {
+        if let Some(unsaid) = self.refusals.take() {
+            tracing::warn!(why, unsaid, "a plugin sent what it may not; its connections end");
+        }
+        let its = |(id, of): (&u64, &Connection)| (of.session.id() == session.id()).then_some(*id);
+        let ids: Vec<u64> = self.connections.iter().filter_map(its).collect();
+        ids.into_iter().for_each(|id| self.close(id));
+    }
+
     fn close(&mut self, id: u64) {
         let Some(Connection { channel, session }) = self.connections.remove(&id) else { return };
-        let _ = self.epoll.delete(&channel);
+        let _ = self.epoll.delete(&*channel);
         if session.connections.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.hub.leave(&session);
             if !session.is_owner() {
@@ -309,5 +402,15 @@ impl Server {
         })?;
         (self.on_start)();
         Ok(())
+    }
+}
+
+/// How many fds may come with a request.
+fn takes(request: &Request) -> usize {
+    match request {
+        Request::CreateMemory { .. } => 1,
+        // Where the table is too large for the message.
+        Request::SetIrqRouting(_) => 1,
+        _ => 0,
     }
 }

@@ -1,14 +1,17 @@
 //! One plugin: its slots, its rights, and all that it made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::Builder;
 
 use cellblock_plugin_api::slot::Slots;
 use cellblock_plugin_api::wire::Handle;
 use cellblock_plugin_api::{Hint, MemoryAccess, Rights};
+use cellblock_wire::closer::Outside;
 use cellblock_wire::{Access, Channel, Mapping, ShmError, sealed_memfd};
+use crossbeam_channel::Sender;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -31,6 +34,12 @@ pub enum SessionError {
     Shutdown(#[source] std::io::Error),
 }
 
+/// The channel by which a plugin takes part in snapshots.
+pub(super) type Part = Arc<Outside<Channel>>;
+
+/// fds that every plugin costs: its slots, the pipe of its life, its shutdown event.
+const OWN_FDS: usize = 4;
+
 /// See the module.
 pub struct Session {
     id: usize,
@@ -48,7 +57,7 @@ pub struct Session {
     pub(super) connections: AtomicUsize,
     made: Mutex<Made>,
     /// Of one that takes part in snapshots: its name, and the channel for that.
-    part: Mutex<Option<(String, Arc<Channel>)>>,
+    part: Mutex<Option<(String, Part)>>,
 }
 
 /// What a plugin made.
@@ -57,6 +66,8 @@ pub(super) struct Made {
     next: Handle,
     pub(super) io_events: BTreeMap<Handle, IoEvent>,
     pub(super) irq_events: BTreeMap<Handle, (EventFd, u32)>,
+    /// Interrupt lines that it holds up.
+    pub(super) raised: BTreeSet<u32>,
     pub(super) memory: BTreeMap<Handle, Slab>,
     /// Writes to the VM's own memory that have begun.
     pub(super) writing: BTreeMap<Handle, Writing>,
@@ -78,7 +89,7 @@ impl Made {
 
     /// How many things there are.
     pub(super) fn len(&self) -> usize {
-        self.parts() + self.writing.len()
+        self.parts() + self.raised.len() + self.writing.len()
     }
 
     /// How many of them are part of the machine.
@@ -150,10 +161,22 @@ impl Session {
     }
 
     /// Tells the plugin that the VM ends.
-    pub fn signal_shutdown(&self) {
-        // A plugin can fill the counter up: then it is readable as it is, and a write would block.
-        if !readable(self.shutdown_event()) {
-            let _ = self.shutdown.write(1);
+    ///
+    /// By a thread of its own: the plugin can fill the counter up at any moment, and a write to it
+    /// waits then for as long as it likes. (It cannot be made not to wait: whether it does belongs
+    /// to the open file, which plugins read with waiting.) Such a thread ends with the process.
+    ///
+    /// `told` is dropped once it is done.
+    pub(super) fn signal_shutdown(&self, told: Sender<()>) {
+        let signal = self.shutdown.try_clone().and_then(|event| {
+            let write = move || {
+                let _ = event.write(1);
+                drop(told);
+            };
+            Builder::new().name("shutdown".into()).stack_size(64 << 10).spawn(write)
+        });
+        if let Err(error) = signal {
+            tracing::error!(plugin = self.id, %error, "telling a plugin of the VM's end");
         }
     }
 
@@ -182,24 +205,26 @@ impl Session {
         self.life.1.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    pub(super) fn part(&self) -> Option<(String, Arc<Channel>)> {
+    /// fds that we hold on its behalf. Not to be asked by who has [`Session::made`].
+    pub(super) fn fds(&self) -> usize {
+        let made = self.made();
+        let events = made.io_events.len() + made.irq_events.len();
+        let part = usize::from(self.part().is_some());
+        OWN_FDS + self.connections.load(Ordering::Relaxed) + events + part
+    }
+
+    pub(super) fn part(&self) -> Option<(String, Part)> {
         self.part.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn set_part(&self, name: &str, channel: Channel) {
         let mut part = self.part.lock().unwrap_or_else(PoisonError::into_inner);
-        *part = Some((name.to_string(), Arc::new(channel)));
+        *part = Some((name.to_string(), Arc::new(channel.into())));
     }
 
     pub(super) fn made(&self) -> MutexGuard<'_, Made> {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn readable(fd: BorrowedFd<'_>) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
 }
 
 impl std::fmt::Debug for Session {

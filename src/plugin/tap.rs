@@ -29,7 +29,7 @@ pub(super) struct Tap {
     greeted: bool,
     /// So have all others: the guest may run.
     through: bool,
-    /// Watchers that had the access at hand.
+    /// The number from which on watchers have not had the access at hand.
     watched: usize,
     /// Elements of it that were reported.
     reported: usize,
@@ -287,7 +287,13 @@ impl Attendant for Tap {
             if self.held.is_some() {
                 match self.answer(vcpu) {
                     None => return Some(Outcome::Retry),
-                    Some((Held { what: What::Watched, .. }, _)) => self.watched += 1,
+                    Some((Held { what: What::Watched, session }, _)) => {
+                        self.watched = session.id() + 1;
+                        // Watchers that answer at once do not keep the vCPU from a pause.
+                        if self.hub.kicked(self.id) {
+                            return Some(Outcome::Retry);
+                        }
+                    }
                     Some((held, answer)) => {
                         self.watched = 0;
                         self.take_answer(vcpu, &held, answer, access);

@@ -8,10 +8,11 @@ mod orphans;
 mod proc;
 mod run;
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 use run::Plugin;
 
 /// Runs a plugin that checks what it does itself, in both ways.
@@ -154,6 +155,23 @@ fn a_plugin_that_does_not_exit_is_killed_after_its_grace() {
     assert!(begin.elapsed() > Duration::from_millis(1000));
 }
 
+/// Whom it was started beside, in the same process group, lives on when a plugin is killed.
+#[test]
+fn the_end_is_nobody_elses() {
+    for sandbox in [true, false] {
+        let mut beside = Command::new("sleep").arg("60").spawn().unwrap();
+        let mut vm = life(&["hang"]).sandbox(sandbox).start();
+        vm.expect("up");
+        let group = |pid: u32| getpgid(Some(Pid::from_raw(pid as i32))).unwrap();
+        assert_eq!(group(beside.id()), group(vm.pid() as u32));
+        vm.control("stop");
+        assert!(vm.finish().stderr.contains("plugin did not exit within timeout"));
+        assert_eq!(beside.try_wait().unwrap(), None, "sandbox {sandbox}");
+        beside.kill().unwrap();
+        beside.wait().unwrap();
+    }
+}
+
 #[test]
 fn standard_error_is_logged_by_line() {
     let end = life(&["stderr"]).start().finish();
@@ -251,6 +269,24 @@ fn policies_of_ones_own() {
     assert!(end.stderr.contains("plugin.policy, line 2: no system call `foo`"), "{}", end.stderr);
 }
 
+/// A policy as it was written when the C library made other calls: it has clone and nanosleep, and
+/// neither clone3 nor clock_nanosleep.
+#[test]
+fn a_policy_of_another_time_still_has_threads_that_sleep() {
+    let dir = tempfile::tempdir().unwrap();
+    let policy = "# one thread a vCPU\n\
+                  clone: arg0 & CLONE_THREAD\n\
+                  nanosleep: 1\n\
+                  {recvmsg, sendmsg, poll, memfd_create, ftruncate, fcntl, lseek}: 1\n\
+                  {madvise, sigaltstack, sched_yield, clock_gettime}: 1\n\
+                  mmap: arg2 in ~PROT_EXEC || arg2 in ~PROT_WRITE\n\
+                  mprotect: arg2 in ~PROT_EXEC\n";
+    std::fs::write(dir.path().join("plugin.policy"), policy).unwrap();
+    let plugin = Plugin::new("smp").cpus(3).arguments(&["3"]).option("--seccomp-policy-dir");
+    let end = plugin.option(dir.path().to_str().unwrap()).start().finish();
+    assert_eq!(end.status.code(), Some(0), "{}", end.stderr);
+}
+
 #[test]
 fn what_cannot_be_is_said() {
     let usage = |options: &[&str]| run::usage(options);
@@ -316,6 +352,27 @@ fn the_uart_example() {
     vm.type_in(b"hello\r");
     vm.expect("hello");
     vm.type_in(b"\x04");
+    let end = vm.finish();
+    assert_eq!((end.status.code(), end.stderr.as_str()), (Some(0), ""));
+}
+
+/// `mov si, 0x1026`; `mov cx, 10`; `mov dx, 0x3f8`; `cld`; `rep outsb`; `in al, 0x64`; `add al, '0'`;
+/// `out dx, al`; `mov si, 0x1026`; `mov cx, 2`; `rep outsb`; `mov al, 0xfe`; `out 0x64, al`; `hlt`;
+/// and at 0x26 the text.
+const STRINGS: &[u8] = b"\xbe\x26\x10\xb9\x0a\x00\xba\xf8\x03\xfc\xf3\x6e\xe4\x64\x04\x30\xee\
+    \xbe\x26\x10\xb9\x02\x00\xf3\x6e\xb0\xfe\xe6\x64\xf4\x90\x90\x90\x90\x90\x90\x90\x90string 10\n";
+
+/// What a string instruction writes is one event, and goes to one register.
+#[test]
+fn the_uart_example_takes_strings() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    std::fs::write(&image, STRINGS).unwrap();
+    let image = image.to_str().unwrap();
+    let plugin = Plugin::example("uart").arguments(&[image]).option("--plugin-mount");
+    let mut vm = plugin.option(image).start();
+    vm.expect("string 10");
+    vm.expect("0st");
     let end = vm.finish();
     assert_eq!((end.status.code(), end.stderr.as_str()), (Some(0), ""));
 }

@@ -328,7 +328,7 @@ proptest! {
 fn what_was_filled_is_marked_when_it_is_over() {
     let file = tempfile::tempfile().expect("file");
     file.set_len(SIZE).expect("size");
-    let (read_only, id, direct, overlay) = (false, [7; 20], None, None);
+    let (read_only, id, direct, overlay) = (false, [7; 20].into(), None, None);
     let disk = Disk { file, size: SIZE, block_size: 512, read_only, id, direct, overlay };
     let guest = memory();
     let (log, _fd) = WriteLog::new(MEMORY).expect("log");

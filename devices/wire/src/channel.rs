@@ -2,7 +2,7 @@
 //!
 //! The peer is not trusted: a datagram is bounded in bytes and fds, one that was
 //! cut short or does not decode is an error of this channel and of nothing else,
-//! and fds that came with it are closed.
+//! and fds that came with it are closed where that holds up nobody ([`closer`]).
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -15,6 +15,7 @@ use nix::sys::socket::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::closer;
 use crate::codec::{self, CodecError};
 
 /// The largest message, in bytes. Fits the default socket buffer of Linux.
@@ -176,16 +177,27 @@ impl Channel {
                 Err(e) => return Err(ChannelError::Receive(e)),
             }
         };
-        if cut {
-            return Err(ChannelError::Truncated);
+        let message = if cut || fds.len() > MAX_FDS {
+            Err(ChannelError::Truncated)
+        } else if len == 0 {
+            // Every message of ours has at least one byte, so zero is the end of file.
+            Err(ChannelError::Closed)
+        } else {
+            codec::decode(&bytes[..len]).map_err(ChannelError::from)
+        };
+        match message {
+            Ok(message) => Ok((message, fds)),
+            Err(error) => {
+                closer::close_all(fds);
+                Err(error)
+            }
         }
-        // Every message of ours has at least one byte, so zero is the end of file.
-        if len == 0 {
-            return Err(ChannelError::Closed);
-        }
-        Ok((codec::decode(&bytes[..len])?, fds))
     }
 }
+
+/// The most that the kernel lets one message carry (SCM_MAX_FD). There is room for all of them:
+/// those that find none would be closed by the thread that receives.
+const RECEIVED_FDS: usize = 253;
 
 /// Room for the fds of one message, aligned as control messages have to be.
 #[repr(C, align(8))]
@@ -193,7 +205,8 @@ struct Control([u8; CONTROL]);
 
 #[allow(unsafe_code)] // a macro of the C library that only computes
 // SAFETY: computes a size.
-const CONTROL: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
+const CONTROL: usize =
+    unsafe { libc::CMSG_SPACE((RECEIVED_FDS * size_of::<RawFd>()) as u32) } as usize;
 
 /// One datagram: its length, its fds, and whether any of it was cut off.
 ///
@@ -237,6 +250,12 @@ fn receive(
     }
     let cut = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
     Ok((len as usize, fds, cut))
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> OwnedFd {
+        channel.0
+    }
 }
 
 impl AsFd for Channel {

@@ -7,6 +7,7 @@
 //! bounds them, encodes them and moves them.
 
 mod channel;
+pub mod closer;
 mod codec;
 pub mod membarrier;
 mod shm;

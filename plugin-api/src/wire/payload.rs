@@ -54,6 +54,14 @@ impl Payload {
         Ok((Payload(Place::Memfd(len)), Some(file.into())))
     }
 
+    /// How many bytes it says it has.
+    pub fn bytes(&self) -> u64 {
+        match &self.0 {
+            Place::Here(bytes) => bytes.len() as u64,
+            Place::Memfd(len) => *len,
+        }
+    }
+
     /// The bytes, copied once: the sender may go on changing the memfd.
     pub fn take(self, fd: Option<BorrowedFd<'_>>) -> Result<Vec<u8>, PayloadError> {
         match self.0 {

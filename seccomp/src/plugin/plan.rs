@@ -152,7 +152,8 @@ impl Plan {
                 Some(policy) => policy.clone(),
                 None => Policy::for_plugins()?,
             };
-            let filter = policy.and(&Policy::for_startup()?).compile(spec.violation)?;
+            let policy = policy.with_replacements()?.and(&Policy::for_startup()?);
+            let filter = policy.compile(spec.violation)?;
             let asks = spec.violation == Violation::Notify;
             Some(JailText { shown: builder.shown, filter, asks })
         } else {

@@ -141,8 +141,10 @@ fn arrange() -> Result<(), Errno> {
     Ok(())
 }
 
-/// What exec needs, the program's path on a page of its own at an address that nobody
-/// knows: the filter allows execve of that address. What runs after exec cannot guess it.
+/// What exec needs, the program's path on a page of its own at a random address: the filter
+/// allows execve of that address, and exec takes the page away. What runs then has to guess where
+/// it was, map memory there, and would have a program of its own root executed under the same
+/// filter.
 struct Image {
     page: *mut u8,
     arguments: Vec<CString>,

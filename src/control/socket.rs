@@ -253,6 +253,34 @@ mod tests {
         assert!(path.exists(), "what is not ours stays");
     }
 
+    /// On kernels that can: what a client sends cannot be what takes long to close.
+    #[test]
+    #[allow(unsafe_code)] // asks for an option that nix does not have
+    fn clients_send_no_fds() {
+        use nix::sys::socket::{ControlMessage, MsgFlags, SockFlag, connect, sendmsg, socket};
+        let dir = tempfile::tempdir().unwrap();
+        let send = |made: &ListeningSocket| {
+            let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None);
+            let fd = fd.unwrap();
+            connect(fd.as_raw_fd(), &UnixAddr::new(made.path()).unwrap()).unwrap();
+            let (bytes, fds) = ([std::io::IoSlice::new(b"x")], [0]);
+            let rights = [ControlMessage::ScmRights(&fds)];
+            sendmsg::<()>(fd.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None)
+        };
+        let closed = ListeningSocket::bind(&dir.path().join("closed")).unwrap();
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let open = dir.path().join("open");
+        let open = ListeningSocket::bind_as(&open, SockType::Stream, mode).unwrap();
+        let (mut on, mut len) = (0 as libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: the kernel writes an int of this size.
+        let known = unsafe {
+            let on = (&raw mut on).cast();
+            libc::getsockopt(open.fd.as_raw_fd(), libc::SOL_SOCKET, 83, on, &raw mut len)
+        };
+        assert_eq!(send(&open), Ok(1));
+        assert_eq!(send(&closed), if known == 0 { Err(Errno::EPERM) } else { Ok(1) });
+    }
+
     #[test]
     fn an_occupied_path_is_refused_with_what_occupies_it() {
         let dir = tempfile::tempdir().unwrap();

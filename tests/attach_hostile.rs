@@ -540,3 +540,22 @@ fn a_storm_of_what_does_not_close_holds_up_nobody() {
     observer.kill().unwrap();
     observer.wait().unwrap();
 }
+
+/// fds in answers that nobody reads would be the VMM's, which may have so many under way.
+#[test]
+fn answers_with_fds_are_read_one_by_one() {
+    let (vm, _dir) = saying("", &[]);
+    drop(attach(&vm));
+    let channel = raw(&vm.path("plugin")).unwrap();
+    let sent = (0..100).take_while(|_| channel.send(&HELLO, &[]).is_ok()).count();
+    let mut answers = 0;
+    while channel.recv_timeout::<Reply>(SOON).is_ok_and(|(answer, fds)| {
+        assert_eq!((answer.is_ok(), fds.len()), (true, 2));
+        true
+    }) {
+        answers += 1;
+    }
+    // One may be read while the next is asked for.
+    assert!(sent > answers && answers < 10, "{answers} of {sent}");
+    stops_soon(vm);
+}

@@ -369,6 +369,11 @@ impl Server {
             };
             let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
             let Some(connection) = self.connections.get(&id) else { return };
+            // fds that nobody has taken count for us, who sent them: beyond the limit of open files
+            // none could be sent to anybody.
+            if !fds.is_empty() && connection.channel.has_unread() {
+                return self.let_go(&session, "requests for fds, with answers that were not read");
+            }
             // A plugin has one request under way: one that leaves so many answers unread that the
             // socket is full is no longer served.
             if !matches!(connection.channel.try_send(&reply, &fds), Ok(true)) {

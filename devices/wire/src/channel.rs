@@ -164,6 +164,15 @@ impl Channel {
         }
     }
 
+    /// Whether the peer has not read all that was sent.
+    #[allow(unsafe_code)] // an ioctl that nix does not have
+    pub fn has_unread(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the kernel writes an int.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        result == 0 && bytes > 0
+    }
+
     /// Whether the next message, which is waited for at most so long, brings fds: they stay in it.
     #[allow(unsafe_code)] // recvmsg, as below
     pub fn brings_fds(&self, limit: Duration) -> bool {
@@ -356,6 +365,16 @@ mod tests {
         assert_eq!(b.recv::<u8>().expect("recv").0, 1);
         assert!(b.brings_fds(soon) && b.brings_fds(soon));
         assert_eq!(b.recv::<u8>().expect("recv").1.len(), 2);
+    }
+
+    #[test]
+    fn what_was_not_read_is_known() {
+        let (a, b) = Channel::pair().expect("pair");
+        assert!(!a.has_unread());
+        a.send(&1u8, &[]).expect("send");
+        assert!(a.has_unread() && !b.has_unread());
+        b.recv::<u8>().expect("recv");
+        assert!(!a.has_unread());
     }
 
     #[test]

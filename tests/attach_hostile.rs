@@ -28,8 +28,9 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt::Linger,
 };
 
-/// So long nothing takes that waits for nobody; what would be waited for takes ten minutes.
-const SOON: Duration = Duration::from_secs(5);
+/// So long nothing takes that waits for nobody, however busy the machine is; what would be waited for
+/// takes ten minutes, or for ever.
+const SOON: Duration = Duration::from_secs(20);
 /// `mov dx, 0x510`; 4: `inc al`; `out dx, al`; `jmp 4`.
 const SAYING: &[u8] = &[0x66, 0xba, 0x10, 0x05, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
 const PORT: u64 = 0x510;
@@ -260,7 +261,7 @@ fn watches_and_ranges_have_an_end_and_a_pause_is_quick_among_them() {
         for _ in 0..10 {
             let begin = Instant::now();
             vm.pause();
-            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
             vm.resume();
         }
         over.store(true, Ordering::Relaxed);
@@ -313,7 +314,7 @@ fn words_at_random_hold_nothing_up() {
         for _ in 0..10 {
             let begin = Instant::now();
             vm.pause();
-            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
             vm.resume();
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -4,7 +4,10 @@
 mod common;
 mod pool_support;
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cellblock::control::client::Client;
 use cellblock::control::protocol::{DeviceState, Reply, Request, Stats};
@@ -117,4 +120,68 @@ fn deaths_are_counted_anew_in_every_life() {
         release(&pool, vm);
     }
     assert!(pool.drain_all(LIMIT));
+}
+
+/// Whoever had the VM knows where its sockets were, and may try at any time.
+#[test]
+fn nothing_of_a_life_leads_to_the_next() {
+    let (snapshot, dir) = (Snapshot::take(",cow"), tempfile::tempdir().unwrap());
+    let pool = pool(&snapshot, dir.path());
+    let serial = |console: &mut Console| {
+        console.say(b"s");
+        console.wait_for("clone: serial=")
+    };
+    let first = claim(&pool, "secret of the first");
+    let pid = first.pid();
+    let mut console = Console::of(&first);
+    assert_eq!(console.who().id, first.id().to_string());
+    console.wait_for("clone: wrote");
+    let (id, old_serial) = (first.id(), serial(&mut console));
+    let places = [first.control_path().to_path_buf(), first.console_path().to_path_buf()];
+    let stop = AtomicBool::new(false);
+    let early = std::thread::scope(|scope| {
+        let knocks = scope.spawn(|| {
+            let mut early = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                early.extend(UnixStream::connect(&places[1]));
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+            early
+        });
+        drop(console);
+        release(&pool, first);
+        stop.store(true, Ordering::Relaxed);
+        knocks.join().unwrap()
+    });
+    assert!(places.iter().all(|path| UnixStream::connect(path).is_err()), "one leads to it still");
+    // Somebody who looks at the shell is nobody to the VM.
+    let mut looks = Client::connect(&pool_support::idle(dir.path())).unwrap();
+    looks.ask(Request::Stats).unwrap();
+    let second = claim(&pool, "secret of the second");
+    assert_eq!(second.pid(), pid, "it was not reset");
+    assert!(second.id() != id && second.console_path() != places[1]);
+    let mut console = Console::of(&second);
+    let who = console.who();
+    assert_eq!((who.id, who.data.as_str()), (second.id().to_string(), "secret of the second"));
+    console.wait_for("clone: wrote");
+    let new_serial = serial(&mut console);
+    assert_ne!(new_serial, old_serial);
+    assert!(new_serial.ends_with(&second.id().to_string()[..20]), "{new_serial}");
+    looks.ask(Request::Stats).expect_err("it is still served");
+    for mut stream in early {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut heard = Vec::new();
+        let end = stream.read_to_end(&mut heard);
+        let heard = String::from_utf8_lossy(&heard);
+        assert!(
+            !heard.contains("second")
+                && !matches!(&end, Err(e) if e.kind() ==
+            std::io::ErrorKind::WouldBlock),
+            "{end:?} {heard}"
+        );
+    }
+    drop((console, second));
+    assert!(pool.drain_all(LIMIT));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "sockets are left");
+    assert_eq!((pool.stats().reset_failures, pool.stats().violations), (0, 0));
 }

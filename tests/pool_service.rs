@@ -5,7 +5,9 @@ mod common;
 mod pool_support;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::Duration;
@@ -29,15 +31,57 @@ impl Service {
     }
 
     fn start_in(dir: tempfile::TempDir, snapshot: &Snapshot, words: &[&str]) -> Service {
-        let mut command = cellblock(&["pool", "serve", "--die-with-parent", "--snapshot"]);
-        command.arg(snapshot.path()).arg("--control").arg(dir.path().join("pool")).args(words);
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = common::output::Output::collect(child.stderr.take().unwrap());
-        let mut service = Service { child, stderr, dir };
+        Service::with(cellblock(&[]), dir, snapshot, words)
+    }
+
+    /// With so many file descriptors.
+    fn start_small(files: usize, snapshot: &Snapshot, words: &[&str]) -> Service {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+        command.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_cellblock"));
+        Service::with(command, tempfile::tempdir().unwrap(), snapshot, words)
+    }
+
+    fn with(
+        command: Command,
+        dir: tempfile::TempDir,
+        snapshot: &Snapshot,
+        words: &[&str],
+    ) -> Service {
+        let mut service = Service::begin(command, dir, snapshot, words);
         if service.stderr.wait_for("serving VMs on", LIMIT).is_none() {
             panic!("no service: {}", service.stderr.text());
         }
         service
+    }
+
+    /// Without waiting for it.
+    fn begin(
+        mut command: Command,
+        dir: tempfile::TempDir,
+        snapshot: &Snapshot,
+        words: &[&str],
+    ) -> Service {
+        command.args(["pool", "serve", "--die-with-parent", "--snapshot"]).arg(snapshot.path());
+        command.arg("--control").arg(dir.path().join("pool")).args(words);
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = common::output::Output::collect(child.stderr.take().unwrap());
+        Service { child, stderr, dir }
+    }
+
+    /// Processor time that it has had, in clock ticks: hundreds a second.
+    fn ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let words: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        words[11].parse::<u64>().unwrap() + words[12].parse::<u64>().unwrap()
+    }
+
+    #[track_caller]
+    fn sleeps(&self) {
+        let before = self.ticks();
+        std::thread::sleep(Duration::from_millis(500));
+        let ticks = self.ticks() - before;
+        assert!(ticks < 10, "{ticks} ticks in half a second");
     }
 
     fn path(&self) -> PathBuf {
@@ -410,4 +454,107 @@ fn what_makes_no_sense_is_refused_in_one_line() {
     BufReader::new(stream).read_line(&mut answer).unwrap();
     assert!(answer.contains("a line has an end"), "{answer}");
     assert_eq!(service.stats().violations, 0);
+}
+
+#[test]
+fn clients_take_no_descriptors_that_vms_need() {
+    let snapshot = Snapshot::take(",cow");
+    let words = ["--min", "1", "--max", "2", "--live", "2"];
+    let service = Service::start_small(280, &snapshot, &words);
+    let mut first = service.client();
+    // 64 are its own, and each of 4 VMs has 4.
+    let idle: Vec<UnixStream> =
+        (0..240).map(|_| UnixStream::connect(service.path()).unwrap()).collect();
+    let mut refused = String::new();
+    BufReader::new(&idle[239]).read_line(&mut refused).unwrap();
+    assert!(refused.contains("the pool has 200 clients already"), "{refused}");
+    service.sleeps();
+    let vm = claim(&mut first, "touch").unwrap();
+    assert_eq!(console(&vm).who().id, vm.id);
+    first.ask(&Request::Release).unwrap();
+    drop(idle);
+    service.eventually("their end", |stats| (stats.in_use, stats.idle) == (0, 1));
+    assert_eq!(service.stats().violations, 0);
+    // Even without any a client is turned away, and it does not spin.
+    let pid = service.child.id() as i32;
+    let set = |files: usize| {
+        let (pid, limit) = (pid.to_string(), format!("--nofile={files}:280"));
+        let set = Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap();
+        assert!(set.success());
+    };
+    let files = || proc::files(pid).len();
+    common::poll(LIMIT, || (files() < 64).then_some(())).expect("they are gone");
+    let before = files();
+    let fill: Vec<UnixStream> =
+        (0..32).map(|_| UnixStream::connect(service.path()).unwrap()).collect();
+    common::poll(LIMIT, || (files() >= before + 32).then_some(())).expect("clients");
+    set((0..).find(|fd| !proc::files(pid).contains_key(fd)).unwrap() as usize);
+    for _ in 0..3 {
+        let mut line = String::new();
+        let stream = UnixStream::connect(service.path()).unwrap();
+        let read = BufReader::new(stream).read_line(&mut line);
+        assert!(matches!(read, Ok(0) | Err(_)), "{line}");
+    }
+    service.sleeps();
+    set(280);
+    drop(fill);
+    assert_eq!(service.stats().violations, 0);
+}
+
+#[test]
+fn who_goes_while_it_waits_waits_no_longer() {
+    let snapshot = Snapshot::take(",cow");
+    let service = Service::start(&snapshot, &["--min", "1", "--live", "1"]);
+    let mut holder = service.client();
+    claim(&mut holder, "touch").unwrap();
+    let mut stream = UnixStream::connect(service.path()).unwrap();
+    writeln!(stream, "{{\"request\":\"claim\",\"timeout_us\":600000000}}").unwrap();
+    service.eventually("its wait", |stats| stats.waiting == 1);
+    drop(stream);
+    service.eventually("its end", |stats| (stats.waiting, stats.abandoned) == (0, 1));
+    drop(holder);
+    service.eventually("a return", |stats| stats.in_use == 0);
+    assert_eq!(service.stats().violations, 0);
+}
+
+#[test]
+fn another_user_is_refused_even_where_the_socket_lets_them_in() {
+    if !common::is_root("acting as another user") {
+        return;
+    }
+    let snapshot = Snapshot::take(",cow");
+    let service = Service::start(&snapshot, &["--min", "0"]);
+    let nobody = || {
+        let mut command = cellblock(&["pool", "stats"]);
+        let output = command.arg(service.path()).uid(65534).gid(65534).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let widen = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    widen(service.dir.path(), 0o755);
+    let text = nobody();
+    assert!(text.contains("Permission denied") && text.contains("pool's user"), "{text}");
+    widen(&service.path(), 0o666);
+    let text = nobody();
+    assert!(text.contains("user id 65534 may not use this pool"), "{text}");
+    assert_eq!(service.stats().violations, 0);
+}
+
+#[test]
+fn a_signal_is_heard_before_all_are_made() {
+    let snapshot = Snapshot::take(",cow");
+    let dir = tempfile::tempdir().unwrap();
+    let words = ["--min", "100", "--max", "100", "--memory-limit", "1T"];
+    let mut service = Service::begin(cellblock(&[]), dir, &snapshot, &words);
+    common::poll(LIMIT, || (service.family().len() > 3).then_some(())).expect("the first of them");
+    let family = service.family();
+    common::send(service.child.id() as i32, Signal::SIGTERM);
+    let status = common::poll(LIMIT, || service.child.try_wait().unwrap());
+    let text = service.stderr.text();
+    assert!(status.is_some_and(|status| status.success()), "{status:?} {text}");
+    assert!(!text.contains("serving"), "it made all of them first: {text}");
+    proc::wait_gone(&family, LIMIT).expect("nothing of it is left");
+    assert_eq!(std::fs::read_dir(service.dir.path()).unwrap().count(), 0, "files are left");
 }

@@ -156,9 +156,13 @@ fn storm(release: Release) {
         release,
     };
     let machine = Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() };
+    let sockets = dir.path().join("sockets");
+    fs::create_dir(&sockets).unwrap();
+    let directory = Some(sockets.clone());
     let family_before = proc::family(std::process::id() as i32);
     let before = Own::now();
-    let pool = RestorePool::new(BaseConfig { program, ..base(machine) }, config).unwrap();
+    let pool =
+        RestorePool::new(BaseConfig { program, directory, ..base(machine) }, config).unwrap();
     let (tally, stop, killed) = (Tally::default(), AtomicBool::new(false), AtomicU64::new(0));
     let end = Instant::now() + duration() / 2;
     std::thread::scope(|scope| {
@@ -243,6 +247,8 @@ fn storm(release: Release) {
     let stats = pool.stats();
     assert_eq!((stats.violations, stats.alive, stats.waiting), (0, 0, 0), "{stats:?}");
     drop(pool);
+    let left: Vec<_> = fs::read_dir(&sockets).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(left.is_empty(), "sockets are left: {left:?}");
     nothing_is_left(&before, &family_before);
 }
 

@@ -409,6 +409,24 @@ fn of_a_programs_write_a_snapshot_has_all_or_nothing() {
     writer.join().unwrap();
 }
 
+/// What is written through a mapping of its own is in no log: no copy that takes one for granted.
+#[test]
+fn a_program_that_writes_untold_keeps_copies_from_being_made_in_rounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = tiny(dir.path(), COUNT, ",memory=rw");
+    let program = attach(&vm);
+    vm.snapshot(&dir.path().join("before"), &["--live"]);
+    let (_memory, _, _) = program.memory().unwrap();
+    let line = fails(&vm, &dir.path().join("none"), &["--live"]);
+    assert!(line.contains("memory=rw") && line.contains("without --live"), "{line}");
+    let parent = dir.path().join("before");
+    let line = fails(&vm, &dir.path().join("none"), &["--diff", parent.to_str().unwrap()]);
+    assert!(line.contains("untold"), "{line}");
+    vm.snapshot(&dir.path().join("full"), &[]);
+    vm.snapshot(&dir.path().join("copied"), &["--disks", "copy"]);
+    stop(vm);
+}
+
 /// [`BLOCK`] as a snapshot has it.
 fn block(snapshot: &Path) -> Vec<u8> {
     use cellblock::snapshot::format::CHUNK;

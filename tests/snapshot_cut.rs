@@ -137,6 +137,67 @@ fn a_process_that_does_not_answer_fails_the_cut_in_time() {
     vm.ends_well();
 }
 
+/// A process that could never be told to go on is not waited for: another takes its place.
+#[test]
+fn a_process_with_no_room_for_messages_is_replaced() {
+    let mut vm = Vm::with("mode=pause every=20").disk(4).arg("--device-timeout").arg("0").start();
+    vm.wait_for("pause: n=20 ");
+    let events = vm.events();
+    common::send(vm.pid_of("blk", "disk0"), Signal::SIGSTOP);
+    let throttle = |iops| Request::Throttle {
+        id: "disk0".into(),
+        bw: None,
+        bw_burst: None,
+        iops: Some(iops),
+        iops_burst: None,
+    };
+    let full = (1_000_000..1_100_000).any(|iops| vm.try_ask(throttle(iops)).is_err());
+    assert!(full, "it takes any number of messages");
+    let result = cut_within(&vm, false, Duration::from_millis(300));
+    assert!(matches!(result, Err(ClientError::Refused { .. })), "{result:?}");
+    vm.wait_for_event(&events, |event| matches!(event, EventKind::DeviceReplaced { .. }));
+    vm.wait_for("pause: n=");
+    cut(&mut vm);
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// A guest that its user has paused does not run because a snapshot failed.
+#[test]
+fn a_paused_vm_stays_paused_when_its_snapshot_fails() {
+    let mut vm = Vm::with("mode=pause every=1").disk(4).start();
+    vm.wait_for("pause: n=100 ");
+    let serial = vm.pid_of("serial", "com1");
+    common::send(serial, Signal::SIGSTOP);
+    // Until its vCPU is in the middle of a write to the console.
+    std::thread::sleep(Duration::from_millis(200));
+    vm.pause();
+    let begun = Instant::now();
+    let result = cut_within(&vm, false, Duration::from_millis(300));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let Err(ClientError::Refused { message, .. }) = result else {
+        vm.fail(&format!("a cut in the middle of an access: {result:?}"))
+    };
+    assert!(message.contains("waits for the device at port"), "{message}");
+    assert_eq!(vm.stats().state, State::Paused);
+    common::send(serial, Signal::SIGCONT);
+    // What it had written is on its way still.
+    std::thread::sleep(Duration::from_millis(100));
+    let before = vm.console.text();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(vm.console.text(), before, "the guest runs");
+    // Now that the device answers there is a snapshot, of a VM that stays paused.
+    cut(&mut vm);
+    assert_eq!(vm.stats().state, State::Paused);
+    vm.resume();
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 #[test]
 fn a_held_vm_stands_still_until_its_client_says_or_goes() {
     let mut vm = Vm::with("mode=pause every=10").disk(4).start();

@@ -6,6 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use cellblock::snapshot::format::{
     Base, CHUNK, Chain, Contents, Fault, FormatError, PAGE, Snapshot, WriteError, Writer, describe,
@@ -166,7 +168,7 @@ fn a_chain_of_diffs_is_its_last_and_survives_a_move() {
     chain.verify_all(|_, _| {}).unwrap();
 
     let flat = dir.path().join("flat");
-    let manifest = merge(&chain, &flat, |_, _| {}).unwrap();
+    let manifest = merge(&chain, &flat, Arc::default(), |_, _| {}).unwrap();
     assert_eq!((manifest.parent, manifest.vcpus), (None, 2));
     assert_ne!(manifest.id, chain.manifest().id);
 
@@ -226,6 +228,28 @@ fn copied_disks_are_kept_and_checked() {
     assert_eq!((&seen, copy.metadata().unwrap().len()), (b"block", 3 << 20));
     flip(&target.join("disk-disk0"), 2 << 20);
     assert!(refused(&target).contains("the image 'disk-disk0' is damaged"));
+    // Nor does a merge make a whole snapshot of it.
+    let flat = dir.path().join("flat");
+    let mut merge = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+    let merged = merge.args(["snapshot", "merge"]).args([&target, &flat]).output().unwrap();
+    let line = String::from_utf8(merged.stderr).unwrap();
+    assert_eq!((merged.status.code(), line.lines().count()), (Some(1), 1), "{line}");
+    assert!(line.contains("the image 'disk-disk0' is damaged"), "{line}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "something is left");
+}
+
+/// A merge that is interrupted leaves nothing.
+#[test]
+fn a_merge_that_is_called_off_leaves_nothing() {
+    let (dir, target) = place();
+    let merged = merge(
+        &Chain::open(&target).unwrap(),
+        &dir.path().join("flat"),
+        Arc::new(AtomicBool::new(true)),
+        |_, _| {},
+    );
+    assert!(merged.unwrap_err().to_string().contains("called off"));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "something is left");
 }
 
 #[test]

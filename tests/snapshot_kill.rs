@@ -87,6 +87,63 @@ fn the_writer_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
     vm.ends_well();
 }
 
+/// The guest counts on from here: what it had printed before does not count.
+#[track_caller]
+fn counts_on(vm: &mut Vm) {
+    let now = vm.console.len();
+    if poll(LIMIT, || (vm.console.len() > now + 100).then_some(())).is_none() {
+        vm.fail("the guest does not go on");
+    }
+    vm.wait_for_line("pause: n=");
+}
+
+/// A device's process dies: the snapshot is whole or not there, and the guest, whose count and blocks
+/// and clock it checks itself, goes on with the process that comes in its place.
+fn device_killed_at_any_moment(role: &str, id: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("mode=pause every=20").disk(4).arg("--max-deaths").arg("1000").start();
+    vm.wait_for_line("pause: n=40 ");
+    let took = undisturbed(&vm, &dir.path().join("first"));
+    let (mut whole, mut pid) = (0, 0);
+    for moment in 0..MOMENTS {
+        let at = dir.path().join("s");
+        // The one that took the place of the last.
+        let there = poll(LIMIT, || {
+            let processes = vm.ps();
+            let found = processes.iter().find(|p| p.role == role && p.id == id && p.pid != pid);
+            found.map(|process| process.pid)
+        });
+        pid = there.unwrap_or_else(|| vm.fail("nothing takes the place of the process"));
+        let mut writer = begin(&vm, &at);
+        std::thread::sleep(
+            took * moment as u32 / MOMENTS as u32 + Duration::from_micros(moment * 7),
+        );
+        common::send(pid, Signal::SIGKILL);
+        let ended = poll(LIMIT, || writer.try_wait().unwrap());
+        let status = ended.unwrap_or_else(|| vm.fail("the writer does not end"));
+        assert_eq!(is_whole(&at), status.success(), "moment {moment}");
+        whole += u64::from(status.success());
+        counts_on(&mut vm);
+        let _ = fs::remove_dir_all(&at);
+    }
+    eprintln!("{role} killed {MOMENTS} times: {whole} whole");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "something is left");
+    undisturbed(&vm, &dir.path().join("last"));
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+#[test]
+fn a_disks_process_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
+    device_killed_at_any_moment("blk", "disk0");
+}
+
+#[test]
+fn a_consoles_process_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
+    device_killed_at_any_moment("serial", "com1");
+}
+
 #[test]
 fn the_vm_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
     let dir = tempfile::tempdir().unwrap();

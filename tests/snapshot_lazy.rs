@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output as Ended};
 use std::time::{Duration, Instant};
 
+use cellblock::control::client::{Client, ClientError};
+use cellblock::control::protocol::{EventKind, Request, Shutdown};
 use cellblock::snapshot::format::{CHUNK, Chain, Snapshot};
+use common::trace::Traced;
 use common::{LIMIT, Vm};
 
 fn cellblock(args: &[&str]) -> Ended {
@@ -95,6 +98,46 @@ fn a_vm_whose_memory_still_comes_can_be_written_down() {
     goes_on_and_ends(vm);
 }
 
+/// Who has to wait for memory that still comes lets others have their answers.
+#[test]
+fn a_hold_that_waits_for_memory_keeps_nobody_else_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20 touch=200").memory("384M").start();
+    vm.wait_for_line("pause: n=20 ");
+    snapshot(&mut vm, &at, &["--stop"]);
+    let mut vm = restored(&at, "lazy");
+    vm.stats();
+    // No memory comes from here on.
+    let pager = Traced::hold(vm.pid(), "pager");
+    let control = vm.path("control");
+    let (asked, answered) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let held = scope.spawn(move || {
+            let mut client = Client::connect(&control).unwrap();
+            let limit = Duration::from_secs(5);
+            asked.send(()).unwrap();
+            let cut = client.snapshot(true, false, limit, "test", LIMIT);
+            cut.map(|_| client.ask(Request::Resume).unwrap())
+        });
+        answered.recv().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        for _ in 0..20 {
+            vm.stats();
+        }
+        match vm.try_ask(Request::Reset) {
+            Err(ClientError::Refused { message, .. }) => {
+                assert!(message.contains("a snapshot of the VM is being taken"), "{message}");
+            }
+            other => panic!("a reset in the middle of a snapshot: {other:?}"),
+        }
+        assert!(!held.is_finished(), "there is a cut without its memory");
+        pager.release();
+        held.join().unwrap().unwrap();
+    });
+    goes_on_and_ends(vm);
+}
+
 #[test]
 fn a_live_snapshot_is_a_snapshot() {
     let dir = tempfile::tempdir().unwrap();
@@ -165,6 +208,36 @@ fn a_diff_to_the_snapshot_a_vm_came_from() {
     snapshot(&mut vm, &at("diff"), &["--diff", parent.to_str().unwrap()]);
     goes_on_and_ends(vm);
     goes_on_and_ends(restored(&at("diff"), "lazy"));
+}
+
+/// Who watches the VM hears why it ended.
+#[test]
+fn a_bad_chunk_ends_the_vm_with_an_event() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20 touch=200").memory("384M").start();
+    vm.wait_for_line("pause: n=20 ");
+    snapshot(&mut vm, &at, &["--stop"]);
+    // The last that has anything, which comes late.
+    let whole = Snapshot::open(&at).unwrap();
+    let last = whole.entries().iter().enumerate().rfind(|(_, entry)| entry.data != 0);
+    let (index, entry) = last.unwrap();
+    let file = File::options().read(true).write(true).open(at.join("memory")).unwrap();
+    let offset = (index * CHUNK) as u64 + u64::from(entry.data.trailing_zeros()) * 4096;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    let mut vm = restored(&at, "lazy");
+    vm.stats();
+    let pager = Traced::hold(vm.pid(), "pager");
+    let events = vm.events();
+    pager.release();
+    let end = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::Shutdown { .. }));
+    let EventKind::Shutdown { reason, message } = end.kind else { unreachable!("asked for") };
+    assert_eq!(reason, Shutdown::Error);
+    let message = message.unwrap_or_default();
+    assert!(message.contains(&format!("memory chunk {index} is damaged")), "{message}");
+    assert_eq!(vm.wait_exit().code(), Some(1));
 }
 
 /// Every chunk that has anything is damaged: whichever the VM needs first ends it.

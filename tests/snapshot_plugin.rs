@@ -7,11 +7,13 @@ mod common;
 mod run;
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use cellblock::control::protocol::Request;
 use cellblock_plugin_api::{Event, SOCKET_VARIABLE, Space};
 use common::snapshot::{cellblock, refused_restore};
-use common::{Options, Vm};
+use common::{LIMIT, Options, Vm, poll, send};
 use nix::sys::signal::Signal;
 
 /// A plugin of the old kind, in its process; nothing in the test's own.
@@ -119,6 +121,35 @@ fn a_snapshot_with_a_plugin_of_the_old_kind_is_for_inspection() {
     vm.snapshot(&plain, &["--stop"]);
     let line = refused_restore(&plain, &["--plugin", own.to_str().unwrap()]);
     assert!(line.contains("without a plugin"), "{line}");
+}
+
+/// The VM's plugin dies, and the VM ends: the snapshot is whole or not there, and its writer ends too.
+#[test]
+fn a_plugin_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
+    const MOMENTS: u64 = 12;
+    let dir = tempfile::tempdir().unwrap();
+    let program = c_plugin();
+    for moment in 0..MOMENTS {
+        let at = dir.path().join(format!("s{moment}"));
+        let mut vm = with_plugin(guest(), &program, &[]).start();
+        vm.wait_for_line("pause: n=20 ");
+        let plugin = vm.pid_of("plugin", "plugin0");
+        let mut writer = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+        writer.arg("snapshot").arg(vm.path("control")).arg(&at).args(["--disks", "copy"]);
+        let mut writer = writer.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(moment * 2500));
+        send(plugin, Signal::SIGKILL);
+        let ended = poll(LIMIT, || writer.try_wait().unwrap());
+        let status = ended.unwrap_or_else(|| vm.fail("the writer does not end"));
+        assert_eq!(at.exists(), status.success(), "moment {moment}");
+        if at.exists() {
+            let verified = cellblock(&["verify", at.to_str().unwrap()]);
+            assert!(verified.status.success(), "moment {moment}: {verified:?}");
+            std::fs::remove_dir_all(&at).unwrap();
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "moment {moment}");
+        vm.wait_exit();
+    }
 }
 
 #[test]

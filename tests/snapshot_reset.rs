@@ -3,12 +3,15 @@
 
 mod common;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::Duration;
 
 use cellblock::control::client::{Client, ClientError};
 use cellblock::control::protocol::{DeviceState, Reply, Request, State};
 use cellblock::snapshot::format::Snapshot;
+use cellblock::snapshot::state::MicrovmState;
 use common::{LIMIT, Vm, deaths};
 use nix::sys::signal::Signal;
 
@@ -125,4 +128,79 @@ fn a_vm_with_a_disk_that_has_failed_is_not_reset() {
         }
         other => vm.fail(&format!("it was reset: {other:?}")),
     }
+}
+
+/// A reset of a VM whose processes do not come to rest is none: the guest goes on from where it was.
+#[test]
+fn a_reset_that_cannot_come_to_rest_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let mut vm = Vm::restore(&at).start();
+    let first = count(&vm.wait_for_line("pause: n="));
+    vm.wait_for_line(&format!("pause: n={} ", first + 100));
+    let disk = vm.pid_of("blk", "disk0");
+    common::send(disk, Signal::SIGSTOP);
+    match vm.try_ask(Request::Reset) {
+        Err(ClientError::Refused { message, .. }) => {
+            assert!(message.contains("no reset") && message.contains("blk disk0"), "{message}");
+        }
+        other => vm.fail(&format!("a reset without a device: {other:?}")),
+    }
+    assert_eq!(vm.stats().state, State::Running);
+    common::send(disk, Signal::SIGCONT);
+    // It counts on, and can be reset now.
+    let next = count(&vm.wait_for_line("pause: n="));
+    assert!(next > first, "{next} after {first}");
+    vm.wait_for_line(&format!("pause: n={} ", next + 50));
+    vm.ask(Request::Reset);
+    vm.wait_for_line(&format!("pause: n={first} "));
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// What a disk may still do at once is what it was in the snapshot.
+#[test]
+fn a_reset_gives_a_disk_the_budget_that_it_had() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    // Hardly any comes back in the time of a test.
+    let disk = ",cow,iops=1,iops-burst=1000000";
+    let mut vm = Vm::with("mode=pause every=10").disk_with(4 << 20, disk).start();
+    vm.wait_for_line("pause: n=20 ");
+    vm.snapshot(&at, &["--stop"]);
+    let saved = budget(&Snapshot::open(&at).unwrap().state().unwrap());
+    let mut vm = Vm::restore(&at).start();
+    let first = count(&vm.wait_for_line("pause: n="));
+    vm.wait_for_line(&format!("pause: n={} ", first + 1000));
+    vm.pause();
+    let before = budget(&cut(&vm));
+    assert!(before < saved - 1000, "nothing was used up: {before} of {saved}");
+    vm.ask(Request::Reset);
+    let after = budget(&cut(&vm));
+    assert!((saved..saved + 60).contains(&after), "{after} in the place of {saved}");
+    vm.resume();
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// The state of a cut.
+fn cut(vm: &Vm) -> Vec<u8> {
+    let mut client = Client::connect(&vm.path("control")).unwrap();
+    let limit = Duration::from_secs(5);
+    let cut = client.snapshot(false, false, limit, "test", LIMIT).unwrap();
+    let mut bytes = vec![0; cut.report.state as usize];
+    File::from(cut.state).read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// How many requests the disk of a state may make at once.
+fn budget(state: &[u8]) -> i64 {
+    let state = MicrovmState::decode(state).unwrap();
+    let disk = state.device_states.iter().find_map(|device| device.as_disk().unwrap());
+    disk.unwrap().balance[1]
 }

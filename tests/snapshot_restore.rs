@@ -8,7 +8,7 @@ use std::fs;
 use std::time::Duration;
 
 use cellblock::control::protocol::{EventKind, Request, State};
-use common::snapshot::cellblock;
+use common::snapshot::{cellblock, refused_restore};
 use common::{LIMIT, Vm};
 use nix::sys::signal::Signal;
 
@@ -174,6 +174,38 @@ fn what_cannot_be_restored_is_refused_with_the_remedy() {
     assert_eq!(ended.status.code(), Some(1));
     assert_eq!(vm.stats().epoch, 0);
     std::thread::sleep(Duration::from_millis(1));
+}
+
+/// A restore that reads everything checks what it has of the disks, and every restore what it reads.
+#[test]
+fn damaged_disks_are_refused_before_the_guest_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    let copied = dir.path().join("copied");
+    vm.snapshot(&copied, &["--disks", "copy"]);
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow").start();
+    vm.wait_for_line("pause: n=40 ");
+    let cow = dir.path().join("cow");
+    vm.snapshot(&cow, &["--stop"]);
+    for (snapshot, modes) in [(&copied, &["eager"][..]), (&cow, &["eager", "lazy"])] {
+        // Where there is something, so that it is of a block that the guest wrote.
+        let path = snapshot.join("disk-disk0");
+        let mut bytes = fs::read(&path).unwrap();
+        let at = bytes.iter().position(|byte| *byte != 0).unwrap();
+        bytes[at] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        for mode in modes {
+            let line = refused_restore(snapshot, &["--memory-mode", mode]);
+            assert!(line.contains("the image 'disk-disk0' is damaged"), "{mode}: {line}");
+        }
+        bytes[at] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        let mut vm = Vm::restore(snapshot).arg("--memory-mode").arg("eager").start();
+        vm.wait_for_line("pause: n=");
+    }
 }
 
 /// How often a process may die is for the restored VM to say.

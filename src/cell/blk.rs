@@ -152,6 +152,11 @@ impl Recipe {
         Ok(Recipe { id, start, image, overlay, held: disk.held.clone() })
     }
 
+    /// The serial number that its processes begin with from now on.
+    pub fn set_serial(&mut self, serial: &str) {
+        self.start.serial = serial.into();
+    }
+
     /// For a disk in the place of this one: its processes wait for those of this as well.
     pub fn held(&self) -> Arc<Held> {
         self.held.clone()

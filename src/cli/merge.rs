@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -36,7 +37,10 @@ impl Merge {
     pub(super) fn execute(&self) -> Result<(), Failure> {
         let chain = Chain::open(&self.dir).map_err(Failure::error)?;
         let mut progress = Progress::new("merging");
-        let merged = format::merge(&chain, &self.target, |done, total| progress.show(done, total));
+        let show = |done, total| progress.show(done, total);
+        let cancel = Arc::default();
+        super::cancel_on_signals(&cancel)?;
+        let merged = format::merge(&chain, &self.target, cancel, show);
         progress.end();
         let manifest = merged.map_err(Failure::error)?;
         output::print_line(&format!("snapshot {} is at {}", manifest.id, self.target.display()))

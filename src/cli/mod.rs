@@ -30,10 +30,13 @@ mod vhost_user_blk;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use cellblock_devices::protocol::LogLevel;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::remedy::{Remedy, one_line, printable};
 use crate::{logging, open_files, terminal};
@@ -105,6 +108,14 @@ impl Failure {
     fn error(error: impl Remedy) -> Failure {
         Failure::Error(one_line(&error))
     }
+}
+
+/// Has a signal to end set `cancel`, so that what is being written is taken away.
+fn cancel_on_signals(cancel: &Arc<AtomicBool>) -> Result<(), Failure> {
+    [SIGINT, SIGTERM, SIGHUP].into_iter().try_for_each(|signal| {
+        let taken = signal_hook::flag::register(signal, cancel.clone());
+        taken.map(drop).map_err(|e| Failure::Error(format!("taking signals over: {e}")))
+    })
 }
 
 /// Runs the program with `args`, the program's name first.

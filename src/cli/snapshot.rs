@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -94,10 +93,7 @@ impl Snapshot {
         let base = parent.as_ref().map(|chain| Base::of(chain.snapshot(), &self.directory));
         let base = base.transpose().map_err(|e| Failure::Error(format!("naming PARENT: {e}")))?;
         let mut writer = Writer::create(&self.directory, contents, base).map_err(Failure::error)?;
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, writer.cancel())
-                .map_err(|e| Failure::Error(format!("taking signals over: {e}")))?;
-        }
+        super::cancel_on_signals(&writer.cancel())?;
         // Whoever holds the VM has to be connected: it goes on when we end, however that is.
         let hold = self.stop || self.disks == Disks::Copy;
         let limit = self.timeout * 2 + COPYING;

@@ -38,6 +38,8 @@ pub const MAX_BACKLOG: usize = 1 << 20;
 pub const HISTORY: usize = 256;
 /// Requests of one client in one round.
 const ROUND: usize = 16;
+/// Most connections that wait to be accepted: more than any system lets wait.
+const BACKLOG: usize = 1 << 16;
 /// The epoll key of the listener; clients count from 1.
 const LISTENER: u64 = 0;
 
@@ -242,6 +244,11 @@ impl ControlServer {
     pub fn part(&mut self) {
         self.clients.clear();
         self.history.clear();
+        // Those too who wait to be accepted.
+        if let Some(listener) = &self.listener {
+            // No more can wait.
+            let _ = (0..BACKLOG).take_while(|_| listener.accept().is_ok()).count();
+        }
     }
 
     /// Number of connections.

@@ -38,6 +38,8 @@ const MOST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a refill waits after a shell was handed out: what it costs is to be no part of what
 /// the claim takes.
 const QUIET: Duration = Duration::from_millis(3);
+/// A shell that dies so soon after it was made counts as one that could not be made.
+const YOUNG: Duration = Duration::from_secs(1);
 /// Claims whose duration is remembered.
 const REMEMBERED: usize = 1024;
 
@@ -176,6 +178,10 @@ struct State<F: Factory> {
     /// Makings that failed, one after the other, and until when the refill waits.
     failures: u32,
     not_before: Option<Instant>,
+    /// Shells that were made a moment ago, and when.
+    young: VecDeque<(u64, Instant)>,
+    /// So many of those have died since one was of use.
+    die_young: u32,
     /// Until when the refill leaves the CPUs to a claim.
     quiet_until: Option<Instant>,
     last_error: Option<String>,
@@ -221,6 +227,8 @@ impl<F: Factory> Engine<F> {
             last_ticket: 0,
             failures: 0,
             not_before: None,
+            young: VecDeque::new(),
+            die_young: 0,
             quiet_until: None,
             last_error: None,
             durations: VecDeque::with_capacity(REMEMBERED),
@@ -259,13 +267,14 @@ impl<F: Factory> Engine<F> {
         let inner = &self.inner;
         let mut state = inner.lock();
         let target = target.min(inner.options.limits.max_size);
-        let failures = state.books.make_failures;
+        let (failures, die_young) = (state.books.make_failures, state.die_young);
         state.warming.push(target);
         state.warm = state.warm.max(target);
         state.not_before = None;
         inner.settle(&mut state);
         while state.books.idle < target
             && state.books.make_failures == failures
+            && state.die_young <= die_young
             && !state.draining
             // Where the refill leaves the processors to a claim, it goes on soon.
             && (state.books.making > 0 || state.lacks_shells(&inner.options.limits))
@@ -411,6 +420,7 @@ impl<F: Factory> State<F> {
                 continue;
             }
             let Some(waiter) = self.waiting.pop_front() else { break };
+            self.die_young = 0;
             self.book(if waiter.fresh { Change::Hit } else { Change::Miss }, limits);
             if !waiter.first {
                 let last = std::mem::replace(&mut self.last_ticket, waiter.ticket);
@@ -453,6 +463,9 @@ impl<F: Factory> State<F> {
 
     fn give_up(&mut self, (id, shell): (u64, F::Shell), why: Change, limits: &Limits) {
         self.book(why, limits);
+        if why == Change::Lost {
+            self.lost_one(id);
+        }
         self.ending.push_back(Doomed { id, shell, was_live: false, reset: false });
     }
 
@@ -475,14 +488,44 @@ impl<F: Factory> State<F> {
         until.and_then(|until| until.checked_duration_since(now)).filter(|left| !left.is_zero())
     }
 
+    /// A shell was made.
+    fn made_one(&mut self, id: u64) {
+        let now = Instant::now();
+        self.young.retain(|(_, made)| now.duration_since(*made) < YOUNG);
+        self.young.push_back((id, now));
+        if self.die_young == 0 {
+            self.failures = 0;
+            self.not_before = None;
+            self.last_error = None;
+        }
+    }
+
+    /// An idle shell has died. Where they do so as soon as they are made, that goes on for ever.
+    fn lost_one(&mut self, id: u64) {
+        let young = |(other, made): &(u64, Instant)| *other == id && made.elapsed() < YOUNG;
+        if self.young.iter().any(young) {
+            self.die_young = self.die_young.saturating_add(1);
+            let pause = self.pause();
+            let pause_ms = pause.as_millis() as u64;
+            tracing::warn!(shell = id, pause_ms, "a shell died as soon as it was made");
+            self.last_error = Some("they die as soon as they are made".into());
+        }
+    }
+
+    /// The refill waits, each time for longer.
+    fn pause(&mut self) -> Duration {
+        let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(MOST_PAUSE);
+        self.failures = self.failures.saturating_add(1);
+        self.not_before = Some(Instant::now() + pause);
+        pause
+    }
+
     /// A shell could not be made: whoever waits for it, and for no other, is told. Without
     /// `error` its maker panicked.
     fn make_failed(&mut self, error: Option<F::Error>, limits: &Limits) {
         let error = error.map(Arc::new);
         self.book(Change::MakeFailed, limits);
-        let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(MOST_PAUSE);
-        self.failures = self.failures.saturating_add(1);
-        self.not_before = Some(Instant::now() + pause);
+        let pause = self.pause();
         let why = error.as_deref().map_or("its maker panicked".into(), |e| crate::remedy::chain(e));
         let pause_ms = pause.as_millis() as u64;
         tracing::warn!(error = why, pause_ms, "a shell could not be made");

@@ -48,6 +48,7 @@ pub mod vm;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub use config::{BaseConfig, Machine, PoolConfig, PoolError};
@@ -96,6 +97,9 @@ struct Pool {
     disks: Vec<DiskOverride>,
     /// Disks whose writes are not to be in memory.
     uncounted: Vec<String>,
+    /// Claims that were carried out, and the microseconds that they took.
+    carried_out: AtomicU64,
+    took_us: AtomicU64,
 }
 
 impl Drop for Pool {
@@ -132,7 +136,9 @@ impl RestorePool {
         let options = Options { limits, release: config.release, makers, enders: makers };
         let engine = Engine::new(recipe, options).map_err(PoolError::Thread)?;
         let (charge, memory) = (limits.charge, limits.memory);
-        let pool = Pool { engine, config, charge, memory, primed, disks, uncounted };
+        let (carried_out, took_us) = (AtomicU64::new(0), AtomicU64::new(0));
+        let pool =
+            Pool { engine, config, charge, memory, primed, disks, uncounted, carried_out, took_us };
         Ok(RestorePool(Arc::new(pool)))
     }
 
@@ -234,6 +240,9 @@ impl RestorePool {
                     let points = [granted_ns, heard_ns, runs_ns, monotonic_ns()];
                     let times = ClaimTimes::since(begun_ns, points);
                     pool.engine.note_duration(times.answered);
+                    pool.carried_out.fetch_add(1, Ordering::Relaxed);
+                    let took_us = u64::try_from(times.answered.as_micros()).unwrap_or(u64::MAX);
+                    pool.took_us.fetch_add(took_us, Ordering::Relaxed);
                     return Ok(PooledRestoreVm::new(lease, times));
                 }
                 Err(error) => error,
@@ -365,13 +374,18 @@ impl RestorePool {
 
     /// How the pool is.
     pub fn stats(&self) -> PoolStats {
-        PoolStats::new(&self.0.engine.stats(), &self.0.config, self.0.memory, self.0.charge)
+        let Pool { engine, config, memory, charge, carried_out, took_us, .. } = &*self.0;
+        PoolStats {
+            claim_us_count: carried_out.load(Ordering::Relaxed),
+            claim_us_sum: took_us.load(Ordering::Relaxed),
+            ..PoolStats::new(&engine.stats(), config, *memory, *charge)
+        }
     }
 
-    /// Takes no more claims and ends all idle shells; returns when they are gone. VMs that
-    /// somebody has stay theirs.
-    pub fn drain(&self) {
-        self.0.engine.drain(false, END_LIMIT);
+    /// Takes no more claims and ends all idle shells, those in the making included; returns when
+    /// they are gone, or with false after 20 s. VMs that somebody has stay theirs.
+    pub fn drain(&self) -> bool {
+        self.0.engine.drain(false, END_LIMIT)
     }
 
     /// As [`RestorePool::drain`], and waits for all VMs to be given back, for `limit` at most.

@@ -25,8 +25,11 @@ pub enum ToShell {
     Prepare(Box<Preparation>),
     /// Become a VM.
     Claim(Box<Claim>),
-    /// Become a shell again.
-    Reset,
+    /// Become a shell again, for another VM.
+    Reset {
+        /// Of that.
+        id: [u8; 16],
+    },
     /// End, and leave nothing.
     End,
 }

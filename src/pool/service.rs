@@ -8,11 +8,13 @@
 //! |---|---|
 //! | [`protocol`] | the lines |
 //! | [`place`] | the socket's path and the VMs' directory, taken over from a service that died |
+//! | `descriptors` | how many clients there may be |
 //! | `connection` | one client |
 //! | [`client`] | the client's end |
 
 pub mod client;
 mod connection;
+mod descriptors;
 pub mod place;
 pub mod protocol;
 
@@ -37,8 +39,6 @@ use crate::vmm::signals::Signals;
 use place::{Place, PlaceError};
 use protocol::Answer;
 
-/// Connections at a time.
-const MAX_CLIENTS: usize = 1024;
 /// How often a service that drains looks whether its last VM is gone, in milliseconds.
 const LOOK: u8 = 20;
 /// How long VMs may take to end with the service.
@@ -80,8 +80,9 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
 struct Shared {
     pool: RestorePool,
     /// By number, to end them.
-    clients: Mutex<Vec<(usize, UnixStream)>>,
+    clients: Mutex<Vec<(usize, Arc<UnixStream>)>>,
     count: AtomicUsize,
+    most_clients: usize,
     /// Rung when it may be time to end.
     bell: EventFd,
     draining: AtomicBool,
@@ -100,34 +101,77 @@ pub fn serve(
     base.directory = Some(place.directory().to_path_buf());
     let timeout = config.acquire_timeout;
     let wanted = config.min_size;
-    let pool = RestorePool::new(base, config)?;
-    // What no shell can be made of is better known now than at the first claim.
-    let ready = pool.warm(wanted);
-    if ready < wanted {
-        let why = pool.stats().last_error.unwrap_or_default();
-        tracing::warn!("{ready} of {wanted} shells could be made: {why}");
-    }
+    let shells = config.max_size.saturating_add(config.max_live);
+    let most_clients = descriptors::clients(descriptors::raise(), shells);
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     let bell = EventFd::from_flags(flags).map_err(|e| system("creating an event")(e.into()))?;
+    let pool = RestorePool::new(base, config)?;
+    // What no shell can be made of is better known now than at the first claim.
+    if !warm(&pool, wanted, &bell, &mut signals)? {
+        return Ok(());
+    }
     let shared = Arc::new(Shared {
         pool,
         clients: Mutex::default(),
         count: AtomicUsize::new(0),
+        most_clients,
         bell,
         draining: AtomicBool::new(false),
         timeout,
     });
-    let listener = place.listen()?;
+    let mut listener = place.listen()?;
     logging::tell(&format!("serving VMs on {}", control.display()));
-    let result = shared.accept_until_the_end(&listener, &mut signals);
+    let result = shared.accept_until_the_end(&mut listener, &mut signals);
     drop(listener);
     shared.end().and(result)
+}
+
+/// Has the first shells made. False where a signal came first: there are none then.
+fn warm(
+    pool: &RestorePool,
+    wanted: usize,
+    bell: &EventFd,
+    signals: &mut Signals,
+) -> Result<bool, ServeError> {
+    std::thread::scope(|scope| {
+        let warming = scope.spawn(|| {
+            let ready = pool.warm(wanted);
+            let _ = bell.write(1); // it fails only when it rings already
+            ready
+        });
+        loop {
+            let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut fds = [watch(bell.as_fd()), watch(signals.as_fd())];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(system("waiting for shells")(e.into())),
+            }
+            let [rung, signalled] =
+                fds.map(|fd| fd.revents().is_some_and(|flags| flags.contains(PollFlags::POLLIN)));
+            if signalled && signals.take() {
+                tracing::info!("stopping on a signal");
+                pool.drain();
+                return Ok(false);
+            }
+            if rung {
+                break;
+            }
+        }
+        // It does not panic; if it did, there would be none.
+        let ready = warming.join().unwrap_or(0);
+        if ready < wanted {
+            let stats = pool.stats();
+            let why = stats.last_error.unwrap_or("there is no memory for more".into());
+            tracing::warn!("{ready} of {wanted} shells could be made: {why}");
+        }
+        Ok(true)
+    })
 }
 
 impl Shared {
     fn accept_until_the_end(
         self: &Arc<Self>,
-        listener: &place::Listener,
+        listener: &mut place::Listener,
         signals: &mut Signals,
     ) -> Result<(), ServeError> {
         let mut number = 0;
@@ -179,16 +223,14 @@ impl Shared {
             Err(_) => return,
             Ok(_) => {}
         }
-        if self.count.load(Ordering::Acquire) >= MAX_CLIENTS {
+        if self.count.load(Ordering::Acquire) >= self.most_clients {
             return refuse(
-                format!("the pool has {MAX_CLIENTS} clients already"),
+                format!("the pool has {} clients already", self.most_clients),
                 "end one of them, or try again later",
             );
         }
-        let Ok(copy) = stream.try_clone() else {
-            return refuse("the pool has no file descriptors left".into(), "try again later");
-        };
-        self.clients().push((number, copy));
+        let stream = Arc::new(stream);
+        self.clients().push((number, stream.clone()));
         self.count.fetch_add(1, Ordering::AcqRel);
         let shared = self.clone();
         let thread = std::thread::Builder::new().name("pool-client".into());
@@ -204,7 +246,7 @@ impl Shared {
         }
     }
 
-    fn clients(&self) -> std::sync::MutexGuard<'_, Vec<(usize, UnixStream)>> {
+    fn clients(&self) -> std::sync::MutexGuard<'_, Vec<(usize, Arc<UnixStream>)>> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -51,6 +51,8 @@ pub enum ShellError {
     Id(#[source] io::Error),
     #[error("starting {}", .0.display())]
     Start(PathBuf, #[source] io::Error),
+    #[error("renaming {}", .0.display())]
+    Rename(PathBuf, #[source] io::Error),
     #[error("talking to a shell")]
     Channel(#[source] ChannelError),
     /// The shell is gone: whatever was asked of it was none of its business.
@@ -117,9 +119,7 @@ impl Recipe {
         waits: &dyn Fn() -> bool,
     ) -> Result<Shell, ShellError> {
         let id = SnapshotId::random().map_err(ShellError::Id)?;
-        let name: String = id.to_string().chars().take(16).collect();
-        let (control, console) =
-            (self.directory.join(&name), self.directory.join(format!("{name}.console")));
+        let (control, console) = self.places(id);
         let (near, far) = Channel::pair().map_err(ShellError::Channel)?;
         let child = Command::new(&self.program)
             .arg(COMMAND)
@@ -157,6 +157,12 @@ impl Recipe {
             _ => Err(ShellError::Silent),
         }
     }
+
+    /// Where the sockets of the VM `id` are.
+    fn places(&self, id: SnapshotId) -> (PathBuf, PathBuf) {
+        let name: String = id.to_string().chars().take(16).collect();
+        (self.directory.join(&name), self.directory.join(format!("{name}.console")))
+    }
 }
 
 impl Factory for Recipe {
@@ -172,7 +178,11 @@ impl Factory for Recipe {
     }
 
     fn reset(&self, shell: &mut Shell) -> Result<(), ShellError> {
-        shell.say(&ToShell::Reset, &[])?;
+        // First: whoever had it knows the names there were, and comes too late from here on. All who
+        // came before are sent away.
+        let id = SnapshotId::random().map_err(ShellError::Id)?;
+        shell.rename(id, self.places(id))?;
+        shell.say(&ToShell::Reset { id: id.0 }, &[])?;
         match shell.hear(ANSWER_LIMIT)? {
             FromShell::Ready { .. } => Ok(()),
             _ => Err(ShellError::Silent),
@@ -258,6 +268,21 @@ impl Shell {
     /// Its end of the channel is closed, which nothing but its end does.
     fn died(&mut self) -> ShellError {
         ShellError::Died(self.wait(END_LIMIT))
+    }
+
+    /// It is another VM from now on, whose sockets are elsewhere.
+    fn rename(
+        &mut self,
+        id: SnapshotId,
+        (control, console): (PathBuf, PathBuf),
+    ) -> Result<(), ShellError> {
+        for (path, to) in [(&mut self.control, control), (&mut self.console, console)] {
+            std::fs::rename(&*path, &to)
+                .map_err(|error| ShellError::Rename(path.clone(), error))?;
+            *path = to;
+        }
+        self.id = id;
+        Ok(())
     }
 
     /// Names the VM.

@@ -73,6 +73,12 @@ pub struct PoolStats {
     pub pause_us: Option<u64>,
     /// What the last claims, 1024 at most, took in all.
     pub claim_us: Percentiles,
+    /// What all claims took that were carried out.
+    #[serde(default)]
+    pub claim_us_sum: u64,
+    /// How many they are.
+    #[serde(default)]
+    pub claim_us_count: u64,
     /// How often the pool's own books did not add up: never, or there is a fault in it.
     pub violations: u64,
     /// The last time.
@@ -142,6 +148,8 @@ impl PoolStats {
             last_error: engine.last_error.clone(),
             pause_us: engine.pause.map(|pause| pause.as_micros() as u64),
             claim_us: Percentiles::of(&engine.durations),
+            claim_us_sum: 0,
+            claim_us_count: 0,
             violations: engine.violations,
             last_violation: engine.last_violation.clone(),
         }
@@ -162,9 +170,13 @@ impl PoolStats {
             ("alive", "Shells and VMs that exist.", self.alive),
             ("idle", "Shells that wait for a claim.", self.idle),
             ("in_use", "VMs that somebody has.", self.in_use),
+            ("releasing", "Of those: given back, and not gone yet.", self.releasing),
             ("making", "Shells in the making.", self.making),
             ("waiting", "Claims that wait.", self.waiting),
+            ("min_size", "Idle shells that are kept.", self.min_size),
+            ("max_size", "Most idle shells.", self.max_size),
             ("max_live", "Most VMs in use.", self.max_live),
+            ("pause_microseconds", "No shells are made for so long.", self.pause_us.unwrap_or(0)),
             ("memory_bytes", "Guest memory that everything counts as.", self.memory),
             ("memory_limit_bytes", "Most of that.", self.max_memory),
             ("draining", "1 if no more claims are taken.", self.draining.into()),
@@ -194,7 +206,7 @@ impl PoolStats {
         }
         let _ = write!(
             text,
-            "# HELP cellblock_pool_claim_seconds What the last claims took.\n\
+            "# HELP cellblock_pool_claim_seconds What claims took; the quantiles are of the last ones.\n\
              # TYPE cellblock_pool_claim_seconds summary\n"
         );
         let times = &self.claim_us;
@@ -203,6 +215,11 @@ impl PoolStats {
             let _ =
                 writeln!(text, "cellblock_pool_claim_seconds{{quantile=\"{quantile}\"}} {seconds}");
         }
+        let (sum, count) = (self.claim_us_sum as f64 / 1e6, self.claim_us_count);
+        let _ = write!(
+            text,
+            "cellblock_pool_claim_seconds_sum {sum}\ncellblock_pool_claim_seconds_count {count}\n"
+        );
         text
     }
 }
@@ -223,7 +240,13 @@ mod tests {
 
     #[test]
     fn prometheus_gets_every_metric_once_with_its_type() {
-        let stats = PoolStats { hits: 3, ..PoolStats::default() };
+        let stats = PoolStats {
+            hits: 3,
+            min_size: 2,
+            claim_us_sum: 1500,
+            claim_us_count: 3,
+            ..PoolStats::default()
+        };
         let text = stats.prometheus();
         assert!(
             text.contains(
@@ -231,6 +254,15 @@ mod tests {
             )
         );
         assert!(text.contains("cellblock_pool_claim_seconds{quantile=\"0.99\"} 0\n"));
+        for line in [
+            "\ncellblock_pool_claim_seconds_sum 0.0015\n",
+            "\ncellblock_pool_claim_seconds_count 3\n",
+            "\ncellblock_pool_min_size 2\n",
+            "\ncellblock_pool_releasing 0\n",
+            "\ncellblock_pool_pause_microseconds 0\n",
+        ] {
+            assert!(text.contains(line), "{line}");
+        }
         let mut types: Vec<&str> = text.lines().filter(|l| l.starts_with("# TYPE")).collect();
         let count = types.len();
         types.sort_unstable();

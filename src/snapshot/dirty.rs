@@ -47,6 +47,11 @@ impl Tracker {
         self.base.filter(|_| self.reader.is_some() && self.logs.is_complete())
     }
 
+    /// Whether every write to guest memory is told of: see [`WriteLogs::lose_track`].
+    pub fn knows_all(&self) -> bool {
+        self.logs.is_complete()
+    }
+
     /// See [`WriteLogs::hold`].
     pub fn hold_writers(&self, until: Instant) -> bool {
         self.logs.hold(until)

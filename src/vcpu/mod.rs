@@ -267,6 +267,7 @@ impl Vcpus {
     /// # Errors
     /// [`PauseError`]; no vCPU is paused then that was not before.
     pub fn pause(&mut self, deadline: Duration) -> Result<PauseReport, PauseError> {
+        self.take_late();
         self.all_are(VcpuState::Running).map_err(|wrong| match wrong.from {
             VcpuState::Stopped => PauseError::Ended { vcpus: self.stopped() },
             _ => PauseError::State(wrong),
@@ -323,6 +324,10 @@ impl Vcpus {
     /// # Errors
     /// [`ResumeError`] when they are not paused.
     pub fn resume(&mut self) -> Result<(), ResumeError> {
+        if self.is_paused() && self.states().contains(&VcpuState::Pausing) {
+            self.release_all();
+            return Ok(());
+        }
         self.all_are(VcpuState::Paused).map_err(ResumeError)?;
         for seat in &self.seats {
             if seat.cell.advance(VcpuState::Running).is_ok() {

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// How long a vCPU is let go at first; twice as long with each round, up to the second.
 const BREATH: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)];
 
-/// Why a vCPU could not be brought out of its access. All vCPUs that can run do.
+/// Why a vCPU could not be brought out of its access. All stay paused, or park as soon as they
+/// can: [`Vcpus::resume`] lets them go.
 #[derive(Debug, thiserror::Error)]
 pub enum SettleError {
     /// The device does not finish it.
@@ -45,10 +46,13 @@ impl Vcpus {
     /// when all are paused.
     ///
     /// # Errors
-    /// [`SettleError`]; no vCPU is paused then.
+    /// [`SettleError`]; none of them runs on then.
     pub fn settle(&mut self, deadline: Duration) -> Result<(), SettleError> {
         let until = Instant::now() + deadline;
         let [mut breath, longest] = BREATH;
+        let states = self.states().into_iter().enumerate();
+        let late = states.filter(|(_, state)| *state == VcpuState::Pausing).map(|(id, _)| id);
+        self.gather(late.collect(), until)?;
         loop {
             let waiting: Vec<(usize, Outstanding)> = (0..)
                 .zip(&self.outstanding)
@@ -56,7 +60,6 @@ impl Vcpus {
                 .collect();
             let Some(&(vcpu, access)) = waiting.first() else { return Ok(()) };
             if Instant::now() >= until {
-                self.release_all();
                 return Err(SettleError::Waits { vcpu, access });
             }
             for (id, _) in &waiting {
@@ -81,25 +84,51 @@ impl Vcpus {
         while !missing.is_empty() {
             let ended = self.stopped();
             if !ended.is_empty() {
-                self.release_all();
                 return Err(PauseError::Ended { vcpus: ended });
             }
             match self.next_event(Some(until)) {
                 Next::Event(super::Event::Parked(ack)) if ack.epoch == self.epoch => {
-                    // Refused for none: it is Pausing, and has parked instead of ending.
-                    let _ = self.seats[ack.vcpu].cell.advance(VcpuState::Paused);
-                    self.outstanding[ack.vcpu] = ack.outstanding;
                     missing.retain(|id| *id != ack.vcpu);
+                    self.parked_again(ack);
                 }
                 Next::Event(_) => {}
                 Next::Late => missing.iter().for_each(|id| self.kicks.interrupt(*id)),
+                // Who is missing is still asked to park: see `take_late`.
                 Next::Deadline => {
-                    self.release_all();
                     return Err(PauseError::Absent { vcpus: missing, waited: begun.elapsed() });
                 }
             }
         }
         Ok(())
+    }
+
+    /// A vCPU that was let go for a moment is back.
+    fn parked_again(&mut self, ack: pause::Ack<Outstanding>) {
+        // Refused for none: it is Pausing, and has parked instead of ending.
+        let _ = self.seats[ack.vcpu].cell.advance(VcpuState::Paused);
+        if let Some(outstanding) = self.outstanding.get_mut(ack.vcpu) {
+            *outstanding = ack.outstanding;
+        }
+    }
+
+    /// Hears of those that [`Vcpus::settle`] did not wait for any longer.
+    pub(super) fn take_late(&mut self) {
+        while self.states().contains(&VcpuState::Pausing)
+            && let Next::Event(event) = self.next_event(Some(Instant::now()))
+        {
+            if let super::Event::Parked(ack) = event
+                && ack.epoch == self.epoch
+            {
+                self.parked_again(ack);
+            }
+        }
+    }
+
+    /// Whether every vCPU is paused, or about to park again for a pause that holds them all.
+    pub fn is_paused(&mut self) -> bool {
+        self.take_late();
+        let held = |state: &VcpuState| matches!(state, VcpuState::Pausing | VcpuState::Paused);
+        self.states().iter().all(held)
     }
 
     /// Lets one parked vCPU run on.
@@ -111,7 +140,7 @@ impl Vcpus {
     }
 
     /// Lets everyone run that can, parked or on the way there.
-    fn release_all(&self) {
+    pub(super) fn release_all(&self) {
         for (id, seat) in self.seats.iter().enumerate() {
             let arrived = seat.cell.get() == VcpuState::Paused;
             pause::release(self.kicks.state(id), self.epoch, arrived, |command| {

@@ -64,8 +64,8 @@ impl Vm {
         }
     }
 
-    pub(super) fn is_paused(&self) -> bool {
-        self.vcpus.states().iter().all(|state| *state == VcpuState::Paused)
+    pub(super) fn is_paused(&mut self) -> bool {
+        self.vcpus.is_paused()
     }
 
     fn resume(&mut self) -> Reply {
@@ -128,6 +128,7 @@ impl Vm {
 
     fn stats(&mut self) -> Stats {
         self.refresh_counters();
+        self.is_paused(); // who parked late is heard of
         let states = self.vcpus.states();
         let vcpus = states.iter().enumerate().map(|(id, state)| VcpuStats {
             id: id as u32,

@@ -3,6 +3,7 @@
 //! Everything is opened and checked first, then the shell is built: processes start in their
 //! jails while memory is filled and KVM set up. Last, what the state says is set in it.
 
+mod copies;
 mod overrides;
 
 use std::fs::File;
@@ -39,6 +40,7 @@ use crate::snapshot::state::{MicrovmState, StateError};
 use crate::spec::{Backing, DiskSpec, OpenedDisk, PluginSocketSpec, SerialSpec};
 use crate::vm::kvm;
 use crate::vm::memory::GuestRam;
+pub(super) use copies::Copies;
 
 /// A VM to be restored.
 #[derive(Clone, Debug)]
@@ -224,6 +226,7 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
     let common = parts.common;
     let state = Arc::new(state);
     let written = written(&state, &chain)?;
+    let copies = Copies::of(&state, &chain, &config.disks)?;
     let mut pager = None;
     let mut vm = assemble::build(parts, |machine, _, host, _| {
         let compatible = state.verify_compatible(host);
@@ -236,10 +239,13 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
                 pager = Some(start_pager(source, machine.ram(), common, ahead)?);
             }
             None => {
-                progress.begin(chain.chunks());
-                let filled = eager::fill(&chain, machine.ram(), &|chunks| progress.advance(chunks));
+                progress.begin(copies.chunks() + chain.chunks());
+                let filled = copies.check(&|chunks| progress.advance(chunks)).and_then(|()| {
+                    let advance = |chunks| progress.advance(chunks);
+                    Ok(eager::fill(&chain, machine.ram(), &advance)?)
+                });
                 progress.end();
-                filled.map_err(RestoreError::from)?;
+                filled?;
             }
         }
         state
@@ -247,8 +253,11 @@ pub(super) fn assemble(config: RestoreConfig, progress: &dyn Progress) -> Result
             .iter()
             .map(|saved| {
                 let vcpu = machine.create_vcpu(saved.id)?;
-                saved.identify(&vcpu)?;
-                Ok(vcpu)
+                match saved.identify(&vcpu) {
+                    Ok(()) => Ok(vcpu),
+                    Err(StateError::Host(e)) => Err(RestoreError::Host(path.clone(), e).into()),
+                    Err(error) => Err(error.into()),
+                }
             })
             .collect()
     })?;
@@ -495,6 +504,8 @@ fn open_disks(
             if let (Some(extents), Some(overlay)) = (&disk.written, &image.overlay) {
                 let data = chain.snapshot().disk(&id).map_err(RestoreError::from)?;
                 let data = data.ok_or_else(|| RestoreError::NoWrites(id.clone()))?;
+                let checked = chain.snapshot().check_disk(&id, |_| ());
+                checked.map_err(RestoreError::from)?;
                 overlay.load(&data, extents).map_err(|e| RestoreError::Writes(id.clone(), e))?;
             }
         }

@@ -21,6 +21,7 @@ use nix::sys::epoll::Epoll;
 use super::event_loop::{Flow, ON, Vm};
 use super::parts::Switches;
 use super::restore::{self, MemoryMode, Progress, RestoreConfig, RestoreError};
+use super::supervise::Kind;
 use super::{VmEnd, VmmError};
 use crate::control::protocol::{Reply, Request};
 use crate::pool::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
@@ -241,7 +242,7 @@ impl Vm {
                 runs = claimed.is_ok();
                 claimed.map(|()| FromShell::Claimed { heard_ns, runs_ns: monotonic_ns() })
             }
-            Ok(Some((ToShell::Reset, _))) => self.unclaim().map(|()| self.ready()),
+            Ok(Some((ToShell::Reset { id }, _))) => self.unclaim(id).map(|()| self.ready()),
             Ok(Some((ToShell::Prepare(_), _))) => Err(ShellError::Order),
             Ok(Some((ToShell::End, _))) | Err(_) => {
                 shell.discarded = true;
@@ -302,6 +303,10 @@ impl Vm {
 
     /// Becomes somebody's VM, up to the first instruction.
     fn claim(&mut self, claim: Claim, fds: Vec<OwnedFd>, epoll: &Epoll) -> Result<(), ShellError> {
+        // Whoever came while it was nobody's has no business here any more.
+        if let Some(control) = &mut self.control {
+            control.part();
+        }
         let Some(shell) = &mut self.shell else { return Err(ShellError::Order) };
         let id = shell.id;
         let primed = matches!(shell.stage, Waiting::Primed);
@@ -338,8 +343,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Goes back to where the claim found it.
-    fn unclaim(&mut self) -> Result<(), ShellError> {
+    /// Goes back to where the claim found it, to be another VM the next time.
+    fn unclaim(&mut self, id: [u8; 16]) -> Result<(), ShellError> {
         let fail = |why: String| Err(ShellError::Reset(why));
         if !self.is_paused()
             && let Err(error) = self.vcpus.pause(STOP_LIMIT)
@@ -347,6 +352,10 @@ impl Vm {
             return fail(chain(&error));
         }
         if let Err(why) = self.part_consoles() {
+            return fail(why);
+        }
+        // Before the reset, which every process answers: they have heard of this by then.
+        if let Err(why) = self.rename_disks(&serial_of(SnapshotId(id))) {
             return fail(why);
         }
         if let Reply::Error { message, .. } = self.reset() {
@@ -364,6 +373,30 @@ impl Vm {
         }
         if let Some(shell) = &mut self.shell {
             shell.stage = Waiting::Primed;
+            shell.id = id;
+        }
+        Ok(())
+    }
+
+    /// Gives `cow` disks another serial number: what is written to them is another VM's.
+    fn rename_disks(&mut self, serial: &str) -> Result<(), String> {
+        for disk in &mut self.disks {
+            let Some(image) = disk.image.as_mut().filter(|image| image.overlay.is_some()) else {
+                continue;
+            };
+            image.serial = serial.into();
+            // One that takes its place is told at its start.
+            let watched = self.supervisor.watched.iter_mut();
+            for watched in watched.filter(|watched| watched.id() == disk.id) {
+                if let Kind::Blk { recipe, .. } = &mut watched.kind {
+                    recipe.set_serial(serial);
+                }
+            }
+            let cell = self.cells.iter().find(|cell| cell.id() == disk.id);
+            let say = ToCell::Serial(serial.into());
+            if !cell.is_some_and(|cell| matches!(cell.channel().try_send(&say, &[]), Ok(true))) {
+                return Err(format!("the process of {} does not listen", disk.id));
+            }
         }
         Ok(())
     }

@@ -211,6 +211,10 @@ impl Supervisor {
 }
 
 impl Watched {
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// The process is to be ended, which is no death that counts.
     pub(super) fn exchange(&mut self) {
         self.exchange = Exchange::Ending;

@@ -20,6 +20,13 @@ pub struct Call {
     pub entered: bool,
 }
 
+/// Whoever holds a thread of a test that failed lets it go: nobody could wait for its end.
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let _ = ptrace::detach(self.thread, None); // it is gone, as a rule
+    }
+}
+
 /// A thread that stands still, except in [`Traced::run_until`].
 pub struct Traced {
     process: i32,

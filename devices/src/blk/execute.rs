@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 use libc::{c_int, iovec};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
@@ -33,8 +34,8 @@ pub(super) struct Disk {
     pub block_size: u32,
     /// A flush has nothing to do, and a write never gets here.
     pub read_only: bool,
-    /// Padded with zeros.
-    pub id: [u8; ID_BYTES],
+    /// Padded with zeros. It changes with the life of the machine, and is seldom asked for.
+    pub id: Mutex<[u8; ID_BYTES]>,
     /// How it wants to be read and written, where that is not through the page cache.
     pub direct: Option<Direct>,
     /// Where writes go instead of to `file`, which is open read-only then.
@@ -42,6 +43,11 @@ pub(super) struct Disk {
 }
 
 impl Disk {
+    /// Its serial number from now on.
+    pub fn set_id(&self, id: [u8; ID_BYTES]) {
+        *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
+
     /// The turns that writes have to take.
     pub fn turns(&self) -> Option<&Turns> {
         self.direct.as_ref()?.turns.as_ref()
@@ -119,8 +125,9 @@ impl Executor {
             (Operation::Flush, _) if !disk.is_durable() => Ok(()),
             (Operation::Flush, _) => file.sync_data().map_err(ExecuteError::Io),
             (Operation::GetId, _) => {
+                let id = *disk.id.lock().unwrap_or_else(PoisonError::into_inner);
                 for slice in data {
-                    let id = &disk.id[*filled as usize..];
+                    let id = &id[*filled as usize..];
                     let n = slice.len().min(id.len());
                     slice.write_slice(&id[..n], 0).map_err(ExecuteError::Memory)?;
                     *filled += n as u64;
@@ -339,7 +346,7 @@ mod tests {
             size: bytes,
             block_size: 4096,
             read_only: false,
-            id,
+            id: id.into(),
             direct: None,
             overlay: None,
         }
@@ -443,7 +450,7 @@ mod tests {
             size: 512,
             block_size: 4096,
             read_only: false,
-            id: [0; ID_BYTES],
+            id: Default::default(),
             direct: None,
             overlay: None,
         };

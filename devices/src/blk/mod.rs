@@ -165,6 +165,7 @@ pub enum BlkError {
 
 /// A block device, ready to be sealed and to serve.
 pub struct Blk {
+    disk: Arc<Disk>,
     backend: Arc<Mutex<Backend>>,
     handler: BackendReqHandler<Mutex<Backend>>,
     socket: UnixStream,
@@ -221,14 +222,24 @@ pub fn prepare(
         workers.push(worker.map_err(|e| BlkError::Worker(index, e))?);
     }
     let offer = Offer::new(config.queues).map_err(BlkError::Record)?;
-    let mut backend = Backend::new(disk, workers, offer);
+    let mut backend = Backend::new(disk.clone(), workers, offer);
     if config.failed {
         backend.fail();
     }
     let backend = Arc::new(Mutex::new(backend));
     let socket = vhost_user.try_clone().map_err(BlkError::Examine)?;
     let handler = BackendReqHandler::from_stream(vhost_user, backend.clone());
-    Ok(Blk { backend, handler, socket, throttle, counters })
+    Ok(Blk { disk, backend, handler, socket, throttle, counters })
+}
+
+/// A serial number as the driver gets it.
+fn id_of(serial: &str) -> Result<[u8; ID_BYTES], BlkError> {
+    let mut id = [0; ID_BYTES];
+    match id.get_mut(..serial.len()) {
+        Some(id) if serial.is_ascii() => id.copy_from_slice(serial.as_bytes()),
+        _ => return Err(BlkError::Serial(serial.into())),
+    }
+    Ok(id)
 }
 
 /// `layer` is an overlay and its map.
@@ -240,11 +251,7 @@ fn open(
     if config.size == 0 || !config.size.is_multiple_of(SECTOR) || config.size > i64::MAX as u64 {
         return Err(BlkError::Size(config.size));
     }
-    let mut id = [0; ID_BYTES];
-    match id.get_mut(..config.serial.len()) {
-        Some(id) if config.serial.is_ascii() => id.copy_from_slice(config.serial.as_bytes()),
-        _ => return Err(BlkError::Serial(config.serial.clone())),
-    }
+    let id = id_of(&config.serial)?;
     if config.failed {
         return failed(config, File::from(fd), id);
     }
@@ -265,7 +272,7 @@ fn open(
         return Err(BlkError::CutShort { size: config.size, block });
     }
     let (size, read_only) = (config.size, config.read_only);
-    Ok(Disk { file, block_size, size, read_only, id, direct, overlay })
+    Ok(Disk { file, block_size, size, read_only, id: id.into(), direct, overlay })
 }
 
 /// A disk that gives nothing but errors: whatever is wrong with its image, which is only
@@ -274,7 +281,7 @@ fn failed(config: &BlkStart, image: File, id: [u8; ID_BYTES]) -> Result<Disk, Bl
     let block_size = block_size(&image)?;
     let file = sealed_memfd("cellblock-no-image", 0).map_err(BlkError::Record)?.into();
     let (size, read_only) = (config.size, config.read_only);
-    Ok(Disk { file, block_size, size, read_only, id, direct: None, overlay: None })
+    Ok(Disk { file, block_size, size, read_only, id: id.into(), direct: None, overlay: None })
 }
 
 /// What the guest is told of the image's blocks.
@@ -366,6 +373,10 @@ impl Blk {
             ToCell::Throttle(limits) => {
                 self.throttle.set(&limits, throttle::now());
                 self.backend().wake();
+                return Ok(true);
+            }
+            ToCell::Serial(serial) => {
+                self.disk.set_id(id_of(&serial)?);
                 return Ok(true);
             }
             ToCell::Part => return Ok(true), // not for a disk

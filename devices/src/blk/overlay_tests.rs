@@ -4,7 +4,6 @@ use proptest::prelude::*;
 use std::io::{Read, Write};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::super::execute::ID_BYTES;
 use super::super::memory::Memory;
 use super::super::request::Operation;
 use crate::protocol::overlay::{Extent, overlay_bytes};
@@ -43,7 +42,7 @@ impl Rig {
             size: SIZE,
             block_size: 4096,
             read_only: false,
-            id: [0; ID_BYTES],
+            id: Default::default(),
             direct: None,
             overlay: Some(overlay(&layer, &map)),
         };

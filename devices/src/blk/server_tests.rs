@@ -1,5 +1,4 @@
 use super::*;
-use crate::blk::execute::ID_BYTES;
 use crate::blk::memory::Memory;
 use crate::blk::request::Limits;
 use crate::blk::ring::Layout;
@@ -88,7 +87,7 @@ fn the_driver_is_told_of_answers_before_others_that_take_long() {
     let control = Arc::new(Control::new().expect("control"));
     let page = CountersPage::map(new_counters().expect("page"), Access::ReadWrite).expect("map");
     let file = tempfile::tempfile().expect("image");
-    let (read_only, id, direct, overlay) = (false, [0; ID_BYTES], None, None);
+    let (read_only, id, direct, overlay) = (false, Default::default(), None, None);
     let disk = Disk { file, block_size: 512, size: 1 << 20, read_only, id, direct, overlay };
     let queue = Queue {
         number: 0,

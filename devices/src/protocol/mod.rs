@@ -190,6 +190,8 @@ pub enum ToCell {
     },
     /// A block process only, and not answered: from now on the disk may do this much.
     Throttle(ThrottleLimits),
+    /// A block process only, and not answered: from now on this is the disk's serial number.
+    Serial(String),
     /// Come to rest: carry out what was asked for so far, answer [`FromCell::Quiesced`] with
     /// the same epoch, and touch neither the guest nor its devices until [`ToCell::Thaw`]. The
     /// rings of a block process have been stopped through its front end before.

@@ -314,7 +314,7 @@ impl Serial {
                 self.drains.push(Drain { epoch, until });
                 Ok(())
             }
-            ToCell::Throttle(_) => Ok(()), // not for a serial line
+            ToCell::Throttle(_) | ToCell::Serial(_) => Ok(()), // not for a serial line
             ToCell::Quiesce { epoch } => self.quiesce(epoch, cell),
             ToCell::Thaw { epoch } => self.thaw(epoch),
             ToCell::Load(load) => self.load(*load, cell),

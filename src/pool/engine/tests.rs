@@ -321,6 +321,31 @@ fn the_dead_are_replaced_and_never_handed_out() {
 }
 
 #[test]
+fn shells_that_die_as_soon_as_they_are_made_are_made_less_and_less_often() {
+    let (pool, knobs) = pool(2, 2, 8);
+    knobs.dead.lock().unwrap().extend(1..100);
+    eventually("a long pause", || pool.stats().pause > Some(Duration::from_secs(1)));
+    assert!(pool.stats().last_error.is_some_and(|error| error.contains("as soon as")));
+    assert!(knobs.attempts.load(Ordering::SeqCst) < 20);
+    // Who waits for one is not made to wait for that.
+    knobs.dead.lock().unwrap().clear();
+    let lease = claim(&pool, LONG).expect("they live");
+    drop(lease);
+    all_gone(pool, &knobs);
+}
+
+#[test]
+fn a_vm_that_has_ended_by_itself_is_no_failed_reset() {
+    let (pool, knobs) = pool_with(limits(0, 1, 1), Release::Reset);
+    let lease = claim(&pool, LONG).expect("one");
+    knobs.dead.lock().unwrap().insert(lease.id());
+    drop(lease);
+    eventually("its end", || pool.stats().books.returned == 1);
+    assert_eq!((pool.stats().books.resets, pool.stats().books.reset_failures), (0, 0));
+    all_gone(pool, &knobs);
+}
+
+#[test]
 fn a_claim_whose_shell_was_dead_comes_before_others() {
     let (pool, knobs) = pool(0, 1, 1);
     let lease = claim(&pool, LONG).expect("one");

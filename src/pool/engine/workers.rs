@@ -61,8 +61,7 @@ fn make<F: Factory>(inner: &Inner<F>) {
         state = inner.lock();
         match made {
             Ok(Ok(shell)) => {
-                state.failures = 0;
-                state.not_before = None;
+                state.made_one(id);
                 state.book(Change::Made, limits);
                 state.idle.push_back((id, shell));
             }
@@ -91,7 +90,8 @@ fn end<F: Factory>(inner: &Inner<F>) {
         drop(state);
         let Doomed { id, mut shell, was_live, reset } = doomed;
         let factory = &inner.factory;
-        let tried = reset && room;
+        // A VM that has ended by itself is nothing to reset.
+        let tried = reset && room && factory.is_alive(&mut shell);
         let mut good = false;
         if tried {
             good = match catch_unwind(AssertUnwindSafe(|| factory.reset(&mut shell))) {

@@ -115,9 +115,12 @@ impl Connection<'_> {
         match request {
             Request::Stats => Answer::Stats(Box::new(self.shared.pool.stats())),
             Request::Drain => {
-                self.shared.pool.drain();
+                let gone = self.shared.pool.drain();
                 self.drained = true;
-                Answer::Drain { in_use: self.shared.pool.stats().in_use }
+                match gone {
+                    true => Answer::Drain { in_use: self.shared.pool.stats().in_use },
+                    false => complaint("idle VMs are slow to end; they end with the pool"),
+                }
             }
             Request::Release => match self.vm.take() {
                 Some(vm) => {

@@ -43,7 +43,7 @@ pub fn chunks(input: &[u8]) -> bool {
 pub fn state(input: &[u8]) -> bool {
     let Ok(state) = MicrovmState::decode(input) else { return false };
     for device in &state.device_states {
-        let _ = (device.as_disk(), device.as_serial());
+        let _ = (device.as_disk(), device.as_serial(), device.as_back_end());
     }
     let again = state.encode().expect("what was decoded");
     MicrovmState::decode(&again).expect("what was encoded");

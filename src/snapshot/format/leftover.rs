@@ -23,10 +23,15 @@ const YOUNG: Duration = Duration::from_secs(60);
 const DIRECTORY: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
-/// Opens a temporary directory in `parent`, and locks it: nobody else has, or this fails.
+/// Opens a temporary directory in `parent` that was just made, and locks it. Whoever sweeps at that
+/// moment has it locked for a look: it is young, and stays.
 pub(super) fn open(parent: &OwnedFd, name: &OsStr) -> Result<Flock<OwnedFd>, Errno> {
+    lock(parent, name, FlockArg::LockExclusive)
+}
+
+fn lock(parent: &OwnedFd, name: &OsStr, how: FlockArg) -> Result<Flock<OwnedFd>, Errno> {
     let directory = openat(parent, name, DIRECTORY, Mode::empty())?;
-    Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)
+    Flock::lock(directory, how).map_err(|(_, errno)| errno)
 }
 
 /// The name of the temporary directory of snapshot `id`, which will be `last`.
@@ -59,7 +64,7 @@ fn is_ours(name: &OsStr) -> bool {
 
 /// Removes one, if it is nobody's.
 fn remove(parent: &OwnedFd, name: &OsStr) -> io::Result<bool> {
-    let directory = open(parent, name)?;
+    let directory = lock(parent, name, FlockArg::LockExclusiveNonblock)?;
     let facts = fstat(&*directory)?;
     let files = entries(&directory)?;
     let ours = |file: &OsString| {
@@ -88,6 +93,22 @@ fn entries(directory: &OwnedFd) -> io::Result<Vec<OsString>> {
 mod tests {
     use super::*;
 
+    /// A sweep that looks at a directory just made does not make its writer fail.
+    #[test]
+    fn a_writer_waits_for_a_sweep_that_looks_at_its_directory() {
+        let dir = tempfile::tempdir().expect("directory");
+        let parent = nix::fcntl::open(dir.path(), DIRECTORY, Mode::empty()).expect("open");
+        let name = name(OsStr::new("s"), SnapshotId([1; 16]));
+        std::fs::create_dir(dir.path().join(&name)).expect("mkdir");
+        let looks = lock(&parent, &name, FlockArg::LockExclusiveNonblock).expect("locked");
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| open(&parent, &name).map(drop));
+            std::thread::sleep(Duration::from_millis(20));
+            drop(looks);
+            assert_eq!(writer.join().expect("ends"), Ok(()));
+        });
+    }
+
     #[test]
     fn what_nobody_has_locked_is_removed_and_nothing_else() {
         let dir = tempfile::tempdir().expect("directory");
@@ -107,7 +128,8 @@ mod tests {
         make(OsStr::new(".s.0123"), &["memory"]);
         make(OsStr::new("s"), &["memory", "state", "manifest"]);
         let held = open(&parent, &locked).expect("locked");
-        assert!(open(&parent, &locked).is_err(), "locked twice");
+        let again = lock(&parent, &locked, FlockArg::LockExclusiveNonblock);
+        assert!(again.is_err(), "locked twice");
         sweep(&parent);
         let there = |name: &OsStr| dir.path().join(name).exists();
         assert!(!there(&left));

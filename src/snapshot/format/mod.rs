@@ -1,11 +1,12 @@
-//! A snapshot on disk: a directory of three files.
+//! A snapshot on disk: a directory of these files.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `manifest` | a fixed header: format, ids, sizes, checksums; readable without the rest |
 //! | `state` | a header with the id, then the state as its maker encoded it |
 //! | `memory` | guest RAM at the offsets of its memfd, sparse, then the table of chunks |
-//! | `disk-ID` | only with copied disks: the image |
+//! | `disk-ID` | of a copied disk: the image; of a `cow` disk: what was written to it |
+//! | `touch` | once a VM was restored lazily: what it needed first. Part of nothing, and trusted for nothing |
 //!
 //! All numbers are little-endian. Every checksum is a CRC-64/NVME ([`checksum`]). `state`
 //! and the table carry the snapshot's id, so that files of two snapshots are never taken

@@ -119,6 +119,13 @@ impl Snapshot {
         file.map(Some).map_err(|fault| fault.at(&self.path))
     }
 
+    /// Checks what was copied of a disk; `progress` is told how many bytes are done.
+    pub fn check_disk(&self, id: &str, progress: impl FnMut(u64)) -> Result<(), FormatError> {
+        let disk = self.manifest.disks.iter().find(|disk| disk.id == id);
+        let checked = disk.map(|disk| self.verify_disk(disk, progress)).transpose();
+        checked.map(drop).map_err(|fault| fault.at(&self.path))
+    }
+
     /// Number of chunks.
     pub fn chunks(&self) -> usize {
         self.entries.len()
@@ -226,17 +233,23 @@ impl Snapshot {
             true
         });
         let found = found.map_err(|source| Fault::Read { file: name.clone(), source })?;
+        self.compare_disk(disk, found)
+    }
+
+    /// Whether a disk's copy has the checksum that it had.
+    pub(super) fn compare_disk(&self, disk: &super::DiskCopy, found: u64) -> Result<(), Fault> {
         match found == disk.crc {
             true => Ok(()),
             false => {
-                let what = format!("the image '{name}'");
+                let what = format!("the image '{}'", disk.file());
                 Err(Fault::Checksum { what, found, wanted: disk.crc })
             }
         }
     }
 }
 
-/// The checksum of `len` bytes of `file`. Stops when `go_on`, told of each step, is false.
+/// The checksum of `len` bytes of `file`, whose holes are not read. Stops when `go_on`, told of each
+/// step, is false.
 pub(super) fn disk_checksum(
     file: &File,
     len: u64,
@@ -247,15 +260,31 @@ pub(super) fn disk_checksum(
     let mut crc = Crc64::new();
     let mut at = 0;
     while at < len {
-        let step = (len - at).min(DISK_STEP as u64) as usize;
-        file.read_exact_at(&mut buffer[..step], at)?;
-        crc.update(&buffer[..step]);
-        at += step as u64;
-        if !go_on(step as u64) {
+        let hole = hole(file, at, len);
+        let step = if hole >= DISK_STEP as u64 { hole } else { (len - at).min(DISK_STEP as u64) };
+        if hole >= DISK_STEP as u64 {
+            crc.zeros(hole);
+        } else {
+            let bytes = &mut buffer[..step as usize];
+            file.read_exact_at(bytes, at)?;
+            crc.update(bytes);
+        }
+        at += step;
+        if !go_on(step) {
             return Err(std::io::ErrorKind::Interrupted.into());
         }
     }
     Ok(crc.finish())
+}
+
+/// How much of `file` from `at` to `len` is a hole to begin with, where the file system can say.
+fn hole(file: &File, at: u64, len: u64) -> u64 {
+    match lseek64(file, at as i64, Whence::SeekData) {
+        Ok(data) => (data as u64).min(len).saturating_sub(at),
+        // Nothing but a hole, if it is as long as it was.
+        Err(Errno::ENXIO) if file.metadata().is_ok_and(|data| data.len() >= len) => len - at,
+        Err(_) => 0,
+    }
 }
 
 /// Only the directory's error knows the path already.

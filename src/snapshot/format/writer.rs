@@ -146,6 +146,11 @@ impl Writer {
         self.cancel.clone()
     }
 
+    /// The same with a flag that exists already.
+    pub fn cancelled_by(self, cancel: Arc<AtomicBool>) -> Writer {
+        Writer { cancel, ..self }
+    }
+
     /// The id the snapshot will have.
     pub fn id(&self) -> SnapshotId {
         self.id
@@ -264,8 +269,8 @@ impl Writer {
     }
 
     /// Copies the image of disk `id`: shared by the file system, where it can. Nobody may
-    /// write to it meanwhile.
-    pub fn disk(&mut self, id: &str, image: &File) -> Result<(), WriteError> {
+    /// write to it meanwhile. Returns the checksum of the copy.
+    pub fn disk(&mut self, id: &str, image: &File) -> Result<u64, WriteError> {
         if self.disks.len() == MAX_DISKS || id.len() > 32 {
             let (path, what) = (self.temporary.target.clone(), "number of disks");
             let most = MAX_DISKS as u64;
@@ -283,8 +288,9 @@ impl Writer {
         disk.crc = reader::disk_checksum(&copy, disk.len, |_| !self.cancel.load(Ordering::Relaxed))
             .map_err(self.temporary.io("reading a copied disk"))?;
         self.check_cancel()?;
+        let crc = disk.crc;
         self.disks.push(disk);
-        Ok(())
+        Ok(crc)
     }
 
     /// Completes the checksums, makes everything durable, and gives the snapshot its name.
@@ -438,7 +444,11 @@ impl Temporary {
             e => self.failed("giving it its name")(e),
         })?;
         self.renamed = true;
-        fsync(self.parent.as_fd()).map_err(self.failed("making its name durable"))
+        let Err(e) = fsync(self.parent.as_fd()) else { return Ok(()) };
+        // Who is told that there is no snapshot is to find none.
+        let back = renameat2(&self.parent, to, &self.parent, from, RenameFlags::empty());
+        self.renamed = back.is_err();
+        Err(self.failed("making its name durable")(e))
     }
 
     fn failed(&self, step: &'static str) -> impl FnOnce(Errno) -> WriteError {

@@ -18,7 +18,8 @@ pub struct Host {
     pub xsave_size: u32,
     /// Model-specific registers that hold state.
     pub msrs: Vec<u32>,
-    /// Frequency of the TSC, where KVM tells it without a vCPU.
+    /// Frequency of its vCPUs' TSC, in the host of a state. KVM does not tell it without a vCPU:
+    /// [`tsc`] compares it as each gets its identity.
     pub tsc_khz: u32,
     /// Whether a vCPU's TSC can have another frequency than the host's.
     pub tsc_scaling: bool,
@@ -129,6 +130,19 @@ const FEATURES: [(u32, u32, [u32; 4]); 13] = [
 /// Two clocks that differ by less than this, in millionths, are one: KVM's own tolerance.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
+/// Has a vCPU's TSC, which runs at `here` kHz, run as it did `then`: by `set`, which is false where
+/// KVM refuses. That is no matter where the two are one clock.
+pub(super) fn tsc(then: u32, here: u32, set: impl FnOnce() -> bool) -> Result<(), Incompatible> {
+    if then == 0 || then == here || set() {
+        return Ok(());
+    }
+    let apart = u64::from(then.abs_diff(here)) * 1_000_000;
+    match apart <= u64::from(here) * TSC_TOLERANCE_PPM {
+        true => Ok(()),
+        false => Err(Incompatible(vec![Difference::Tsc(then, here)])),
+    }
+}
+
 /// Compares the host a state is `from` with the one it is to go on at.
 pub(super) fn verify(from: &Host, here: &Host) -> Result<(), Incompatible> {
     let mut found = cpuid(&from.cpuid, &here.cpuid);
@@ -137,13 +151,6 @@ pub(super) fn verify(from: &Host, here: &Host) -> Result<(), Incompatible> {
     }
     let missing = from.msrs.iter().filter(|msr| here.msrs.binary_search(msr).is_err());
     found.extend(missing.map(|msr| Difference::Msr(*msr)));
-    let (then, now) = (u64::from(from.tsc_khz), u64::from(here.tsc_khz));
-    if then != 0 && now != 0 && !here.tsc_scaling {
-        let apart = then.abs_diff(now).saturating_mul(1_000_000);
-        if apart > then.saturating_mul(TSC_TOLERANCE_PPM) {
-            found.push(Difference::Tsc(from.tsc_khz, here.tsc_khz));
-        }
-    }
     for (name, then) in &from.capabilities {
         let now = here.capabilities.iter().find(|(other, _)| other == name).map_or(0, |c| c.1);
         // One is a mask of what can be done, the others are numbers.
@@ -211,24 +218,36 @@ mod tests {
         assert_eq!(differences(|h| h.cpuid[1].ecx &= !(1 << 27)), [], "OSXSAVE is the guest's");
         assert_eq!(differences(|h| h.cpuid[2].ebx |= 0xff00), []);
         assert_eq!(differences(|h| h.msrs.push(0x700)), []);
-        assert_eq!(differences(|h| h.tsc_khz += 100), []);
         let avx = differences(|h| h.cpuid[1].ecx = 0);
         assert_eq!(avx, [Difference::Cpuid(1, 0, "ECX", 1 << 28)]);
         assert_eq!(differences(|h| h.cpuid[0].ebx = 9), [Difference::Vendor]);
         assert_eq!(differences(|h| h.xsave_size = 11008), [Difference::Xsave(4096, 11008)]);
         assert_eq!(differences(|h| h.msrs.retain(|m| *m != 0x1b)), [Difference::Msr(0x1b)]);
-        let slow = differences(|h| h.tsc_khz = 2_000_000);
-        assert_eq!(slow, [Difference::Tsc(2_600_000, 2_000_000)]);
-        let scaled = |h: &mut Host| (h.tsc_khz, h.tsc_scaling) = (2_000_000, true);
-        assert_eq!(differences(scaled), []);
         let clock = differences(|h| h.capabilities[0].1 = 2);
         assert_eq!(clock, [Difference::Capability("KVM_CAP_ADJUST_CLOCK".into(), 0xe, 2)]);
         let all = differences(|h| {
-            (h.cpuid[0].edx, h.xsave_size, h.tsc_khz) = (0, 0, 1);
+            (h.cpuid[0].edx, h.xsave_size) = (0, 0);
             (h.msrs, h.capabilities) = (Vec::new(), Vec::new());
         });
-        assert_eq!(all.len(), 1 + 1 + 3 + 1 + 2);
+        assert_eq!(all.len(), 1 + 1 + 3 + 2);
         let text = Incompatible(all).to_string();
-        assert!(text.contains("no MSR 0x6e0") && text.contains("2600000"), "{text}");
+        assert!(text.contains("no MSR 0x6e0") && text.contains("0 bytes, not 4096"), "{text}");
+    }
+
+    #[test]
+    fn a_tsc_that_cannot_be_what_it_was_is_refused() {
+        let same = |then, here| tsc(then, here, || false);
+        // Not asked for where it is that already, or where nothing is known.
+        assert_eq!(tsc(2_600_000, 2_600_000, || panic!("set")), Ok(()));
+        assert_eq!(tsc(0, 2_600_000, || panic!("set")), Ok(()));
+        // KVM can: by scaling, or by catching up.
+        assert_eq!(tsc(2_600_000, 2_000_000, || true), Ok(()));
+        assert_eq!(same(2_600_000, 2_600_650), Ok(()));
+        assert_eq!(same(2_600_650, 2_600_000), Ok(()));
+        for (then, here) in [(2_600_000, 2_000_000), (2_600_000, 2_600_700), (2_600_000, 0)] {
+            let error = same(then, here).unwrap_err();
+            assert_eq!(error.0, [Difference::Tsc(then, here)]);
+            assert!(error.to_string().contains(&format!("{here} kHz, not {then}")), "{error}");
+        }
     }
 }

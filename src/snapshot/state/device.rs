@@ -41,6 +41,9 @@ pub const VIRTIO_BLK: &str = "virtio-blk-mmio";
 /// A disk that another program serves.
 pub const VHOST_USER: &str = "virtio-blk-vhost-user";
 const VERSION: u16 = 1;
+/// Most extents of all `cow` disks of a VM: with these, and all else at its largest, a state is
+/// within [`MAX_BYTES`], encoded and decoded.
+pub const MAX_EXTENTS: usize = 3 << 20;
 
 /// A disk's part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,5 +198,41 @@ impl DeviceState {
         decode_within::<MAX_BYTES, _>(&self.data)
             .map(Some)
             .map_err(|e| StateError::Codec("decoding a device", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many extents as there may be, in the place that takes most to say, fit a state: when it is
+    /// made as well as when it is read.
+    #[test]
+    fn the_most_scattered_disk_fits() {
+        let extent = |n: usize| Extent { offset: (1 << 40) + n as u64 * 8192, len: 4096 };
+        let record = DiskRecord {
+            path: "/disk".into(),
+            size: 1 << 41,
+            fingerprint: Fingerprint { modified_ns: Some(i128::MAX) },
+            read_only: false,
+            cow: Some(None),
+            serial: "disk0".into(),
+            poll_us: 0,
+            queues: 1,
+            direct: false,
+            engine: None,
+            throttle: ThrottleLimits::default(),
+        };
+        let state = DiskState {
+            record,
+            transport: TransportState::default(),
+            counters: Vec::new(),
+            balance: [0; 2],
+            written: Some((0..MAX_EXTENTS).map(extent).collect()),
+        };
+        let device = DeviceState::disk(0, "disk0", &state).expect("encodes");
+        let bytes = encode_within::<MAX_BYTES, _>(&device).expect("is made");
+        let device: DeviceState = decode_within::<MAX_BYTES, _>(&bytes).expect("is read");
+        assert_eq!(device.as_disk().expect("decodes"), Some(state));
     }
 }

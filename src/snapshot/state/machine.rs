@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
-use super::StateError;
+use super::{StateError, raw};
 
 /// Interrupt controllers, interval timer and clock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -94,6 +94,11 @@ impl MachineState {
 /// As [`MachineState::moment`], of the machine as it is now.
 pub fn moment_now(vm: &VmFd) -> Result<Option<(u64, u64)>, StateError> {
     Ok(moment(&vm.get_clock().map_err(step("reading the clock"))?))
+}
+
+/// The host's TSC.
+pub fn host_tsc() -> u64 {
+    raw::host_tsc()
 }
 
 fn real_time() -> u64 {

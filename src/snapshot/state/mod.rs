@@ -45,6 +45,9 @@ pub enum StateError {
     /// KVM refused the value of a model-specific register.
     #[error("setting model-specific register {0:#x}: this host's KVM refuses the value it had")]
     Msr(u32),
+    /// A vCPU cannot be here what it was there.
+    #[error(transparent)]
+    Host(compat::Incompatible),
     /// It encodes or decodes beyond its bounds, or not at all.
     #[error("{0} of the state")]
     Codec(&'static str, #[source] CodecError),

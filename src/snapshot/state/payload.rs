@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{DeviceState, MachineState, MicrovmState, StateError};
 
-/// Most bytes of an encoded state, when it is made and when it is read.
-pub const MAX_BYTES: usize = 16 << 20;
+/// Most bytes of an encoded state, when it is made and when it is read: as much as the format has
+/// room for. What it is decoded to counts as well.
+pub const MAX_BYTES: usize = 64 << 20;
 
 const VERSION: u16 = 1;
 const VM: &str = "vm";

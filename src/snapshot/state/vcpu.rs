@@ -17,7 +17,7 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
-use super::{StateError, msrs, raw};
+use super::{StateError, compat, msrs, raw};
 
 /// What capturing and setting a vCPU needs to know of the host.
 #[derive(Clone, Debug)]
@@ -94,15 +94,16 @@ pub fn capture(id: u8, vcpu: &VcpuFd, host: &HostFacts) -> Result<VcpuState, Sta
 
 impl VcpuState {
     /// Makes a new vCPU the processor this one was. Before any other state.
+    ///
+    /// # Errors
+    /// [`StateError::Host`] where its TSC cannot run as this one's did.
     pub fn identify(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| StateError::Malformed("more CPUID entries than there can be"))?;
         vcpu.set_cpuid2(&cpuid).map_err(step("setting a vCPU's CPUID"))?;
-        if self.tsc_khz != 0 && vcpu.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz) {
-            // Refused where the difference is too small to be worth scaling: see `compat`.
-            let _ = vcpu.set_tsc_khz(self.tsc_khz);
-        }
-        Ok(())
+        let here = vcpu.get_tsc_khz().map_err(step("reading a vCPU's TSC frequency"))?;
+        compat::tsc(self.tsc_khz, here, || vcpu.set_tsc_khz(self.tsc_khz).is_ok())
+            .map_err(StateError::Host)
     }
 
     /// Sets everything else. `tsc_offset` is what the vCPU is to have, where it is known.
@@ -207,6 +208,29 @@ mod tests {
             state.msrs.iter().copied().filter(|(index, _)| !moves(*index)).collect::<Vec<_>>()
         };
         assert_eq!(fixed(&again), fixed(&saved));
+    }
+
+    /// The TSC runs as it did, or its vCPU is refused; and never are both passed over.
+    #[test]
+    fn a_tsc_of_another_frequency_is_set_or_refused() {
+        let (_ram, machine, host, model) = machine();
+        let vcpu = machine.create_vcpu(0).unwrap();
+        model.configure(&vcpu, 0, None).unwrap();
+        let saved = capture(0, &vcpu, &host.facts()).unwrap();
+        let slow = VcpuState { tsc_khz: saved.tsc_khz / 2, ..saved.clone() };
+        let (_ram, other, _, _) = self::machine();
+        let vcpu = other.create_vcpu(0).unwrap();
+        match slow.identify(&vcpu) {
+            Ok(()) => assert_eq!(vcpu.get_tsc_khz().unwrap(), slow.tsc_khz),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(matches!(error, StateError::Host(_)), "{text}");
+                for khz in [saved.tsc_khz, slow.tsc_khz] {
+                    assert!(text.contains(&khz.to_string()), "{text}");
+                }
+            }
+        }
+        saved.identify(&other.create_vcpu(1).unwrap()).unwrap();
     }
 
     /// A register that this host's KVM refuses with that value is named.

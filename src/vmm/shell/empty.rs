@@ -37,7 +37,7 @@ use crate::vmm::assemble;
 use crate::vmm::event_loop::Vm;
 use crate::vmm::hardware::Hardware;
 use crate::vmm::parts::{Begun, Switches};
-use crate::vmm::restore::{self, RestoreError};
+use crate::vmm::restore::{self, Copies, RestoreError};
 use crate::vmm::snapshot::{Kept, LoadError, Origin};
 
 /// What of a claim does not fit the shell, or could not be carried out.
@@ -178,6 +178,7 @@ impl Vm {
             let disk = self.disks.iter().find(|disk| disk.id == *id);
             let overlay = disk.and_then(|disk| disk.image.as_ref()?.overlay.as_ref());
             let (overlay, _) = overlay.ok_or_else(|| EmptyError::OtherDisk(id.clone()))?;
+            chain.snapshot().check_disk(id, |_| ()).map_err(RestoreError::from)?;
             overlay.load(data, extents).map_err(|e| EmptyError::Writes(id.clone(), e))?;
         }
         self.untouch_memory()?;
@@ -187,8 +188,11 @@ impl Vm {
                 let pager = restore::start_pager(source, &self.ram, empty.common, ahead)?;
                 self.pager = Some(pager);
             }
-            None => crate::snapshot::eager::fill(&chain, &self.ram, &|_| ())
-                .map_err(RestoreError::from)?,
+            None => {
+                Copies::of(&state, &chain, &[])?.check(&|_| ())?;
+                let filled = crate::snapshot::eager::fill(&chain, &self.ram, &|_| ());
+                filled.map_err(RestoreError::from)?;
+            }
         }
         self.set_state(&state)?;
         self.origin = Some(Origin { chain, state, written, kept: Kept::default() });
@@ -281,7 +285,10 @@ impl Vm {
     fn set_state(&mut self, state: &Arc<MicrovmState>) -> Result<(), EmptyError> {
         let saved = state.clone();
         let done = self.vcpus.with_each(move |id, vcpu| saved.vcpu_states[id].identify(vcpu))?;
-        done.into_iter().collect::<Result<(), _>>()?;
+        done.into_iter().collect::<Result<(), _>>().map_err(|error| match error {
+            StateError::Host(error) => EmptyError::Host(error),
+            error => error.into(),
+        })?;
         Ok(self.load(state)?)
     }
 }

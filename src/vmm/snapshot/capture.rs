@@ -13,7 +13,7 @@ use nix::unistd::{Whence, lseek};
 use super::super::event_loop::{DiskFacts, Vm};
 use super::devices::Frozen;
 use crate::cell::overlay::{OverlayError, Place};
-use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint};
+use crate::snapshot::state::device::{BackEndState, DiskState, Fingerprint, MAX_EXTENTS};
 use crate::snapshot::state::{
     DeviceState, DiskRecord, Metadata, MicrovmState, StateError, VmInfo, machine, vcpu,
 };
@@ -29,6 +29,12 @@ pub(super) enum CaptureError {
     Vcpu(#[from] WorkError),
     #[error("device {0} gave no state")]
     NoState(String),
+    #[error(
+        "what the guest has written to cow disk '{0}' is in {1} pieces, and a state has room for \
+         {MAX_EXTENTS}: have the guest discard or rewrite it (fstrim), or give it the disk without \
+         cow"
+    )]
+    Scattered(String, usize),
     #[error("looking at the image of {0}")]
     Image(String, #[source] Errno),
     #[error("making room for the copy")]
@@ -87,6 +93,7 @@ impl Vm {
             Some((&self.cells[at], frozen.states.get(at)?.as_ref()?))
         };
         let none = |id: &str| CaptureError::NoState(id.to_string());
+        self.refuse_scattered()?;
         let mut states = Vec::new();
         for cell in self.cells.iter().filter(|cell| cell.role() == "serial") {
             let Some((_, CellState::Serial(state))) = said(cell.id()) else {
@@ -121,6 +128,21 @@ impl Vm {
             states.push(DeviceState::disk(slot, id, &state)?);
         }
         Ok(states)
+    }
+}
+
+impl Vm {
+    /// A state has room for so many extents, of all disks together.
+    fn refuse_scattered(&self) -> Result<(), CaptureError> {
+        let pieces = self.disks.iter().map(|disk| (written(disk).map_or(0, |all| all.len()), disk));
+        let pieces: Vec<_> = pieces.collect();
+        let all: usize = pieces.iter().map(|(pieces, _)| pieces).sum();
+        match pieces.iter().max_by_key(|(pieces, _)| pieces) {
+            Some((pieces, disk)) if all > MAX_EXTENTS => {
+                Err(CaptureError::Scattered(disk.id.clone(), *pieces))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

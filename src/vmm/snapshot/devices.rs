@@ -234,11 +234,20 @@ impl Vm {
 
 impl Vm {
     /// Has the processes go on that were told to come to rest.
-    pub(super) fn release_processes(&self) {
+    pub(super) fn release_processes(&mut self) {
         let epoch = self.snapshots.cut.epoch();
         for cell in self.cells.iter().filter(|cell| cell.is_open()) {
             // It reads what is before this first, and then this.
-            let _ = cell.channel().try_send(&ToCell::Thaw { epoch }, &[]);
+            let told = cell.channel().try_send(&ToCell::Thaw { epoch }, &[]);
+            // One with no room for it has read nothing for long, and would rest for ever: another
+            // takes its place.
+            if let (Ok(false), Some(pid)) = (told, cell.pid()) {
+                let (role, id) = (cell.role(), cell.id());
+                tracing::error!(role, device = id, pid, "it takes no messages, and is ended");
+                if let Err(error) = self.spawner.kill(pid) {
+                    tracing::error!(error = crate::remedy::chain(&error), "ending it");
+                }
+            }
         }
     }
 }

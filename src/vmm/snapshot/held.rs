@@ -38,6 +38,9 @@ impl Vm {
             tracing::warn!("who asked for a live snapshot is gone; it is given up");
             self.snapshots.live = None;
         }
+        if self.snapshots.coming.as_ref().is_some_and(|coming| coming.token.client() == client) {
+            self.snapshots.coming = None;
+        }
         if self.snapshots.held.as_ref().is_some_and(|(holder, _)| *holder == client)
             && !self.asked_to_stop
         {

@@ -7,7 +7,6 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use cellblock_wire::sealed_memfd;
 use nix::errno::Errno;
@@ -74,17 +73,6 @@ impl Vm {
 
     pub(super) fn has_holes(&self) -> bool {
         self.pager.as_ref().is_some_and(|pager| !pager.is_complete())
-    }
-
-    /// Waits until all memory is there: who reads it directly must not find holes.
-    pub(super) fn await_memory(&self, limit: Duration) -> bool {
-        let Some(pager) = &self.pager else { return true };
-        pager.prefetch();
-        let end = Instant::now() + limit;
-        while !pager.is_complete() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        pager.is_complete()
     }
 }
 

@@ -84,13 +84,14 @@ impl Vm {
         Ok(results.into_iter().collect::<Result<(), _>>()?)
     }
 
-    /// What each vCPU's TSC is to be ahead of this host's. While the host has not been
-    /// started anew it is what it was; its TSC is one clock for all of that time. Otherwise
-    /// the guest's TSC goes on by what its clock does.
+    /// What each vCPU's TSC is to be ahead of this host's. While the host's TSC is the clock that
+    /// it was, that is what it was; otherwise the guest's TSC goes on by what its clock does.
     fn tsc_offsets(&self, state: &MicrovmState) -> Result<Vec<Option<u64>>, LoadError> {
         let saved = state.vcpu_states.iter().map(|vcpu| (vcpu.tsc_offset, vcpu.tsc_khz));
         let boot_id = &self.snapshots.boot_id;
-        if !boot_id.is_empty() && *boot_id == state.vm_info.boot_id {
+        let same_boot = !boot_id.is_empty() && *boot_id == state.vm_info.boot_id;
+        let then = state.irqchip_state.moment().map(|(_, tsc)| tsc);
+        if is_same_clock(same_boot, then, machine::host_tsc()) {
             return Ok(saved.map(|(offset, _)| offset).collect());
         }
         state.irqchip_state.load_clock(self.machine.vm())?;
@@ -172,6 +173,12 @@ impl Vm {
     }
 }
 
+/// Whether the host's TSC, which was at `then` and is at `now`, is the same clock still: the host
+/// was not started anew, nor did it sleep in a way that begins its TSC again.
+fn is_same_clock(same_boot: bool, then: Option<u64>, now: u64) -> bool {
+    same_boot && then.is_none_or(|then| then <= now)
+}
+
 /// A TSC offset for another host: `then` and `now` are clock (ns) and host TSC.
 fn shifted(offset: u64, khz: u32, then: (u64, u64), now: (u64, u64)) -> u64 {
     let passed = i128::from(now.0) - i128::from(then.0);
@@ -184,6 +191,16 @@ fn shifted(offset: u64, khz: u32, then: (u64, u64), now: (u64, u64)) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_offset_is_kept_only_while_the_hosts_tsc_is_one_clock() {
+        assert!(is_same_clock(true, Some(5), 5) && is_same_clock(true, Some(5), 6));
+        assert!(is_same_clock(true, None, 0), "KVM does not say what it was");
+        assert!(!is_same_clock(true, Some(5), 4), "it began again");
+        assert!(!is_same_clock(false, Some(5), 6) && !is_same_clock(false, None, 6));
+        let now = machine::host_tsc();
+        assert!(is_same_clock(true, Some(now), machine::host_tsc()));
+    }
 
     #[test]
     fn the_tsc_goes_on_by_what_the_clock_does() {

@@ -7,6 +7,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `devices` | brings device processes to rest, and lets them go on |
+//! | `coming` | waits until all of guest memory has come |
 //! | `capture` | reads the state, and copies guest memory |
 //! | `live`, `rounds` | copies guest memory, in the cut or in rounds before it |
 //! | `layers` | copies what the guest has written to `cow` disks |
@@ -16,6 +17,7 @@
 //! | `reset`, `put_back` | puts a restored machine back to its snapshot, and its memory |
 
 mod capture;
+mod coming;
 mod devices;
 mod held;
 mod layers;
@@ -39,6 +41,7 @@ use crate::snapshot::state::{Host, HostFacts, Metadata};
 use crate::vcpu::VcpuState;
 use crate::vm::kvm::KvmError;
 use crate::vm::layout;
+use coming::Coming;
 use devices::{Frozen, Strangers};
 pub use load::LoadError;
 pub use put_back::Kept;
@@ -49,8 +52,6 @@ use rounds::Live;
 const PHASE_LIMIT: Duration = Duration::from_secs(5);
 /// How long rounds of a live copy may go on.
 const ROUNDS_LIMIT: Duration = Duration::from_secs(60);
-/// How long a cut that is held waits for memory that is still to come.
-const MEMORY_LIMIT: Duration = Duration::from_secs(60);
 /// The longest a request may ask for.
 const PHASE_MOST: Duration = Duration::from_secs(600);
 
@@ -68,6 +69,8 @@ pub(super) struct Snapshots {
     cut: Coordinator,
     /// The cut that a client holds: its connection, and what has to be thawed.
     held: Option<(u64, Frozen)>,
+    /// The snapshot that waits for memory to come.
+    coming: Option<Coming>,
     /// The live snapshot that is under way.
     live: Option<Live>,
     /// The VM was paused before the cut.
@@ -99,6 +102,7 @@ impl Snapshots {
             cutter: None,
             cut,
             held: None,
+            coming: None,
             live: None,
             was_paused: false,
         }
@@ -137,6 +141,10 @@ impl Vm {
         let trigger = crate::remedy::printable(&trigger.unwrap_or_else(|| "command".into()));
         let wanted = Wanted { hold, live: live && !hold, limit, trigger };
         self.nothing_kept();
+        if wanted.hold && self.has_holes() {
+            self.await_memory(wanted, token);
+            return Response::Later;
+        }
         let cut = match wanted.live {
             true => match self.prepare_live(wanted, token) {
                 Ok(()) => return Response::Later,
@@ -171,11 +179,25 @@ impl Vm {
         let why = "what its back end writes to guest memory is in no log of ours: take the \
                    snapshot without --live";
         self.refuse_strangers(Strangers::Refused(why))?;
+        self.refuse_untold()?;
         self.begin_live(wanted, token)
+    }
+
+    /// A copy in rounds has what is in the logs, and nothing else.
+    fn refuse_untold(&self) -> Result<(), CutError> {
+        if self.snapshots.tracker.knows_all() {
+            return Ok(());
+        }
+        let who = "a program that attached".to_string();
+        let why = "it was given guest memory to write to (memory=rw), and what it writes is in no \
+                   log: take the snapshot without --live"
+            .to_string();
+        Err(CutError { phase: Phase::Running, who, why })
     }
 
     /// Memory is copied but for what was written last.
     fn cut_live(&mut self, live: Live) -> Result<Cut, CutError> {
+        self.refuse_untold()?; // somebody may have attached since
         let wanted = live.wanted.clone();
         let client = live.token.client();
         let (copy, rounds_us) = live.finish();
@@ -193,10 +215,6 @@ impl Vm {
         let mut frozen = Frozen::of_plugins(self.plugin_holders());
         self.snapshots.cut.participate(self.participants(&frozen));
         self.snapshots.was_paused = self.is_paused();
-        if wanted.hold && !self.await_memory(MEMORY_LIMIT) {
-            let (who, why) = ("guest memory".into(), "it has not come in time".into());
-            return Err(CutError { phase: Phase::Running, who, why });
-        }
         let begun = Instant::now();
         match self.make_cut(wanted, live, &mut frozen) {
             Ok((mut report, fds)) if wanted.hold => {
@@ -359,8 +377,10 @@ impl Vm {
             let _ = self.snapshots.cut.step(input); // it has its place there
         }
         self.release_devices(frozen);
+        // Where they could not be paused they run already.
+        let run = |state: &VcpuState| matches!(state, VcpuState::Running | VcpuState::Stopped);
         if !self.snapshots.was_paused
-            && self.vcpus.states().iter().all(|state| *state == VcpuState::Paused)
+            && !self.vcpus.states().iter().any(run)
             && let Err(error) = self.vcpus.resume()
         {
             tracing::error!(error = crate::remedy::chain(&error), "going on after a snapshot");

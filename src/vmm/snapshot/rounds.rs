@@ -7,7 +7,7 @@ use super::super::event_loop::Vm;
 use super::capture::{self, CaptureError, Whole};
 use super::layers::At;
 use super::live::{Copy, absent};
-use super::{ROUNDS_LIMIT, Wanted, micros};
+use super::{Cut, ROUNDS_LIMIT, Wanted, micros};
 use crate::control::server::Token;
 use crate::snapshot::coordinator::{CutError, Phase};
 use crate::snapshot::dirty;
@@ -149,13 +149,14 @@ impl Vm {
         Ok(Copy { memory, rounds: 0, absent, layers })
     }
 
-    /// Whether a live snapshot is under way.
+    /// Whether a snapshot is under way that takes turns with everything else.
     pub(in super::super) fn copies(&self) -> bool {
-        self.snapshots.live.is_some()
+        self.snapshots.live.is_some() || self.snapshots.coming.is_some()
     }
 
-    /// Goes on with a live snapshot, if one is under way: a turn, or all that comes after the last.
+    /// Goes on with such a one: a turn, or all that comes after the last.
     pub(in super::super) fn copy_on(&mut self) {
+        self.look_for_memory();
         let Some(mut live) = self.snapshots.live.take() else { return };
         let token = live.token;
         let cut = match live.turn(self) {
@@ -166,6 +167,11 @@ impl Vm {
             Ok(true) => self.cut_live(live),
             Err(error) => Err(copying(&error)),
         };
+        self.answer_later(cut, token);
+    }
+
+    /// Answers a request for a snapshot that was told to wait.
+    pub(super) fn answer_later(&mut self, cut: Result<Cut, CutError>, token: Token) {
         let (reply, fds) = self.told(cut, token.client());
         if let Some(control) = &mut self.control {
             control.complete_with(token, &reply, fds);

@@ -119,6 +119,9 @@ impl ListeningSocket {
         // which is the whole process's, is left alone.
         fchmod(&fd, mode).map_err(fail("setting the mode of"))?;
         let address = UnixAddr::new(path).map_err(fail("naming"))?;
+        if !takes_fds {
+            refuse_fds(&fd);
+        }
         match bind(fd.as_raw_fd(), &address) {
             Ok(()) => {}
             Err(Errno::EADDRINUSE) => return Err(occupied(path, kind)),
@@ -129,9 +132,6 @@ impl ListeningSocket {
         let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
         if mode.intersects(Mode::S_IRWXG | Mode::S_IRWXO) {
             widen(path, identity, mode).map_err(fail("letting other users reach"))?;
-        }
-        if !takes_fds {
-            refuse_fds(&made.fd);
         }
         listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
         Ok(made)

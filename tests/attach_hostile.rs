@@ -5,7 +5,7 @@
 mod attach_support;
 mod common;
 
-use std::io::Write;
+use std::io::{IoSlice, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -16,17 +16,21 @@ use std::time::{Duration, Instant};
 use attach_support::{attach, kernel};
 use cellblock::control::protocol::Request as Control;
 use cellblock_plugin_api::slot::{SLOT, at};
-use cellblock_plugin_api::wire::{Answer, Reply, Request, VERSION};
+use cellblock_plugin_api::wire::part::{FromPart, ToPart};
+use cellblock_plugin_api::wire::{Answer, Payload, Reply, Request, VERSION};
 use cellblock_plugin_api::{Event, Space};
-use cellblock_wire::{Access, Channel, Mapping};
+use cellblock_wire::{Access, Channel, ChannelError, Mapping};
 use common::Vm;
 use kvm_bindings::kvm_pic_state;
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt::Linger,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg,
+    setsockopt, socket, sockopt::Linger,
 };
 
-/// So long nothing takes that waits for nobody; what would be waited for takes ten minutes.
-const SOON: Duration = Duration::from_secs(5);
+/// So long nothing takes that waits for nobody, however busy the machine is; what would be waited for
+/// takes ten minutes, or for ever.
+const SOON: Duration = Duration::from_secs(20);
 /// `mov dx, 0x510`; 4: `inc al`; `out dx, al`; `jmp 4`.
 const SAYING: &[u8] = &[0x66, 0xba, 0x10, 0x05, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
 const PORT: u64 = 0x510;
@@ -151,6 +155,11 @@ fn as_another_user() {
             println!("flooded with {}", held.len());
             let _ = std::io::stdin().read_line(&mut String::new());
         }
+        "storm" => {
+            storm(path);
+            println!("storm over");
+            let _ = std::io::stdin().read_line(&mut String::new());
+        }
         other => panic!("{other}"),
     }
 }
@@ -252,7 +261,7 @@ fn watches_and_ranges_have_an_end_and_a_pause_is_quick_among_them() {
         for _ in 0..10 {
             let begin = Instant::now();
             vm.pause();
-            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
             vm.resume();
         }
         over.store(true, Ordering::Relaxed);
@@ -305,7 +314,7 @@ fn words_at_random_hold_nothing_up() {
         for _ in 0..10 {
             let begin = Instant::now();
             vm.pause();
-            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
             vm.resume();
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -424,4 +433,130 @@ fn the_end_is_told_whatever_is_in_the_counter() {
     let mut count = [0; 8];
     nix::unistd::read(&one, &mut count).unwrap();
     assert_eq!(u64::from_ne_bytes(count), 2);
+}
+
+/// What comes with the answer of one that takes part in a snapshot is closed where nobody waits.
+#[test]
+fn a_part_that_brings_what_does_not_close_holds_up_no_snapshot() {
+    let (vm, dir) = saying("", &[]);
+    drop(attach(&vm));
+    let program = raw(&vm.path("plugin")).unwrap();
+    ask(&program, &HELLO, &[]).0.unwrap();
+    let (answer, fds) = ask(&program, &Request::TakePart { name: "slow".into() }, &[]);
+    assert!(matches!(answer, Ok(Answer::Part(None))));
+    let part = Channel::from_fd(fds.into_iter().next().unwrap());
+    let (slow, _peer) = lingering();
+    let answers = std::thread::spawn(move || {
+        let (asked, _) = part.recv_timeout::<ToPart>(common::LIMIT).unwrap();
+        let ToPart::Quiesce { epoch } = asked else { panic!("{asked:?}") };
+        let (state, _) = Payload::new(b"slow".to_vec()).unwrap();
+        part.send(&FromPart::Quiesced { epoch, state }, &[slow.as_fd()]).unwrap();
+        let_go(slow);
+        part.recv_timeout::<ToPart>(common::LIMIT).unwrap()
+    });
+    let begin = Instant::now();
+    let taken = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+        .arg("snapshot")
+        .args([vm.path("control"), dir.path().join("s")])
+        .output()
+        .unwrap();
+    assert!(taken.status.success(), "{taken:?}");
+    assert!(matches!(answers.join().unwrap().0, ToPart::Thaw { .. }));
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    stops_soon(vm);
+}
+
+#[test]
+fn programs_and_what_they_make_have_a_limit() {
+    let (vm, _dir) = saying("", &[]);
+    let makes = attach(&vm);
+    let channel = raw(&vm.path("plugin")).unwrap();
+    ask(&channel, &HELLO, &[]).0.unwrap();
+    let writing = Request::Writing { offset: 0, length: 1 };
+    let full = (0..).find_map(|n| ask(&channel, &writing, &[]).0.err().map(|errno| (n, errno)));
+    assert_eq!(full.unwrap(), (4096, libc::ENOSPC));
+    // With those two, sixteen.
+    let mut others: Vec<_> = (0..14).map(|_| attach(&vm)).collect();
+    for _ in 0..3 {
+        assert!(cellblock_plugin_api::Vm::attach(&vm.path("plugin")).is_err());
+    }
+    others.pop();
+    drop(attach(&vm));
+    makes.check_extension(0).unwrap();
+    stops_soon(vm);
+}
+
+/// As many as a message can carry, from as many as may attach.
+fn storm(path: &Path) {
+    // The first four hold up whoever closes, and the rest remains to be closed.
+    let (slow, _peers): (Vec<_>, Vec<_>) = (0..5).map(|_| lingering()).unzip();
+    let rest = [slow[4].as_raw_fd(); 253];
+    let mut first = rest;
+    (0..4).for_each(|n| first[n] = slow[n].as_raw_fd());
+    let programs: Vec<_> = (0..10)
+        .map(|_| {
+            let channel = raw(path).unwrap();
+            ask(&channel, &HELLO, &[]).0.unwrap();
+            channel
+        })
+        .collect();
+    let bytes = cellblock_wire::encode(&HELLO).unwrap();
+    for (n, channel) in programs.iter().enumerate() {
+        let fds = if n == 0 { &first } else { &rest };
+        let (bytes, rights) = ([IoSlice::new(&bytes)], [ControlMessage::ScmRights(fds)]);
+        match sendmsg::<()>(channel.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None) {
+            // A user has so many under way as a process may have open.
+            Err(Errno::ETOOMANYREFS) if n > 1 => break,
+            sent => sent.unwrap(),
+        };
+        if n == 0 {
+            assert!(matches!(channel.recv_timeout::<Reply>(SOON), Err(ChannelError::Closed)));
+        }
+    }
+    slow.into_iter().for_each(let_go);
+    assert!(matches!(programs[1].recv_timeout::<Reply>(SOON), Err(ChannelError::Closed)));
+}
+
+#[test]
+fn a_storm_of_what_does_not_close_holds_up_nobody() {
+    if !common::is_root("becoming another user") {
+        return;
+    }
+    // Another user than that of the tests beside this one, which shares limits with them.
+    let (vm, _dir) = saying(",observe=65532", &FEW);
+    let stays = attach(&vm);
+    let mut observer = as_user(&vm, 65532, "storm");
+    let mut out = std::io::BufReader::new(observer.stdout.take().unwrap());
+    let (mut text, mut line) = (String::new(), String::new());
+    while !line.contains("storm over") {
+        text += &line;
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut out, &mut line).unwrap() > 0, "{text}");
+    }
+    let begin = Instant::now();
+    stays.check_extension(0).unwrap();
+    stays.memory().unwrap();
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    stops_soon(vm);
+    observer.kill().unwrap();
+    observer.wait().unwrap();
+}
+
+/// fds in answers that nobody reads would be the VMM's, which may have so many under way.
+#[test]
+fn answers_with_fds_are_read_one_by_one() {
+    let (vm, _dir) = saying("", &[]);
+    drop(attach(&vm));
+    let channel = raw(&vm.path("plugin")).unwrap();
+    let sent = (0..100).take_while(|_| channel.send(&HELLO, &[]).is_ok()).count();
+    let mut answers = 0;
+    while channel.recv_timeout::<Reply>(SOON).is_ok_and(|(answer, fds)| {
+        assert_eq!((answer.is_ok(), fds.len()), (true, 2));
+        true
+    }) {
+        answers += 1;
+    }
+    // One may be read while the next is asked for.
+    assert!(sent > answers && answers < 10, "{answers} of {sent}");
+    stops_soon(vm);
 }

@@ -30,7 +30,7 @@ use cellblock_devices::protocol::counters::{Beat, VirtioBlkCountersSnapshot};
 use cellblock_devices::protocol::{CellStats, FromCell, LogLevel, ToCell};
 use cellblock_seccomp::spawner::ExitStatus;
 use cellblock_seccomp::violation::{self, Violation};
-use cellblock_wire::{Channel, ChannelError, Mapping, ShmError};
+use cellblock_wire::{Channel, ChannelError, Mapping, ShmError, closer};
 use counters::BlkCounters;
 use nix::sys::stat::{SFlag, fstat};
 
@@ -246,12 +246,16 @@ impl Cell {
     }
 
     /// Does what concerns nobody else; gives the rest.
-    fn keep(&mut self, message: FromCell, fds: Vec<OwnedFd>) -> Option<FromCell> {
+    fn keep(&mut self, message: FromCell, mut fds: Vec<OwnedFd>) -> Option<FromCell> {
+        let is_client = matches!(message, FromCell::Client) && self.role == "serial";
+        let client = (is_client && !fds.is_empty()).then(|| fds.swap_remove(0));
+        // Nothing else comes with a message of a process that means well.
+        closer::close_all(fds);
         match message {
             FromCell::Log { level, message } => self.log(level, &message),
             // It is only ever given to a process of the same device.
             FromCell::Client if self.role == "serial" => {
-                self.client = fds.into_iter().next().filter(is_socket);
+                self.client = client.filter(is_socket);
             }
             FromCell::Alive => self.owes_answer = false,
             // One that died may have been the first to tell.

@@ -119,6 +119,9 @@ impl ListeningSocket {
         // which is the whole process's, is left alone.
         fchmod(&fd, mode).map_err(fail("setting the mode of"))?;
         let address = UnixAddr::new(path).map_err(fail("naming"))?;
+        if !takes_fds {
+            refuse_fds(&fd);
+        }
         match bind(fd.as_raw_fd(), &address) {
             Ok(()) => {}
             Err(Errno::EADDRINUSE) => return Err(occupied(path, kind)),
@@ -129,9 +132,6 @@ impl ListeningSocket {
         let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
         if mode.intersects(Mode::S_IRWXG | Mode::S_IRWXO) {
             widen(path, identity, mode).map_err(fail("letting other users reach"))?;
-        }
-        if !takes_fds {
-            refuse_fds(&made.fd);
         }
         listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
         Ok(made)
@@ -251,6 +251,34 @@ mod tests {
         std::fs::write(&path, "somebody else's").unwrap();
         drop(made);
         assert!(path.exists(), "what is not ours stays");
+    }
+
+    /// On kernels that can: what a client sends cannot be what takes long to close.
+    #[test]
+    #[allow(unsafe_code)] // asks for an option that nix does not have
+    fn clients_send_no_fds() {
+        use nix::sys::socket::{ControlMessage, MsgFlags, SockFlag, connect, sendmsg, socket};
+        let dir = tempfile::tempdir().unwrap();
+        let send = |made: &ListeningSocket| {
+            let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None);
+            let fd = fd.unwrap();
+            connect(fd.as_raw_fd(), &UnixAddr::new(made.path()).unwrap()).unwrap();
+            let (bytes, fds) = ([std::io::IoSlice::new(b"x")], [0]);
+            let rights = [ControlMessage::ScmRights(&fds)];
+            sendmsg::<()>(fd.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None)
+        };
+        let closed = ListeningSocket::bind(&dir.path().join("closed")).unwrap();
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let open = dir.path().join("open");
+        let open = ListeningSocket::bind_as(&open, SockType::Stream, mode).unwrap();
+        let (mut on, mut len) = (0 as libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: the kernel writes an int of this size.
+        let known = unsafe {
+            let on = (&raw mut on).cast();
+            libc::getsockopt(open.fd.as_raw_fd(), libc::SOL_SOCKET, 83, on, &raw mut len)
+        };
+        assert_eq!(send(&open), Ok(1));
+        assert_eq!(send(&closed), if known == 0 { Err(Errno::EPERM) } else { Ok(1) });
     }
 
     #[test]

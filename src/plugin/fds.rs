@@ -13,8 +13,10 @@ use super::hub::Hub;
 /// For the VMM itself, beside what each vCPU takes; but never more than three quarters of all.
 const RESERVE: u64 = 512;
 const OF_A_VCPU: u64 = 4;
-/// fds that are not closed yet, from where on nobody new is let in and none are taken.
-pub(super) const UNCLOSED: usize = 128;
+/// fds that are not closed yet, from where on nobody new is let in and none are taken. With those of
+/// one message more, at most 253, they find room in the reserve: for what finds none the kernel has
+/// the thread that receives close it.
+pub(super) const UNCLOSED: usize = 64;
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]

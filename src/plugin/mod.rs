@@ -18,7 +18,7 @@
 //! server waits for it, and what it sends in is closed by threads that serve nobody
 //! ([`cellblock_wire::closer`]). Use the VMM up: things, ranges, watches and fds have limits, for
 //! one and for all. Be believed: what it writes into a slot is copied once and the copy checked; a message that
-//! does not decode ends its connection. Outlive its welcome: what an attached one held is released
+//! does not decode, or brings fds that nobody asked for, ends its sender's connections. Outlive its welcome: what an attached one held is released
 //! when its last connection ends, and the vCPUs it stopped run on.
 
 mod fds;

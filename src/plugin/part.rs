@@ -10,6 +10,7 @@ use cellblock_plugin_api::wire::part::{FromPart, MAX_STATE, ToPart};
 use cellblock_wire::{Channel, ChannelError, closer};
 use nix::errno::Errno;
 
+use super::fds::UNCLOSED;
 use super::hub::Hub;
 use super::session::{Part, Session};
 
@@ -77,6 +78,9 @@ impl Holder {
             // What it has said already counts, however late it is.
             let left = until.saturating_duration_since(Instant::now());
             let left = left.max(Duration::from_millis(1));
+            if closer::waiting() >= UNCLOSED && part.brings_fds(left) {
+                return Answer::Gone;
+            }
             let (message, fds) = match part.recv_timeout::<FromPart>(left) {
                 Ok((_, fds)) if fds.len() > 1 => {
                     closer::close_all(fds);

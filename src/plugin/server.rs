@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::Builder;
@@ -21,6 +21,7 @@ use crossbeam_channel::{Receiver, Sender};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{Shutdown, shutdown};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fds::{Fds, UNCLOSED};
@@ -239,8 +240,9 @@ impl Server {
 
     /// The VM ends, and with it all that plugins made: nothing is undone, one by one.
     fn close_all(self) {
-        for Connection { session, .. } in self.connections.values() {
+        for Connection { session, channel } in self.connections.values() {
             self.hub.leave(session);
+            let _ = shutdown(channel.as_raw_fd(), Shutdown::Both);
         }
     }
 
@@ -270,7 +272,12 @@ impl Server {
 
     fn accept(&mut self) {
         if !self.may_open() {
-            tracing::warn!("there are too few fds to let programs attach; they wait");
+            if let Some(unsaid) = self.refusals.take() {
+                tracing::warn!(
+                    unsaid,
+                    "programs wait to attach until more of what others sent is closed"
+                );
+            }
             return self.set_shut(true);
         }
         let Some(attach) = &mut self.attach else { return };
@@ -278,7 +285,9 @@ impl Server {
             Caller::Let(socket, rights) => (socket, rights),
             Caller::Nobody | Caller::Refused => return,
             Caller::Waits(errno) => {
-                tracing::warn!(%errno, "a program cannot attach now; it waits");
+                if let Some(unsaid) = self.refusals.take() {
+                    tracing::warn!(%errno, unsaid, "a program cannot attach now; it waits");
+                }
                 return self.set_shut(true);
             }
         };
@@ -339,13 +348,16 @@ impl Server {
         for _ in 0..ROUND {
             let Some(connection) = self.connections.get(&id) else { return };
             let session = connection.session.clone();
+            if closer::waiting() >= UNCLOSED && connection.channel.brings_fds(Duration::ZERO) {
+                return self.let_go(&session, "fds, while many others are yet to be closed");
+            }
             let (request, fds) = match connection.channel.try_recv::<Request>() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
                 Err(ChannelError::Closed) => return self.close(id),
                 Err(error) => return self.let_go(&session, &crate::remedy::chain(&error)),
             };
-            if !fds.is_empty() && (fds.len() > takes(&request) || closer::waiting() >= UNCLOSED) {
+            if fds.len() > takes(&request) {
                 closer::close_all(fds);
                 return self.let_go(&session, "more fds than are taken");
             }
@@ -357,6 +369,11 @@ impl Server {
             };
             let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
             let Some(connection) = self.connections.get(&id) else { return };
+            // fds that nobody has taken count for us, who sent them: beyond the limit of open files
+            // none could be sent to anybody.
+            if !fds.is_empty() && connection.channel.has_unread() {
+                return self.let_go(&session, "requests for fds, with answers that were not read");
+            }
             // A plugin has one request under way: one that leaves so many answers unread that the
             // socket is full is no longer served.
             if !matches!(connection.channel.try_send(&reply, &fds), Ok(true)) {
@@ -378,6 +395,8 @@ impl Server {
     fn close(&mut self, id: u64) {
         let Some(Connection { channel, session }) = self.connections.remove(&id) else { return };
         let _ = self.epoll.delete(&*channel);
+        // Whoever is at the other end sees it at once, whenever it is closed.
+        let _ = shutdown(channel.as_raw_fd(), Shutdown::Both);
         if session.connections.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.hub.leave(&session);
             if !session.is_owner() {

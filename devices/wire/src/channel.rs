@@ -164,6 +164,31 @@ impl Channel {
         }
     }
 
+    /// Whether the peer has not read all that was sent.
+    #[allow(unsafe_code)] // an ioctl that nix does not have
+    pub fn has_unread(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the kernel writes an int.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        result == 0 && bytes > 0
+    }
+
+    /// Whether the next message, which is waited for at most so long, brings fds: they stay in it.
+    #[allow(unsafe_code)] // recvmsg, as below
+    pub fn brings_fds(&self, limit: Duration) -> bool {
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        if !matches!(poll(&mut fds, timeout), Ok(1)) {
+            return false;
+        }
+        // SAFETY: all zeroes is a valid msghdr: no room for anything.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        // SAFETY: the kernel writes to the header alone.
+        let result = unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut header, flags) };
+        result >= 0 && header.msg_flags & libc::MSG_CTRUNC != 0
+    }
+
     fn recv_flags<T: DeserializeOwned>(
         &self,
         flags: MsgFlags,
@@ -327,6 +352,29 @@ mod tests {
         drop(far);
         near.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
         assert_eq!(near.read(&mut [0]).expect("end of file"), 0);
+    }
+
+    #[test]
+    fn fds_are_seen_before_they_are_taken() {
+        let (a, b) = Channel::pair().expect("pair");
+        let soon = Duration::from_millis(5);
+        assert!(!b.brings_fds(soon));
+        a.send(&1u8, &[]).expect("send");
+        a.send(&2u8, &[a.as_fd(), b.as_fd()]).expect("send");
+        assert!(!b.brings_fds(soon));
+        assert_eq!(b.recv::<u8>().expect("recv").0, 1);
+        assert!(b.brings_fds(soon) && b.brings_fds(soon));
+        assert_eq!(b.recv::<u8>().expect("recv").1.len(), 2);
+    }
+
+    #[test]
+    fn what_was_not_read_is_known() {
+        let (a, b) = Channel::pair().expect("pair");
+        assert!(!a.has_unread());
+        a.send(&1u8, &[]).expect("send");
+        assert!(a.has_unread() && !b.has_unread());
+        b.recv::<u8>().expect("recv");
+        assert!(!a.has_unread());
     }
 
     #[test]

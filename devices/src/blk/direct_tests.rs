@@ -338,7 +338,8 @@ fn what_was_filled_is_marked_when_it_is_over() {
         log.take(|n, bits| pages |= if n == 0 { bits } else { 0 });
         pages
     };
-    let check = |engine: &mut dyn FnMut(Operation, &[(u64, usize)])| {
+    type Carry<'e> = &'e mut dyn FnMut(Operation, &[(u64, usize)]);
+    let check = |engine: Carry<'_>| {
         let parts = &[(0x1000, 512), (0x2fff, 2), (0x5000, 510)];
         engine(Operation::Read(512), parts);
         assert_eq!(taken(), 0b10_1110, "a read");

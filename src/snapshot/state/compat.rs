@@ -19,7 +19,7 @@ pub struct Host {
     /// Model-specific registers that hold state.
     pub msrs: Vec<u32>,
     /// Frequency of its vCPUs' TSC, in the host of a state. KVM does not tell it without a vCPU:
-    /// [`tsc`] compares it as each gets its identity.
+    /// `tsc` compares it as each gets its identity.
     pub tsc_khz: u32,
     /// Whether a vCPU's TSC can have another frequency than the host's.
     pub tsc_scaling: bool,

@@ -307,7 +307,7 @@ fn output_outlives_pauses_of_a_guest_whose_serial_process_is_stopped() {
         send(serial, Signal::SIGCONT);
         linger(cycle);
     }
-    vm.wait_for("print: ok");
+    vm.wait_for_within("print: ok", 4 * LIMIT);
     let text = vm.console.text();
     let mut lines = text.lines().skip_while(|line| !line.starts_with("00000000 "));
     for n in 0..LINES {

@@ -484,8 +484,13 @@ fn clients_take_no_descriptors_that_vms_need() {
         assert!(set.success());
     };
     let files = || proc::files(pid).len();
-    common::poll(LIMIT, || (files() < 64).then_some(())).expect("they are gone");
-    let before = files();
+    // All of them, one after the other.
+    let steady = || {
+        let before = files();
+        std::thread::sleep(Duration::from_millis(200));
+        (before < 64 && files() == before).then_some(before)
+    };
+    let before = common::poll(LIMIT, steady).expect("they are gone");
     let fill: Vec<UnixStream> =
         (0..32).map(|_| UnixStream::connect(service.path()).unwrap()).collect();
     common::poll(LIMIT, || (files() >= before + 32).then_some(())).expect("clients");

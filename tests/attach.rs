@@ -13,49 +13,15 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use attach_support::counting::{COUNTER, counter, counting, goes_on};
 use attach_support::{CODE, attach, example, kernel};
 use cellblock::control::protocol::Request;
 use cellblock_plugin_api::{Event, GuestDebug, Hint, HintDetail, MemoryAccess, Rights, Space};
 use common::Vm;
 use nix::sys::signal::Signal;
 
-/// Where the guest counts.
-const COUNTER: u64 = 0x20_0000;
 /// Behind the store of the count.
 const NOP: u64 = CODE + 0x12;
-
-/// `xor rax, rax` (7 bytes); 7: `inc rax`; `mov [0x200000], rax`; `nop`; `jmp 7`.
-const COUNT: &[u8] = &[
-    0x48, 0xc7, 0xc0, 0, 0, 0, 0, 0x48, 0xff, 0xc0, 0x48, 0x89, 0x04, 0x25, 0, 0, 0x20, 0, 0x90,
-    0xeb, 0xf2,
-];
-
-fn counting(options: &str, cpus: usize) -> (Vm, tempfile::TempDir) {
-    let dir = tempfile::tempdir().unwrap();
-    let vm = Vm::with("")
-        .kernel(&kernel(dir.path(), COUNT))
-        .cpus(cpus)
-        .arg("--plugin-socket")
-        .arg(format!("plugin{options}"))
-        .start();
-    (vm, dir)
-}
-
-fn counter(memory: &File) -> u64 {
-    let mut bytes = [0; 8];
-    memory.read_exact_at(&mut bytes, COUNTER).unwrap();
-    u64::from_le_bytes(bytes)
-}
-
-#[track_caller]
-fn goes_on(memory: &File) {
-    let before = counter(memory);
-    let until = Instant::now() + common::LIMIT;
-    while counter(memory) == before {
-        assert!(Instant::now() < until, "the guest stands at {before}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 #[track_caller]
 fn stands(memory: &File) {

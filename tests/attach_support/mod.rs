@@ -1,6 +1,8 @@
 //! What tests of attached programs share: guests of a few bytes, and the way in.
 #![allow(dead_code, clippy::unwrap_used)] // every test uses a part of it; a test fails by panicking
 
+pub mod counting;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -35,9 +35,11 @@ use super::ledger::{Change, Ledger, Limits};
 /// The first pause after a shell that could not be made; it doubles up to [`MOST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MOST_PAUSE: Duration = Duration::from_secs(5);
-/// How long a refill waits after a shell was handed out: what it costs is to be no part of what
-/// the claim takes.
+/// How long a refill waits after a claim was carried out: the guest's first steps are to be no
+/// slower for it.
 const QUIET: Duration = Duration::from_millis(3);
+/// How long a claim may take to be carried out before the refill begins all the same.
+const CARRY: Duration = Duration::from_millis(20);
 /// A shell that dies so soon after it was made counts as one that could not be made.
 const YOUNG: Duration = Duration::from_secs(1);
 /// Claims whose duration is remembered.
@@ -338,6 +340,9 @@ impl<F: Factory> Engine<F> {
             state.durations.pop_front();
         }
         state.durations.push_back(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        let quiet = Instant::now() + QUIET;
+        state.quiet_until = state.quiet_until.map(|until| until.min(quiet));
+        self.inner.set_alarm(&state);
     }
 }
 
@@ -352,6 +357,14 @@ impl<F: Factory> Inner<F> {
         limit: Duration,
     ) -> MutexGuard<'s, State<F>> {
         self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Has makers woken when the refill goes on, if there is something for them.
+    fn set_alarm(&self, state: &State<F>) {
+        if state.lacks_shells(&self.options.limits) {
+            let waits = state.refill_waits(Instant::now());
+            self.alarm.set(waits.unwrap_or(Duration::from_micros(1)));
+        }
     }
 
     /// Does all that can be done at once, and wakes who has to do the rest.
@@ -373,10 +386,7 @@ impl<F: Factory> Inner<F> {
             match makers || state.books.waiting > 0 {
                 // Where the refill waits, a maker has to know until when.
                 true => self.making.notify_one(),
-                false => {
-                    let waits = state.refill_waits(Instant::now());
-                    self.alarm.set(waits.unwrap_or(Duration::from_micros(1)));
-                }
+                false => self.set_alarm(state),
             }
         }
         if !state.ending.is_empty() {
@@ -437,7 +447,7 @@ impl<F: Factory> State<F> {
             // Not put off again and again by claims that follow one another.
             let now = Instant::now();
             if self.quiet_until.is_none_or(|until| until + QUIET < now) {
-                self.quiet_until = Some(now + QUIET);
+                self.quiet_until = Some(now + CARRY);
             }
             // Who waits takes itself off the list under the lock before it goes: somebody has
             // the other end, and there is room for one answer.

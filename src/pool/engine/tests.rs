@@ -540,6 +540,29 @@ fn the_books_balance_whatever_fails() {
     }
 }
 
+/// What a claim takes is not made longer by the making of the next shell.
+#[test]
+fn a_refill_waits_until_the_claim_was_carried_out() {
+    let (pool, knobs) = pool(1, 1, 9);
+    assert_eq!(pool.warm(1), 1);
+    let made = || knobs.attempts.load(Ordering::SeqCst);
+    for (so_far, is_told) in [(1, false), (2, true)] {
+        eventually("a shell", || pool.idle_count() == 1);
+        // What is left of the quiet after the last one.
+        std::thread::sleep(CARRY + 2 * QUIET);
+        let begun = Instant::now();
+        let lease = claim(&pool, LONG).unwrap();
+        let carried_out = Instant::now();
+        if is_told {
+            pool.note_duration(Duration::ZERO);
+        }
+        eventually("a refill", || made() > so_far);
+        let waited = if is_told { carried_out.elapsed() } else { begun.elapsed() };
+        assert!(waited >= if is_told { QUIET } else { CARRY }, "{waited:?}");
+        drop(lease);
+    }
+}
+
 /// Nobody waits for those who destroy: what is given back stops at once.
 #[test]
 fn what_is_given_back_is_told_to_end_at_once() {

@@ -261,8 +261,8 @@ pub(super) fn disk_checksum(
     let mut at = 0;
     while at < len {
         let hole = hole(file, at, len);
-        let step = if hole >= DISK_STEP as u64 { hole } else { (len - at).min(DISK_STEP as u64) };
-        if hole >= DISK_STEP as u64 {
+        let step = if hole > 0 { hole } else { data(file, at, len).min(DISK_STEP as u64) };
+        if hole > 0 {
             crc.zeros(hole);
         } else {
             let bytes = &mut buffer[..step as usize];
@@ -284,6 +284,14 @@ fn hole(file: &File, at: u64, len: u64) -> u64 {
         // Nothing but a hole, if it is as long as it was.
         Err(Errno::ENXIO) if file.metadata().is_ok_and(|data| data.len() >= len) => len - at,
         Err(_) => 0,
+    }
+}
+
+/// How much of it from `at` on, where there is no hole, is before the next; at least a byte.
+fn data(file: &File, at: u64, len: u64) -> u64 {
+    match lseek64(file, at as i64, Whence::SeekHole) {
+        Ok(hole) => (hole as u64).min(len).saturating_sub(at).max(1),
+        Err(_) => len - at,
     }
 }
 

@@ -198,6 +198,30 @@ fn a_paused_vm_stays_paused_when_its_snapshot_fails() {
     vm.ends_well();
 }
 
+/// Capturing has a deadline, as all phases: a vCPU's thread that does not get to it is named.
+#[test]
+fn a_capture_that_does_not_end_fails_and_is_named() {
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for("pause: n=20 ");
+    vm.pause();
+    let thread = Traced::hold(vm.pid(), "vcpu0");
+    let begun = Instant::now();
+    let result = cut_within(&vm, false, Duration::from_millis(300));
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let Err(ClientError::Refused { message, .. }) = result else {
+        vm.fail(&format!("a cut without a vCPU: {result:?}"))
+    };
+    assert!(message.contains("capturing") && message.contains("vcpu 0"), "{message}");
+    drop(thread);
+    assert_eq!(vm.stats().state, State::Paused);
+    cut(&mut vm);
+    vm.resume();
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 #[test]
 fn a_held_vm_stands_still_until_its_client_says_or_goes() {
     let mut vm = Vm::with("mode=pause every=10").disk(4).start();

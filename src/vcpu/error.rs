@@ -127,6 +127,12 @@ pub enum WorkError {
         /// Which vCPU.
         vcpu: usize,
     },
+    /// Its thread has not done it in time, and does it when it can.
+    #[error("the thread of vcpu {vcpu} does not get to it")]
+    Late {
+        /// Which vCPU.
+        vcpu: usize,
+    },
 }
 
 fn list(vcpus: &[usize]) -> String {

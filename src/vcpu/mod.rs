@@ -385,6 +385,18 @@ impl Vcpus {
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> R + Send + Sync + 'static,
     ) -> Result<Vec<R>, WorkError> {
+        self.with_each_until(None, work)
+    }
+
+    /// As [`Vcpus::with_each`], and waits for it until then.
+    ///
+    /// # Errors
+    /// [`WorkError::Late`] too, for the first vCPU that has not done it.
+    pub fn with_each_until<R: Send + 'static>(
+        &self,
+        until: Option<Instant>,
+        work: impl Fn(usize, &mut VcpuFd) -> R + Send + Sync + 'static,
+    ) -> Result<Vec<R>, WorkError> {
         let work = Arc::new(work);
         let answers: Vec<_> = (0..self.seats.len())
             .map(|id| {
@@ -395,7 +407,13 @@ impl Vcpus {
         answers
             .into_iter()
             .enumerate()
-            .map(|(vcpu, answer)| answer.recv().map_err(|_| WorkError::Gone { vcpu }))
+            .map(|(vcpu, answer)| match until {
+                None => answer.recv().map_err(|_| WorkError::Gone { vcpu }),
+                Some(until) => answer.recv_deadline(until).map_err(|error| match error {
+                    RecvTimeoutError::Timeout => WorkError::Late { vcpu },
+                    RecvTimeoutError::Disconnected => WorkError::Gone { vcpu },
+                }),
+            })
             .collect()
     }
 

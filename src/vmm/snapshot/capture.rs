@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use cellblock_devices::protocol::overlay::Extent;
 use cellblock_devices::protocol::state::CellState;
@@ -19,6 +20,12 @@ use crate::snapshot::state::{
 };
 use crate::vcpu::WorkError;
 use crate::vm::memory::GuestRam;
+
+/// What copying is thought to take at most, in bytes a second: with the limit of a phase it makes
+/// the deadline of this one.
+const SLOW: u64 = 100 << 20;
+/// What of memory is copied between two looks at the time.
+const STEP: u64 = 64 << 20;
 
 /// A state that could not be read, or memory that could not be held.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +48,8 @@ pub(super) enum CaptureError {
     Room(#[from] ShmError),
     #[error("copying guest memory")]
     Copy(#[source] io::Error),
+    #[error("there was no time to copy all of it")]
+    Late,
     #[error(transparent)]
     Overlay(#[from] OverlayError),
     #[error("it does not come any more")]
@@ -53,17 +62,37 @@ pub(super) enum CaptureError {
     Encode(#[from] CodecError),
 }
 
+/// Until when something has to be done.
+#[derive(Clone, Copy)]
+pub(super) struct Until(pub(super) Instant);
+
+impl Until {
+    /// To be asked between steps of something long.
+    pub(super) fn check(self) -> Result<(), CaptureError> {
+        if Instant::now() < self.0 { Ok(()) } else { Err(CaptureError::Late) }
+    }
+}
+
 impl Vm {
+    /// When capturing has to be over: that takes longer the more there is to copy.
+    pub(super) fn capture_until(&self, limit: Duration) -> Until {
+        let is_cow = |disk: &&DiskFacts| disk.image.as_ref().is_some_and(|i| i.overlay.is_some());
+        let disks = self.disks.iter().filter(is_cow).map(|disk| disk.size);
+        let bytes = disks.fold(self.ram.len(), u64::saturating_add);
+        Until(Instant::now() + limit + Duration::from_secs(bytes / SLOW))
+    }
+
     /// The encoded state of the machine: vCPUs, then what belongs to all of them.
     pub(super) fn capture(
         &self,
         frozen: &Frozen,
         metadata: Metadata,
+        until: Until,
     ) -> Result<Vec<u8>, CaptureError> {
         let facts = self.snapshots.facts.clone();
         let vcpu_states = self
             .vcpus
-            .with_each(move |id, vcpu| vcpu::capture(id as u8, vcpu, &facts))?
+            .with_each_until(Some(until.0), move |id, vcpu| vcpu::capture(id as u8, vcpu, &facts))?
             .into_iter()
             .collect::<Result<Vec<_>, _>>()?;
         let irqchip_state = machine::capture(self.machine.vm())?;
@@ -186,10 +215,12 @@ pub(super) fn room(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
 }
 
 /// A copy of guest memory: of what has pages, so that a guest costs what it uses.
-pub(super) fn copy(ram: &GuestRam) -> Result<OwnedFd, CaptureError> {
+pub(super) fn copy(ram: &GuestRam, until: Until) -> Result<OwnedFd, CaptureError> {
     let copy = room(ram)?;
     let mut whole = Whole::default();
-    while whole.copy(ram, &copy, u64::MAX)? > 0 {}
+    while whole.copy(ram, &copy, STEP)? > 0 {
+        until.check()?;
+    }
     Ok(copy)
 }
 

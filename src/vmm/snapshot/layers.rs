@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::super::event_loop::{DiskFacts, Vm};
-use super::capture::CaptureError;
+use super::capture::{CaptureError, Until};
 use crate::cell::overlay::Overlay;
 
 /// A copy of one disk's overlay that was begun while the guest writes to it.
@@ -63,7 +63,11 @@ impl Vm {
 
     /// A copy of each overlay, in the order of the disks, which stand still: what was begun is
     /// completed where that can be.
-    pub(super) fn finish_layers(&self, begun: Vec<Layer>) -> Result<Vec<OwnedFd>, CaptureError> {
+    pub(super) fn finish_layers(
+        &self,
+        begun: Vec<Layer>,
+        until: Until,
+    ) -> Result<Vec<OwnedFd>, CaptureError> {
         let mut begun = begun.into_iter().peekable();
         let mut copies = Vec::new();
         for (disk, facts) in self.disks.iter().enumerate() {
@@ -73,6 +77,7 @@ impl Vm {
             let to = match layer.filter(|layer| process.is_some() && layer.process == process) {
                 Some(layer) => {
                     for chunk in 0..overlay.chunks() {
+                        until.check()?;
                         overlay.copy_chunk(chunk, &layer.to, false)?;
                     }
                     layer.to

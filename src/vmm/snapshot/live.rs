@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::super::event_loop::Vm;
-use super::capture::{self, CaptureError};
+use super::capture::{self, CaptureError, Until};
 use super::layers::Layer;
 use crate::snapshot::dirty;
 use crate::snapshot::format::{CHUNK, PAGE, table};
@@ -46,6 +46,7 @@ impl Vm {
         &mut self,
         live: Option<Copy>,
         hold: bool,
+        until: Until,
     ) -> Result<(OwnedFd, u64, Vec<u64>), CaptureError> {
         self.snapshots.tracker.begin(&self.machine)?;
         let (round, since) = self.snapshots.tracker.cut(&self.machine)?;
@@ -53,18 +54,18 @@ impl Vm {
         self.snapshots.unkept = Some(since.clone());
         let count = dirty::count(&round);
         if let Some(copy) = live {
-            let copied = copy.pages(self.ram.fd(), &round, self.has_holes());
-            copied.map_err(CaptureError::Copy)?;
+            copy.pages(self.ram.fd(), &round, self.has_holes(), until)?;
             return Ok((copy.memory, count, since));
         }
         if hold {
             return Ok((capture::shared(&self.ram)?, 0, since));
         }
         let absent = absent(self.pager.as_ref(), since.len())?;
-        let memory = capture::copy(&self.ram)?;
+        let memory = capture::copy(&self.ram, until)?;
         let copy = Copy { memory, rounds: 0, absent, layers: Vec::new() };
         let mut next = 0;
         while let Some(index) = copy.next_absent(next) {
+            until.check()?;
             copy.fill_absent(index, self.pager.as_ref())?;
             next = index + 1;
         }
@@ -100,9 +101,18 @@ impl Copy {
     }
 
     /// Copies single pages, a word of them for each chunk.
-    fn pages(&self, ram: BorrowedFd<'_>, pages: &[u64], holes: bool) -> io::Result<()> {
-        let written = pages.iter().enumerate().filter(|(_, pages)| **pages != 0);
-        written.into_iter().try_for_each(|(index, pages)| self.chunk(ram, index, *pages, holes))
+    fn pages(
+        &self,
+        ram: BorrowedFd<'_>,
+        pages: &[u64],
+        holes: bool,
+        until: Until,
+    ) -> Result<(), CaptureError> {
+        for (index, pages) in pages.iter().enumerate().filter(|(_, pages)| **pages != 0) {
+            self.chunk(ram, index, *pages, holes).map_err(CaptureError::Copy)?;
+            until.check()?;
+        }
+        Ok(())
     }
 
     /// Copies single pages of a chunk. While memory still comes (`holes`), one that is not there

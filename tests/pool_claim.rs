@@ -24,6 +24,32 @@ fn order(data: &str) -> ClaimOrder<'static> {
     ClaimOrder { data: data.as_bytes().to_vec(), ..ClaimOrder::default() }
 }
 
+/// They are made with a lower priority, and wait with that of the pool: all of their processes.
+#[test]
+fn shells_wait_with_the_priority_of_the_pool() {
+    let snapshot = Snapshot::take(",cow");
+    let primed = Machine::Primed { snapshot: snapshot.path(), disks: Vec::new() };
+    // By the refill: nobody waits for it, as one does who warms.
+    let pool = RestorePool::new(base(primed), small()).unwrap();
+    common::poll(LIMIT, || (pool.idle_count() == 1).then_some(())).expect("a shell");
+    let priority = |pid: i32, tid: i32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+        let after = text.rsplit_once(')')?.1;
+        after.split_whitespace().nth(16)?.parse::<i32>().ok()
+    };
+    let vm = pool.claim(&order("anything")).unwrap();
+    let family = common::proc::family(vm.pid() as i32);
+    assert_eq!(family.len(), 4, "{family:?}");
+    let threads = family.iter().flat_map(|one| {
+        common::proc::threads(one.pid).into_iter().map(|tid| (one.pid, tid)).collect::<Vec<_>>()
+    });
+    let own = std::process::id() as i32;
+    let wanted = priority(own, own);
+    for (pid, tid) in threads {
+        assert!([wanted, None].contains(&priority(pid, tid)), "{pid} {tid}");
+    }
+}
+
 #[test]
 fn a_primed_shell_becomes_a_vm_that_knows_who_it_is() {
     let snapshot = Snapshot::take(",cow");

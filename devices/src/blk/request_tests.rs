@@ -10,6 +10,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::blk::memory::Memory;
+use crate::protocol::write_log::WriteLog;
 
 const W: u16 = VRING_DESC_F_WRITE as u16;
 const N: u16 = VRING_DESC_F_NEXT as u16;
@@ -541,5 +542,27 @@ proptest! {
         if write { parts.push((0x8000, 1, W)) } else { parts.insert(0, HEAD) }
         let operation = if write { Operation::Write(1024) } else { Operation::Read(1024) };
         prop_assert_eq!(parse(&memory, limits(), &linked(&parts)), Got::Accepted(operation, 1024));
+    }
+}
+
+/// Of a process that dies while it writes nothing more is heard.
+#[test]
+fn what_is_going_to_be_written_is_marked_before() {
+    let memory = memory();
+    let (log, _fd) = WriteLog::new(LOW_END).expect("log");
+    let view = View::logged(&memory, &log);
+    for (kind, written) in [(VIRTIO_BLK_T_IN, 0b11_0000u64), (VIRTIO_BLK_T_OUT, 0b1_0000)] {
+        put_header(&memory, kind, 0);
+        let way = if kind == VIRTIO_BLK_T_IN { W } else { 0 };
+        let parts = [(HEADER_AT, 16, N, 1), (DATA_AT, 512, N | way, 2), (STATUS_AT, 1, W, 0)];
+        let mock = MockSplitQueue::new(&memory, QUEUE);
+        put_raw(&mock, &parts);
+        let mut queue: Queue = mock.create_queue().expect("queue");
+        queue.set_ready(true);
+        let chain = queue.iter(&view).expect("iterator").next().expect("chain");
+        assert!(Parser::new(&view, limits()).parse(chain).expect("whole").body.is_ok());
+        let mut pages = 0;
+        log.take(|_, bits| pages |= bits);
+        assert_eq!(pages, written, "{kind}");
     }
 }

@@ -4,6 +4,7 @@ use crate::blk::request::Limits;
 use crate::blk::ring::Layout;
 use crate::protocol::ThrottleLimits;
 use crate::protocol::counters::{CountersPage, new_counters};
+use crate::protocol::write_log::WriteLog;
 use cellblock_wire::Access;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::fs::File;
@@ -142,4 +143,41 @@ fn the_driver_is_told_of_answers_before_others_that_take_long() {
     }
     let told: u64 = seen.iter().map(|(_, told)| told).sum();
     assert!(told >= u64::from(SIZE) / 2, "{seen:?}");
+}
+
+/// What is written to guest memory on the way to the driver is marked once it is: the VMM may have
+/// taken the marks of before.
+#[test]
+fn answers_are_marked_when_they_are_written() {
+    const STATUS: u64 = 0x5000;
+    let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).expect("memory");
+    let (log, _fd) = WriteLog::new(0x1_0000).expect("log");
+    let view = View::logged(&memory, &log);
+    let layout = Layout {
+        size: SIZE,
+        descriptors: GuestAddress(DESCRIPTORS),
+        avail: GuestAddress(AVAIL),
+        used: GuestAddress(USED),
+        next_avail: 0,
+        event_idx: false,
+        record: None,
+    };
+    let mut ring = Ring::new(&view, &layout).expect("ring");
+    let taken = || {
+        let mut pages = 0;
+        log.take(|_, bits| pages |= bits);
+        pages
+    };
+    let used = 1 << (USED >> 12);
+    assert_eq!(taken(), used, "before anything is written to it");
+    let status = view.slices(GuestAddress(STATUS), 1).next().expect("one").expect("there");
+    assert_eq!(answer(&ring, status, 0, 0, 0), 1);
+    assert_eq!(taken(), 1 << (STATUS >> 12));
+    ring.push_used(0, 1).expect("used");
+    ring.publish().expect("published");
+    assert_eq!(taken(), used, "the ring");
+    ring.suppress_kicks().expect("suppressed");
+    assert_eq!(taken(), used, "its flags");
+    ring.request_kicks().expect("requested");
+    assert_eq!(taken(), used, "its flags again");
 }

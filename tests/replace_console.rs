@@ -22,6 +22,7 @@ use common::deaths::{Dice, kill_and_wait, replaced};
 use common::output::Output;
 use common::{LIMIT, Options, Vm, poll, proc, send};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
 use nix::sys::signal::Signal;
 
 /// What a guest in mode `print` says.
@@ -322,6 +323,11 @@ fn a_death_within_a_snapshot_fails_it_and_the_guest_goes_on() {
     vm.wait_for_line("echo: ready");
     let events = vm.events();
     let pid = vm.pid_of("serial", "com1");
+    // Halted: it may be asking still whether its last byte has gone, and a vCPU that waits for the
+    // process does not come to rest.
+    let vcpu = poll(LIMIT, || proc::thread(vm.pid(), "vcpu0")).unwrap();
+    let halted = || proc::sleeps_in(vm.pid(), vcpu) == Some(libc::SYS_ioctl);
+    poll(LIMIT, || halted().then_some(())).unwrap();
     send(pid, Signal::SIGSTOP);
     let killer = thread::spawn(move || {
         thread::sleep(Duration::from_millis(400));

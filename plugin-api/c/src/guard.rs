@@ -28,14 +28,16 @@ pub(crate) fn guard(body: impl FnOnce() -> Result) -> c_int {
 /// # Safety
 /// Null, or valid for reads as a `T` for as long as the result is used.
 pub(crate) unsafe fn input<'a, T>(pointer: *const T) -> Result<&'a T> {
-    pointer.as_ref().ok_or(Errno(EINVAL))
+    // SAFETY: by the caller's word it is null or valid for that.
+    unsafe { pointer.as_ref() }.ok_or(Errno(EINVAL))
 }
 
 /// # Safety
 /// Null, or valid for reads and writes as a `T`, by nobody else, for as long as the result
 /// is used.
 pub(crate) unsafe fn output<'a, T>(pointer: *mut T) -> Result<&'a mut T> {
-    pointer.as_mut().ok_or(Errno(EINVAL))
+    // SAFETY: by the caller's word it is null, or valid and nobody else's.
+    unsafe { pointer.as_mut() }.ok_or(Errno(EINVAL))
 }
 
 /// An array; null only where it is empty.
@@ -46,7 +48,8 @@ pub(crate) unsafe fn inputs<'a, T>(pointer: *const T, count: u32) -> Result<&'a 
     match (pointer.is_null(), count) {
         (_, 0) => Ok(&[]),
         (true, _) => Err(Errno(EINVAL)),
-        (false, count) => Ok(std::slice::from_raw_parts(pointer, count as usize)),
+        // SAFETY: by the caller's word it is valid for so many where it is not null.
+        (false, count) => Ok(unsafe { std::slice::from_raw_parts(pointer, count as usize) }),
     }
 }
 
@@ -61,13 +64,18 @@ pub(crate) unsafe fn fill<T: Copy>(
     buffer: *mut T,
     out_count: *mut u32,
 ) -> Result {
-    *output(out_count)? = list.len() as u32;
+    // SAFETY: by the caller's word it is null or valid.
+    *unsafe { output(out_count) }? = list.len() as u32;
     if list.len() > count as usize {
         return Err(Errno(libc::E2BIG));
     }
     if !list.is_empty() {
-        let buffer: *mut T = output(buffer)?;
-        buffer.copy_from_nonoverlapping(list.as_ptr(), list.len());
+        if buffer.is_null() {
+            return Err(Errno(EINVAL));
+        }
+        // SAFETY: by the caller's word it is valid for `count` of them where it is not null, which
+        // is no fewer than there are.
+        unsafe { buffer.copy_from_nonoverlapping(list.as_ptr(), list.len()) };
     }
     Ok(0)
 }

@@ -90,7 +90,8 @@ impl Family {
             return Err(Errno(EINVAL));
         }
         match self.objects().contains(&(pointer as usize)) {
-            true => Ok(&*pointer),
+            // SAFETY: it is an object, and by the caller's word a `T` then.
+            true => Ok(unsafe { &*pointer }),
             false => Err(Errno(ENOENT)),
         }
     }
@@ -104,16 +105,19 @@ impl Family {
         place: *mut *mut T,
         destroy: impl FnOnce(&T) -> std::result::Result<(), cellblock_plugin_api::Error>,
     ) -> Result {
-        let place = output(place)?;
+        // SAFETY: by the caller's word it is null or valid.
+        let place = unsafe { output(place) }?;
         if place.is_null() {
             return Err(Errno(ENOENT));
         }
-        destroy(self.known(*place)?)?;
+        // SAFETY: by the caller's word an object there is a `T`.
+        destroy(unsafe { self.known(*place) }?)?;
         // Two threads that destroy the same object: one of them.
         if !self.objects().remove(&(*place as usize)) {
             return Err(Errno(ENOENT));
         }
-        drop(Box::from_raw(std::mem::replace(place, std::ptr::null_mut())));
+        // SAFETY: it was one of ours until now, made by `Box::into_raw`, and nobody else takes it.
+        drop(unsafe { Box::from_raw(std::mem::replace(place, std::ptr::null_mut())) });
         Ok(0)
     }
 

@@ -35,7 +35,8 @@ pub unsafe extern "C" fn crosvm_vcpu_wait(v: *mut CrosvmVcpu, out: *mut VcpuEven
 /// # Safety
 /// No other thread is in a call for `v`: what the last event left in its cells is replaced.
 unsafe fn event(v: &CrosvmVcpu, event: Event) -> crate::guard::Result<Option<VcpuEvent>> {
-    *v.in_call.get() = false;
+    // SAFETY: by the caller's word no other thread is in a call for it.
+    unsafe { *v.in_call.get() = false };
     let mut payload = Payload { reserved: [0; 8] };
     let kind = match event {
         Event::Init => INIT,

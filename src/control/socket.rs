@@ -5,13 +5,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat};
+use nix::unistd::{LinkatFlags, UnlinkatFlags, linkat, unlinkat};
 
 use crate::remedy::Remedy;
 
@@ -118,23 +120,20 @@ impl ListeningSocket {
         // the umask: no other user can connect even for an instant, and the umask,
         // which is the whole process's, is left alone.
         fchmod(&fd, mode).map_err(fail("setting the mode of"))?;
-        let address = UnixAddr::new(path).map_err(fail("naming"))?;
         if !takes_fds {
             refuse_fds(&fd);
         }
-        match bind(fd.as_raw_fd(), &address) {
-            Ok(()) => {}
-            Err(Errno::EADDRINUSE) => return Err(occupied(path, kind)),
-            Err(errno) => return Err(fail("making")(errno)),
-        }
-        let identity = identity(path).map_err(fail("examining"))?;
-        // From here on the path is ours to remove.
-        let made = ListeningSocket { fd, node: Node { path: path.to_owned(), identity } };
+        // Whoever waits for the path to be there connects at once: it has it when it listens.
+        let hidden = Hidden::bind(&fd, path).map_err(fail("making"))?;
         if mode.intersects(Mode::S_IRWXG | Mode::S_IRWXO) {
-            widen(path, identity, mode).map_err(fail("letting other users reach"))?;
+            hidden.widen(mode).map_err(fail("letting other users reach"))?;
         }
-        listen(&made.fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
-        Ok(made)
+        listen(&fd, Backlog::MAXCONN).map_err(fail("listening on"))?;
+        match hidden.show(path) {
+            Ok(node) => Ok(ListeningSocket { fd, node }),
+            Err(Errno::EEXIST) => Err(occupied(path, kind)),
+            Err(errno) => Err(fail("naming")(errno)),
+        }
     }
 
     /// Where it is.
@@ -159,6 +158,57 @@ impl AsFd for ListeningSocket {
     }
 }
 
+/// The node of a socket under a name that nobody looks for, which is unlinked on drop.
+struct Hidden {
+    directory: OwnedFd,
+    name: String,
+    identity: (u64, u64),
+}
+
+impl Hidden {
+    /// Makes one in the directory of `path`.
+    fn bind(socket: &OwnedFd, path: &Path) -> Result<Hidden, Errno> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!(".cellblock-{}-{number}", std::process::id());
+        // However long the path of the directory is, this one is short.
+        let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+        bind(socket.as_raw_fd(), &UnixAddr::new(short.as_str())?)?;
+        let mut hidden = Hidden { directory, name, identity: (0, 0) };
+        let stat = fstatat(&hidden.directory, hidden.name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        hidden.identity = (stat.st_dev, stat.st_ino);
+        Ok(hidden)
+    }
+
+    /// Gives the node the mode that the umask has taken from it. By a descriptor, since the name
+    /// may lead elsewhere by now.
+    fn widen(&self, mode: Mode) -> Result<(), Errno> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let node = openat(&self.directory, self.name.as_str(), flags, Mode::empty())?;
+        let stat = fstat(&node)?;
+        if (stat.st_dev, stat.st_ino) != self.identity {
+            return Err(Errno::ESTALE);
+        }
+        let by_number = format!("/proc/self/fd/{}", node.as_raw_fd());
+        fchmodat(AT_FDCWD, by_number.as_str(), mode, FchmodatFlags::FollowSymlink)
+    }
+
+    /// Gives it its path, if nothing is there. From then on the path is ours to remove.
+    fn show(self, path: &Path) -> Result<Node, Errno> {
+        linkat(&self.directory, self.name.as_str(), AT_FDCWD, path, LinkatFlags::empty())?;
+        Ok(Node { path: path.to_owned(), identity: self.identity })
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = unlinkat(&self.directory, self.name.as_str(), UnlinkatFlags::NoRemoveDir);
+    }
+}
+
 impl Drop for Node {
     fn drop(&mut self) {
         // Somebody may have moved ours away and put theirs in its place.
@@ -175,19 +225,6 @@ fn identity(path: &Path) -> Result<(u64, u64), Errno> {
     let flags = AtFlags::AT_SYMLINK_NOFOLLOW | AtFlags::AT_EMPTY_PATH;
     let stat = fstatat(AT_FDCWD, path, flags)?;
     Ok((stat.st_dev, stat.st_ino))
-}
-
-/// Gives the node that we made the mode that the umask has taken from it. By a descriptor, since
-/// the path may lead elsewhere by now.
-fn widen(path: &Path, ours: (u64, u64), mode: Mode) -> Result<(), Errno> {
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let node = open(path, flags, Mode::empty())?;
-    let stat = fstat(&node)?;
-    if (stat.st_dev, stat.st_ino) != ours {
-        return Err(Errno::ESTALE);
-    }
-    let by_number = format!("/proc/self/fd/{}", node.as_raw_fd());
-    fchmodat(AT_FDCWD, by_number.as_str(), mode, FchmodatFlags::FollowSymlink)
 }
 
 /// Says what occupies `path`.
@@ -236,6 +273,7 @@ mod tests {
     use super::*;
     use crate::remedy::one_line;
     use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn the_node_is_private_and_goes_with_its_owner() {
@@ -251,6 +289,30 @@ mod tests {
         std::fs::write(&path, "somebody else's").unwrap();
         drop(made);
         assert!(path.exists(), "what is not ours stays");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nor is anything else left");
+    }
+
+    /// Who waits for the path to be there can connect then.
+    #[test]
+    fn what_can_be_seen_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        for _ in 0..2000 {
+            std::thread::scope(|scope| {
+                let client = scope.spawn(|| {
+                    let end = Instant::now() + Duration::from_secs(20);
+                    loop {
+                        match std::os::unix::net::UnixStream::connect(&path) {
+                            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                            result => return result.map(drop),
+                        }
+                        assert!(Instant::now() < end, "no socket");
+                    }
+                });
+                let _made = ListeningSocket::bind(&path).unwrap();
+                client.join().unwrap().expect("it listens");
+            });
+        }
     }
 
     /// On kernels that can: what a client sends cannot be what takes long to close.

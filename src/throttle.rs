@@ -29,6 +29,11 @@ impl Throttle {
         self.take_at(Instant::now())
     }
 
+    /// The number of those that were not said since the last one that was, when no more come.
+    pub fn end(&mut self) -> u64 {
+        std::mem::take(&mut self.unsaid)
+    }
+
     fn take_at(&mut self, now: Instant) -> Option<u64> {
         let earned = now.saturating_duration_since(self.since).as_nanos() / EVERY.as_nanos();
         if earned > 0 {
@@ -60,5 +65,6 @@ mod tests {
         let calm = later + EVERY * 10_000;
         assert_eq!(throttle.take_at(calm), Some(1));
         assert_eq!((1..1000).filter(|_| throttle.take_at(calm).is_some()).count(), 49);
+        assert_eq!((throttle.end(), throttle.end()), (950, 0));
     }
 }

@@ -45,6 +45,7 @@ impl Output {
         if !self.line.is_empty() {
             self.say();
         }
+        left_out(self.lines.end());
     }
 
     fn take(&mut self, bytes: &[u8]) {
@@ -60,13 +61,7 @@ impl Output {
 
     fn say(&mut self) {
         match self.lines.take() {
-            Some(0) => {}
-            Some(unsaid) => {
-                tracing::warn!(
-                    role = "plugin",
-                    "{unsaid} lines were left out: there were too many"
-                );
-            }
+            Some(unsaid) => left_out(unsaid),
             None => {
                 self.line.clear();
                 return;
@@ -75,6 +70,12 @@ impl Output {
         let text = printable(&String::from_utf8_lossy(&self.line));
         self.line.clear();
         tracing::warn!(role = "plugin", "{text}");
+    }
+}
+
+fn left_out(lines: u64) {
+    if lines > 0 {
+        tracing::warn!(role = "plugin", "{lines} lines were left out: there were too many");
     }
 }
 

@@ -7,7 +7,7 @@ use std::fs;
 
 use std::time::Duration;
 
-use cellblock::control::protocol::{EventKind, Request, State};
+use cellblock::control::protocol::{EventKind, State};
 use common::snapshot::{cellblock, refused_restore};
 use common::{LIMIT, Vm};
 use nix::sys::signal::Signal;
@@ -228,6 +228,4 @@ fn a_restored_vm_has_its_own_limit_of_deaths() {
     assert_eq!(failed.kind, EventKind::DeviceFailed { role, id, deaths: 1 });
     let output = cellblock(&["restore", at.to_str().unwrap(), "--max-deaths", "0"]);
     assert_eq!(output.status.code(), Some(2));
-    restored.ask(Request::Stop);
-    restored.ends_well();
 }

@@ -38,16 +38,15 @@
 
 mod client;
 mod error;
-mod futex;
 mod plain;
 pub mod slot;
 mod spin;
 mod types;
 pub mod wire;
 
+pub use cellblock_wire::futex::{wait_either, wake_private, wake_shared};
 pub use client::{GuestMemory, IoEvent, IrqEvent, Memory, Moment, Part, SOCKET_VARIABLE, Vcpu, Vm};
 pub use error::Error;
-pub use futex::{wait_either, wake_private, wake_shared};
 pub use plain::Plain;
 pub use spin::Spin;
 pub use types::{

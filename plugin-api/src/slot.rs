@@ -18,8 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use cellblock_wire::Mapping;
-
-use crate::futex::wake_shared;
+use cellblock_wire::futex::wake_shared;
 
 /// Bytes of one vCPU's slot.
 pub const SLOT: usize = 0x13000;

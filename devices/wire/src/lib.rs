@@ -9,6 +9,7 @@
 mod channel;
 pub mod closer;
 mod codec;
+pub mod futex;
 pub mod membarrier;
 mod shm;
 mod uffd;

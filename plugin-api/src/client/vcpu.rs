@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use cellblock_wire::futex::wait_shared;
 use kvm_bindings::{
     KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_cpuid_entry2,
     kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
@@ -14,7 +15,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, refused};
-use crate::futex::wait_shared;
 use crate::plain::Plain;
 use crate::slot::{MAX_DATA, MAX_ORDER, Slot, at, flag, kind, order, registers};
 use crate::spin::Spin;

@@ -3,9 +3,9 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
-use cellblock_wire::Mapping;
+use cellblock_wire::{Mapping, futex};
 
-use super::{KIND_READ, KIND_WRITE, MAX_VCPUS, Page, RingError, SLOTS, TICKETS, futex, reply_word};
+use super::{KIND_READ, KIND_WRITE, MAX_VCPUS, Page, RingError, SLOTS, TICKETS, reply_word};
 
 /// One register access of the guest.
 #[derive(Debug)]

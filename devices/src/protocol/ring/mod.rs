@@ -51,7 +51,6 @@
 //! have been carried out.
 
 mod consumer;
-mod futex;
 mod producer;
 #[cfg(test)]
 mod tests;

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fe
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cellblock_wire::Mapping;
+use cellblock_wire::{Mapping, futex};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{MAX_VCPUS, Page, RingError, SLOTS, TICKETS, futex, read_entry, write_entry};
+use super::{MAX_VCPUS, Page, RingError, SLOTS, TICKETS, read_entry, write_entry};
 
 /// What a read gives when nobody answers: an empty bus.
 const NOBODY: u8 = 0xff;

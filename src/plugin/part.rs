@@ -18,6 +18,9 @@ use super::session::{Part, Session};
 pub const OWNER: &str = "plugin0";
 /// How the names begin of those that attached and do not take part.
 const ATTACHED: &str = "attached-";
+/// What a plugin may leave unread, in bytes as [`Channel::unread`] counts them, and still be asked
+/// to come to rest: a third of the channel, so that there is room to tell it to go on.
+const UNREAD: usize = 64 << 10;
 /// Longest name of one that attached.
 const NAME: usize = 64;
 
@@ -51,18 +54,22 @@ impl Holder {
 
     /// Asks it to come to rest; false if it cannot be asked.
     pub fn quiesce(&self, epoch: u64) -> bool {
-        self.tell(&ToPart::Quiesce { epoch }, None)
+        self.has_room() && self.tell(&ToPart::Quiesce { epoch }, None)
     }
 
     /// Asks it to go back to `state`; false if it cannot be asked.
     pub fn restore(&self, epoch: u64, state: Vec<u8>) -> bool {
         let Ok((state, fd)) = Payload::new(state) else { return false };
-        self.tell(&ToPart::Restore { epoch, state }, fd.as_ref())
+        self.has_room() && self.tell(&ToPart::Restore { epoch, state }, fd.as_ref())
     }
 
     /// Lets it go on.
     pub fn thaw(&self, epoch: u64) {
         self.tell(&ToPart::Thaw { epoch }, None);
+    }
+
+    fn has_room(&self) -> bool {
+        self.part.as_ref().is_some_and(|part| part.unread() < UNREAD)
     }
 
     fn tell(&self, message: &ToPart, fd: Option<&OwnedFd>) -> bool {
@@ -186,5 +193,38 @@ impl Hub {
         };
         session.set_part(name, ours);
         Ok((theirs.into_fd(), payload, fd.flatten()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However often it is asked while it reads nothing: whoever is to rest is told to go on.
+    #[test]
+    fn what_reads_nothing_for_long_misses_no_thaw() {
+        for before in 0..2 {
+            let (ours, theirs) = Channel::pair().unwrap();
+            let holder = Holder { name: "p".into(), part: Some(Arc::new(ours.into())) };
+            (0..before).for_each(|epoch| holder.thaw(epoch));
+            let asked = (before..10_000).take_while(|epoch| {
+                let asked = holder.quiesce(*epoch);
+                holder.thaw(*epoch);
+                asked
+            });
+            let asked = asked.count() as u64;
+            assert!((10..9_000).contains(&asked), "{asked}");
+            let mut rests = 0;
+            while let Ok(Some((message, _))) = theirs.try_recv() {
+                match message {
+                    ToPart::Quiesce { epoch } => rests = epoch,
+                    ToPart::Thaw { epoch } if epoch >= rests => rests = 0,
+                    _ => {}
+                }
+            }
+            assert_eq!(rests, 0, "it was never told to go on");
+            // And now it can be asked again.
+            assert!(holder.quiesce(10_000));
+        }
     }
 }

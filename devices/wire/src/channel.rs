@@ -165,12 +165,26 @@ impl Channel {
     }
 
     /// Whether the peer has not read all that was sent.
-    #[allow(unsafe_code)] // an ioctl that nix does not have
     pub fn has_unread(&self) -> bool {
+        self.unread() > 0
+    }
+
+    /// What the peer has not read of what was sent, in bytes as the kernel counts them for its
+    /// limit: with what it takes to keep a message.
+    #[allow(unsafe_code)] // an ioctl that nix does not have
+    pub fn unread(&self) -> usize {
         let mut bytes: libc::c_int = 0;
         // SAFETY: the kernel writes an int.
         let result = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-        result == 0 && bytes > 0
+        if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+    }
+
+    /// Whether the peer closed its end, or died; what it had sent before can still be read.
+    pub fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        let told = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+            && told(&fds[0]).contains(PollFlags::POLLHUP)
     }
 
     /// Whether the next message, which is waited for at most so long, brings fds: they stay in it.
@@ -318,7 +332,11 @@ mod tests {
     #[test]
     fn a_dead_peer_is_closed_not_an_error_number() {
         let (a, b) = Channel::pair().expect("pair");
+        b.send(&1u8, &[]).expect("send");
+        assert!(!a.is_closed());
         drop(b);
+        assert!(a.is_closed());
+        assert_eq!(a.recv::<u8>().expect("what it had said").0, 1);
         assert!(matches!(a.recv::<u8>(), Err(ChannelError::Closed)));
         assert!(matches!(a.send(&1u8, &[]), Err(ChannelError::Closed)));
     }

@@ -365,6 +365,36 @@ fn a_death_within_a_snapshot_fails_it_and_the_guest_goes_on() {
     vm.ends_well();
 }
 
+/// It is killed while a vCPU waits for it: no cut can be made until another is there, and that is
+/// not waited for.
+#[test]
+fn a_death_with_a_vcpu_waiting_fails_the_snapshot_at_once() {
+    let mut vm = Vm::with("mode=pause every=1").disk(4).start();
+    vm.wait_for("pause: n=20 ");
+    let events = vm.events();
+    let pid = vm.pid_of("serial", "com1");
+    send(pid, Signal::SIGSTOP);
+    let vcpu = poll(LIMIT, || proc::thread(vm.pid(), "vcpu0")).unwrap();
+    let waits = || proc::sleeps_in(vm.pid(), vcpu) == Some(libc::SYS_futex_waitv);
+    poll(LIMIT, || waits().then_some(())).unwrap();
+    let killer = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(400));
+        send(pid, Signal::SIGKILL);
+    });
+    let begun = Instant::now();
+    let message = refused(&mut vm);
+    let took = begun.elapsed();
+    killer.join().unwrap();
+    assert!(took < Duration::from_secs(3), "the death was not noticed: {took:?}");
+    assert!(message.contains("serial com1: vcpu 0 waits for the device at port"), "{message}");
+    assert!(message.contains("whose process is dead"), "{message}");
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::DeviceReplaced { .. }));
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 /// A cut that is held while the process is replaced: the machine goes on with its console.
 #[test]
 fn a_death_while_a_cut_is_held_is_a_replacement() {

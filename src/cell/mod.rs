@@ -191,6 +191,11 @@ impl Cell {
         self.open
     }
 
+    /// The process is dead, or has closed its channel: also where that was not heard of yet.
+    pub fn has_ended(&self) -> bool {
+        !self.open || self.channel.is_closed()
+    }
+
     /// The next message other than a log line, which is logged here. `None` when
     /// there is no more for now, or for ever: see [`Cell::is_open`]. A process that
     /// sends without end gets `None` after [`ROUND`] lines: others have their turn.

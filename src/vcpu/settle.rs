@@ -24,6 +24,17 @@ pub enum SettleError {
         /// What it waits for.
         access: Outstanding,
     },
+    /// Nobody will finish it.
+    #[error(
+        "vcpu {vcpu} waits for the device at {} {:#x}, whose process is dead",
+        space(.access.space), .access.addr
+    )]
+    Dead {
+        /// The vCPU.
+        vcpu: usize,
+        /// What it waits for.
+        access: Outstanding,
+    },
     /// Something else happened in between.
     #[error(transparent)]
     Pause(#[from] PauseError),
@@ -42,12 +53,17 @@ impl Vcpus {
         &self.outstanding
     }
 
-    /// Has no vCPU in the middle of an access, `deadline` from now at the latest. To be called
-    /// when all are paused.
+    /// Has no vCPU in the middle of an access, `deadline` from now at the latest; no longer than
+    /// until `is_dead` says of an access that nobody will finish it. To be called when all are
+    /// paused.
     ///
     /// # Errors
     /// [`SettleError`]; none of them runs on then.
-    pub fn settle(&mut self, deadline: Duration) -> Result<(), SettleError> {
+    pub fn settle(
+        &mut self,
+        deadline: Duration,
+        is_dead: impl Fn(&Outstanding) -> bool,
+    ) -> Result<(), SettleError> {
         let until = Instant::now() + deadline;
         let [mut breath, longest] = BREATH;
         let states = self.states().into_iter().enumerate();
@@ -61,6 +77,9 @@ impl Vcpus {
             let Some(&(vcpu, access)) = waiting.first() else { return Ok(()) };
             if Instant::now() >= until {
                 return Err(SettleError::Waits { vcpu, access });
+            }
+            if let Some(&(vcpu, access)) = waiting.iter().find(|(_, access)| is_dead(access)) {
+                return Err(SettleError::Dead { vcpu, access });
             }
             for (id, _) in &waiting {
                 self.let_go(*id);

@@ -32,13 +32,14 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::event_loop::Vm;
+use crate::cell::{Cell, com1};
 use crate::control::protocol::{EventKind, Reply, SnapshotDisk, SnapshotReport};
 use crate::control::server::{Response, Token};
 use crate::snapshot::coordinator::{Coordinator, CutError, Input, Phase};
 use crate::snapshot::dirty::Tracker;
 use crate::snapshot::format::{PAGE, SnapshotId};
 use crate::snapshot::state::{Host, HostFacts, Metadata};
-use crate::vcpu::VcpuState;
+use crate::vcpu::{Outstanding, VcpuState};
 use crate::vm::kvm::KvmError;
 use crate::vm::layout;
 use coming::Coming;
@@ -347,7 +348,12 @@ impl Vm {
             self.or_give_up("the vCPUs", paused)?;
         }
         let left = end.saturating_duration_since(Instant::now());
-        let settled = self.vcpus.settle(left);
+        let cells = &self.cells;
+        let is_dead = |access: &Outstanding| {
+            let console = cells.iter().find(|cell| cell.id() == com1::ID);
+            plugins::is_console(access) && console.is_some_and(Cell::has_ended)
+        };
+        let settled = self.vcpus.settle(left, is_dead);
         let who = settled.as_ref().err().map(|error| self.who_holds(error)).unwrap_or_default();
         self.or_give_up(&who, settled)
     }

@@ -11,13 +11,22 @@ use super::devices::Frozen;
 use super::reset::{self, ResetError};
 use cellblock_plugin_api::Space;
 
+use crate::cell::com1;
+use crate::cell::serial::PORTS;
 use crate::plugin::{self, Holder, PartAnswer};
 use crate::snapshot::coordinator::{CutError, Input};
 use crate::snapshot::state::{MicrovmState, PluginState};
-use crate::vcpu::{self, SettleError};
+use crate::vcpu::{self, Outstanding, SettleError};
+use crate::vm::layout;
 
 /// What a write that has begun has at least to end.
 const MOMENT: Duration = Duration::from_millis(100);
+
+/// An access to the console's registers.
+pub(super) fn is_console(access: &Outstanding) -> bool {
+    let ports = u64::from(layout::SERIAL_PORT)..u64::from(layout::SERIAL_PORT) + PORTS;
+    access.space == vcpu::Space::Port && ports.contains(&access.addr)
+}
 
 /// A plugin as one who takes part.
 pub(super) fn plugin_name(name: &str) -> String {
@@ -87,15 +96,19 @@ impl Vm {
 
     /// Whose fault it is that vCPUs are not between two instructions.
     pub(super) fn who_holds(&self, error: &SettleError) -> String {
-        let vcpus = || "the vCPUs".to_string();
-        let (SettleError::Waits { access, .. }, Some((hub, _))) = (error, &self.plugins) else {
-            return vcpus();
+        let (SettleError::Waits { access, .. } | SettleError::Dead { access, .. }) = error else {
+            return "the vCPUs".to_string();
         };
         let space = match access.space {
             vcpu::Space::Port => Space::Port,
             vcpu::Space::Mmio => Space::Mmio,
         };
-        hub.holder_of(space, access.addr).map_or_else(vcpus, |name| plugin_name(&name))
+        let plugin = self.plugins.as_ref().and_then(|(hub, _)| hub.holder_of(space, access.addr));
+        match plugin {
+            Some(name) => plugin_name(&name),
+            None if is_console(access) => format!("serial {}", com1::ID),
+            None => "the vCPUs".to_string(),
+        }
     }
 
     /// Lets every plugin go on that was asked to come to rest.

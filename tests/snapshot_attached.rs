@@ -5,10 +5,13 @@
 mod attach_support;
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{JoinHandle, spawn};
+use std::time::{Duration, Instant};
 
 use attach_support::{attach, kernel};
 use cellblock::control::protocol::{Reply, Request};
@@ -81,7 +84,10 @@ struct Device {
 impl Device {
     /// `name`: it takes part in snapshots.
     fn attach(vm: &Vm, name: Option<&str>) -> Device {
-        let api = attach(vm);
+        Device::over(attach(vm), name)
+    }
+
+    fn over(api: api::Vm, name: Option<&str>) -> Device {
         let shared = Arc::new(Shared::default());
         api.reserve_range(Space::Port, PORT, 4).unwrap();
         let mut threads = Vec::new();
@@ -151,6 +157,10 @@ fn take_part(part: &api::Part, shared: &Shared) {
         match moment {
             Moment::Quiesce(epoch) => {
                 let state = shared.lock().save();
+                if std::env::var_os(COUNTER).is_some() {
+                    // Most of the moments at which it is killed are in here.
+                    std::thread::sleep(Duration::from_millis(20));
+                }
                 part.quiesced(epoch, state).unwrap();
             }
             Moment::Restore(epoch, state) => {
@@ -439,4 +449,71 @@ fn block(snapshot: &Path) -> Vec<u8> {
         }
     }
     block
+}
+
+/// The socket that this test's own program is to attach to, when it is another process.
+const COUNTER: &str = "CELLBLOCK_TEST_COUNTER";
+
+/// A device in a process of its own, which says when it has counted for a while.
+fn counter(vm: &Vm) -> Child {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "as_a_counter", "--nocapture"])
+        .env(COUNTER, vm.path("plugin"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains("counts on")), "the counter has ended");
+    child
+}
+
+#[test]
+fn as_a_counter() {
+    let Ok(path) = std::env::var(COUNTER) else { return };
+    let device = Device::over(api::Vm::attach(Path::new(&path)).unwrap(), Some("counter"));
+    device.goes_on();
+    println!("counts on");
+    device.ends();
+}
+
+/// A program that takes part dies: the snapshot is whole or not there, and the guest goes on, with
+/// the next one of its name.
+#[test]
+fn a_program_killed_at_any_moment_of_a_snapshot_leaves_a_whole_one_or_none() {
+    const MOMENTS: u32 = 16;
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = tiny(dir.path(), ECHO, "");
+    drop(attach(&vm)); // its sockets are there
+    let mut program = counter(&vm);
+    let begun = Instant::now();
+    vm.snapshot(&dir.path().join("first"), &[]);
+    let took = begun.elapsed();
+    let mut whole = 0;
+    for moment in 0..MOMENTS {
+        let options: &[&str] = if moment % 2 == 0 { &[] } else { &["--live"] };
+        let ended = std::thread::scope(|scope| {
+            let snapshot = scope.spawn(|| vm.try_snapshot(&at, options));
+            std::thread::sleep(took * moment / MOMENTS);
+            program.kill().unwrap();
+            program.wait().unwrap();
+            snapshot.join().unwrap()
+        });
+        assert_eq!(at.exists(), ended.status.success(), "{ended:?}");
+        if at.exists() {
+            whole += 1;
+            Chain::open(&at).unwrap().verify_all(|_, _| {}).unwrap();
+            std::fs::remove_dir_all(&at).unwrap();
+        }
+        program = counter(&vm);
+    }
+    eprintln!("killed {MOMENTS} times: {whole} whole");
+    assert!(whole < MOMENTS, "it was never killed in time");
+    vm.snapshot(&at, &[]);
+    let left = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with('.')).collect();
+    assert!(left.is_empty(), "{left:?}");
+    program.kill().unwrap();
+    program.wait().unwrap();
+    stop(vm);
 }

@@ -18,11 +18,15 @@ use nix::sys::signal::Signal;
 const MOMENTS: u64 = 24;
 
 fn begin(vm: &Vm, to: &Path) -> Child {
+    begin_with(vm, to, &["--disks", "copy"])
+}
+
+fn begin_with(vm: &Vm, to: &Path, options: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_cellblock"))
         .arg("snapshot")
         .arg(vm.path("control"))
         .arg(to)
-        .args(["--disks", "copy"])
+        .args(options)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -99,11 +103,14 @@ fn counts_on(vm: &mut Vm) {
 
 /// A device's process dies: the snapshot is whole or not there, and the guest, whose count and blocks
 /// and clock it checks itself, goes on with the process that comes in its place.
-fn device_killed_at_any_moment(role: &str, id: &str) {
+fn device_killed_at_any_moment(role: &str, id: &str, disk: &str, options: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
-    let mut vm = Vm::with("mode=pause every=20").disk(4).arg("--max-deaths").arg("1000").start();
+    let vm = Vm::with("mode=pause every=20").disk_with(4 << 20, disk);
+    let mut vm = vm.arg("--max-deaths").arg("1000").start();
     vm.wait_for_line("pause: n=40 ");
-    let took = undisturbed(&vm, &dir.path().join("first"));
+    let begun = std::time::Instant::now();
+    assert!(begin_with(&vm, &dir.path().join("first"), options).wait().unwrap().success());
+    let took = begun.elapsed();
     let (mut whole, mut pid) = (0, 0);
     for moment in 0..MOMENTS {
         let at = dir.path().join("s");
@@ -114,7 +121,7 @@ fn device_killed_at_any_moment(role: &str, id: &str) {
             found.map(|process| process.pid)
         });
         pid = there.unwrap_or_else(|| vm.fail("nothing takes the place of the process"));
-        let mut writer = begin(&vm, &at);
+        let mut writer = begin_with(&vm, &at, options);
         std::thread::sleep(
             took * moment as u32 / MOMENTS as u32 + Duration::from_micros(moment * 7),
         );
@@ -136,12 +143,17 @@ fn device_killed_at_any_moment(role: &str, id: &str) {
 
 #[test]
 fn a_disks_process_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
-    device_killed_at_any_moment("blk", "disk0");
+    device_killed_at_any_moment("blk", "disk0", "", &["--disks", "copy"]);
+}
+
+#[test]
+fn a_cow_disks_process_killed_at_any_moment_of_a_live_snapshot() {
+    device_killed_at_any_moment("blk", "disk0", ",cow", &["--live"]);
 }
 
 #[test]
 fn a_consoles_process_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
-    device_killed_at_any_moment("serial", "com1");
+    device_killed_at_any_moment("serial", "com1", "", &["--disks", "copy"]);
 }
 
 #[test]

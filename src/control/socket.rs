@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
@@ -158,26 +158,48 @@ impl AsFd for ListeningSocket {
     }
 }
 
+/// Removes the sockets of a process that was killed: at `path`, and what it was making there.
+pub(crate) fn clear(path: &Path, pid: u32) {
+    let _ = std::fs::remove_file(path);
+    let _ = std::fs::remove_file(path.with_file_name(hidden_name(pid)));
+}
+
+/// Under which name a process makes a socket.
+fn hidden_name(pid: u32) -> String {
+    format!(".cellblock-{pid}")
+}
+
 /// The node of a socket under a name that nobody looks for, which is unlinked on drop.
 struct Hidden {
     directory: OwnedFd,
     name: String,
     identity: (u64, u64),
+    /// The name is that of the process: one socket at a time.
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Hidden {
     /// Makes one in the directory of `path`.
     fn bind(socket: &OwnedFd, path: &Path) -> Result<Hidden, Errno> {
-        static MADE: AtomicU32 = AtomicU32::new(0);
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-        let number = MADE.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".cellblock-{}-{number}", std::process::id());
+        let name = hidden_name(std::process::id());
         // However long the path of the directory is, this one is short.
         let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
-        bind(socket.as_raw_fd(), &UnixAddr::new(short.as_str())?)?;
-        let mut hidden = Hidden { directory, name, identity: (0, 0) };
+        let address = UnixAddr::new(short.as_str())?;
+        let made = match bind(socket.as_raw_fd(), &address) {
+            // Of a process of this number that was killed.
+            Err(Errno::EADDRINUSE) => {
+                unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
+                bind(socket.as_raw_fd(), &address)
+            }
+            made => made,
+        };
+        made?;
+        let mut hidden = Hidden { directory, name, identity: (0, 0), _turn: turn };
         let stat = fstatat(&hidden.directory, hidden.name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
         hidden.identity = (stat.st_dev, stat.st_ino);
         Ok(hidden)
@@ -290,6 +312,20 @@ mod tests {
         drop(made);
         assert!(path.exists(), "what is not ours stays");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nor is anything else left");
+    }
+
+    #[test]
+    fn what_a_killed_process_was_making_is_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let left = dir.path().join(hidden_name(std::process::id()));
+        std::fs::write(&left, "").unwrap();
+        let made = ListeningSocket::bind(&path).unwrap();
+        assert!(!left.exists());
+        std::mem::forget(made.node);
+        std::fs::write(&left, "").unwrap();
+        clear(&path, std::process::id());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     /// Who waits for the path to be there can connect then.

@@ -17,6 +17,7 @@ use super::claimers::Claimers;
 use super::engine::Factory;
 use super::protocol::{Claim, FromShell, Preparation, Stage, ToShell};
 use super::scratch::Scratch;
+use crate::control::socket;
 use crate::remedy::{Remedy, printable};
 use crate::snapshot::format::SnapshotId;
 
@@ -360,7 +361,7 @@ impl Drop for Shell {
             let _ = self.child.wait();
         }
         // It removes them itself if it can.
-        let _ = std::fs::remove_file(&self.control);
-        let _ = std::fs::remove_file(&self.console);
+        socket::clear(&self.control, self.child.id());
+        socket::clear(&self.console, self.child.id());
     }
 }

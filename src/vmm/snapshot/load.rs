@@ -32,6 +32,8 @@ pub enum LoadError {
     Refused(String),
     #[error("the {0} process did not answer in time")]
     Silent(String),
+    #[error("the {0} process died")]
+    Died(String),
     #[error("disk {0}")]
     Disk(String, #[source] FreezeError),
     #[error("disk {0}")]
@@ -115,7 +117,7 @@ impl Vm {
         let n = n.ok_or_else(|| LoadError::NoDevice(device.id.clone()))?;
         match self.cells[n].channel().try_send(&ToCell::Load(Box::new(load)), &[]) {
             Ok(true) => Ok(n),
-            _ => Err(LoadError::Silent(self.name_of(n))),
+            _ => Err(self.no_answer(n)),
         }
     }
 
@@ -127,8 +129,15 @@ impl Vm {
                 Some(FromCell::Loaded(true)) => return Ok(()),
                 Some(FromCell::Loaded(false)) => return Err(LoadError::Refused(self.name_of(n))),
                 Some(other) => self.cell_message(n, other),
-                None => return Err(LoadError::Silent(self.name_of(n))),
+                None => return Err(self.no_answer(n)),
             }
+        }
+    }
+
+    fn no_answer(&self, n: usize) -> LoadError {
+        match self.cells[n].has_ended() {
+            true => LoadError::Died(self.name_of(n)),
+            false => LoadError::Silent(self.name_of(n)),
         }
     }
 

@@ -33,6 +33,8 @@ fn every_way_to_drive_it_works() {
         ("qd=64 queues=2 irq event-idx indirect segments=4", ",engine=io_uring"),
         ("qd=64 queues=2 event-idx sectors=1", ",engine=io_uring,poll-us=1000"),
         ("qd=4 irq indirect sectors=256 segments=3", ",engine=io_uring,direct"),
+        ("qd=32 queues=32 irq event-idx", ",queues=32,direct"),
+        ("qd=32 queues=32", ",queues=32,engine=io_uring"),
     ] {
         let verified = "blk: verified=2097152 bytes generation=2";
         let image = run("blk", &format!("mib=2 rounds=2 seed=1 {how}"), options, &[verified]);

@@ -12,8 +12,9 @@ use super::JailError;
 const LIMITS: [(Resource, u64, &str); 8] = [
     // A core file would hold guest memory.
     (Resource::RLIMIT_CORE, 0, "limit core files"),
-    // Sockets, queues' eventfds, memory regions.
-    (Resource::RLIMIT_NOFILE, 256, "limit open files"),
+    // Sockets, memory regions, and for each of 32 queues eight: three events of the front end's,
+    // three of its thread, and its io_uring with one more.
+    (Resource::RLIMIT_NOFILE, 512, "limit open files"),
     // Queue workers and io_uring's kernel threads.
     (Resource::RLIMIT_NPROC, 256, "limit threads"),
     // io_uring counts its rings as locked: 28 KiB for each of 32 queues.

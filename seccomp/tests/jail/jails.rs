@@ -70,7 +70,7 @@ fn check_jail(cell: &Cell, root: bool) {
     }
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
     for line in
-        ["Max core file size        0                    0", "Max open files            256"]
+        ["Max core file size        0                    0", "Max open files            512"]
     {
         assert!(limits.contains(line), "{limits}");
     }

@@ -4,7 +4,8 @@
 mod common;
 
 use std::fs;
-
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use cellblock::control::protocol::{EventKind, State};
@@ -228,4 +229,35 @@ fn a_restored_vm_has_its_own_limit_of_deaths() {
     assert_eq!(failed.kind, EventKind::DeviceFailed { role, id, deaths: 1 });
     let output = cellblock(&["restore", at.to_str().unwrap(), "--max-deaths", "0"]);
     assert_eq!(output.status.code(), Some(2));
+}
+
+/// An image that was used past the page cache goes on as a `cow` disk, whose blocks come from two
+/// files.
+#[test]
+fn a_direct_disk_goes_on_as_a_cow_disk() {
+    // Where a block is a page, as it is in memory, sectors are parts of blocks.
+    let pages = tempfile::tempdir_in("/dev/shm").unwrap();
+    let direct = |dir: &Path| {
+        let path = dir.join("image");
+        fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
+        fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(&path).is_ok()
+    };
+    let dir = if direct(pages.path()) { pages } else { tempfile::tempdir().unwrap() };
+    direct(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let spec = format!("{},direct,engine=io_uring,id=disk0", at("image").display());
+    let mut vm = Vm::with("mode=pause every=20 sectors=1").arg("--disk").arg(spec).start();
+    vm.wait_for_line("pause: n=40 ");
+    vm.snapshot(&at("copied"), &["--disks", "copy"]);
+    vm.wait_for_line("pause: n=");
+    vm.snapshot(&at("referred"), &["--stop"]);
+    let named = Vm::restore(&at("referred")).arg("--disk").arg("id=disk0,cow");
+    for vm in [Vm::restore(&at("copied")), named] {
+        let mut vm = vm.start();
+        vm.wait_for_line("pause: n=");
+        vm.wait_for_line("pause: n=");
+        vm.say(b"q");
+        vm.wait_for("pause: ok");
+        vm.ends_well();
+    }
 }

@@ -220,9 +220,11 @@ impl Shape {
                 (None, None) => disk.record.path.clone(),
             };
             let mut spec = disk.record.spec(&device.id, image);
-            spec.cow = named.and_then(|named| named.cow.clone()).or(spec.cow);
-            if copy.is_some() && other.is_none() && !spec.read_only {
-                spec.cow.get_or_insert_default(); // the snapshot is not to change with the guest
+            // The snapshot is not to change with the guest.
+            let ours = copy.is_some() && other.is_none() && !spec.read_only;
+            let place = named.and_then(|named| named.cow.clone()).or(spec.cow.take());
+            if let Some(place) = place.or_else(|| ours.then(Place::default)) {
+                spec.keep_writes(place);
             }
             specs.push(spec);
         }

@@ -370,6 +370,14 @@ impl DiskSpec {
         DiskSpec { id, queues, vhost_user: Some(socket), ..DiskSpec::at(PathBuf::new()) }
     }
 
+    /// Keeps the guest's writes at `place`, off the image. Its blocks come from two files then,
+    /// through the page cache, however the image was used before.
+    pub fn keep_writes(&mut self, place: Place) {
+        self.cow = Some(place);
+        self.direct = false;
+        self.engine = self.engine.filter(|engine| *engine != EngineKind::IoUring);
+    }
+
     fn at(path: PathBuf) -> DiskSpec {
         DiskSpec {
             path,

@@ -49,6 +49,19 @@ fn every_key_of_this_version() {
 }
 
 #[test]
+fn a_disk_that_becomes_cow_goes_through_the_page_cache() {
+    for (spec, engine) in [
+        ("d,direct", None),
+        ("d,direct,engine=io_uring", None),
+        ("d,direct,engine=sync", Some(EngineKind::Sync)),
+    ] {
+        let mut disk = parse(spec).unwrap();
+        disk.keep_writes(Place::Memory);
+        assert_eq!((disk.cow, disk.direct, disk.engine), (Some(Place::Memory), false, engine));
+    }
+}
+
+#[test]
 fn limits_have_bursts() {
     let limits = |spec| parse(spec).unwrap().throttle;
     let rate = |per_second, burst| Some(Rate { per_second, burst });

@@ -477,10 +477,11 @@ fn open_disks(
             (None, None) => disk.record.path.clone(),
         };
         let mut spec = disk.record.spec(&id, path.clone());
-        spec.cow = other.and_then(|other| other.cow.clone()).or(spec.cow);
         // The snapshot is not to change with the guest.
-        if copied.is_some() && by_user.is_none() && !spec.read_only {
-            spec.cow.get_or_insert_default();
+        let ours = copied.is_some() && by_user.is_none() && !spec.read_only;
+        let place = other.and_then(|other| other.cow.clone()).or(spec.cow.take());
+        if let Some(place) = place.or_else(|| ours.then(Place::default)) {
+            spec.keep_writes(place);
         }
         // From its first write on, a clone's disk is another one.
         if let (Some(serial), Some(_)) = (clone_serial, &spec.cow) {

@@ -331,21 +331,17 @@ impl Vm {
 
     /// Asks for a process in the place of one that has ended.
     fn start_successor(&mut self, epoll: &Epoll, w: usize) {
-        if let Kind::Blk { recipe, .. } = &self.supervisor.watched[w].kind {
+        let wait = match &self.supervisor.watched[w].kind {
             // Its rings would go on, under whoever copies memory and disks.
-            let wait = if self.is_held() {
-                Some(HELD)
+            Kind::Blk { .. } | Kind::BackEnd { .. } if self.is_held() => Some(HELD),
             // What the kernel still does for the one before may write to guest memory. Nothing is
             // answered until that is over, were it with errors.
-            } else if recipe.is_held() {
-                Some(DRAINING)
-            } else {
-                None
-            };
-            if let Some(wait) = wait {
-                self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + wait);
-                return;
-            }
+            Kind::Blk { recipe, .. } if recipe.is_held() => Some(DRAINING),
+            _ => None,
+        };
+        if let Some(wait) = wait {
+            self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + wait);
+            return;
         }
         let watched = &self.supervisor.watched[w];
         let (id, failed) = (watched.id.clone(), watched.failed);

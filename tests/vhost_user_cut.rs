@@ -1,0 +1,90 @@
+//! Snapshots of a machine whose disk another program serves.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use cellblock::control::client::Client;
+use cellblock::control::protocol::EventKind;
+use common::{LIMIT, Options, Vm, poll, proc};
+
+/// A `cellblock vhost-user-blk` that serves `image` at `socket`, both in its directory.
+struct Server(Child);
+
+impl Server {
+    #[track_caller]
+    fn start(dir: &Path) -> Server {
+        let child = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+            .args(["vhost-user-blk", "--die-with-parent", "--socket", "socket", "--disk", "image"])
+            .current_dir(dir)
+            .spawn()
+            .unwrap();
+        assert!(poll(LIMIT, || dir.join("socket").exists().then_some(())).is_some(), "no socket");
+        Server(child)
+    }
+
+    /// In the place of this one, which is killed.
+    #[track_caller]
+    fn again(mut self, dir: &Path) -> Server {
+        let family = proc::family(self.0.id() as i32);
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+        proc::wait_gone(&family, LIMIT).expect("no process is left");
+        fs::remove_file(dir.join("socket")).unwrap();
+        Server::start(dir)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn served() -> (tempfile::TempDir, Server) {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("image")).unwrap().set_len(3 << 20).unwrap();
+    let server = Server::start(dir.path());
+    (dir, server)
+}
+
+fn vm_on(dir: &Path, cmdline: &str) -> Options {
+    let socket = dir.join("socket");
+    Vm::with(cmdline).arg("--disk").arg(format!("vhost-user={},id=far", socket.display()))
+}
+
+/// Its rings would run, under whoever copies memory.
+#[test]
+fn a_back_end_that_comes_back_waits_for_the_end_of_a_cut() {
+    let (dir, server) = served();
+    let mut vm = vm_on(dir.path(), "mode=blk mib=2 rounds=1000000 qd=16").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    let mut holder = Client::connect(&vm.path("control")).unwrap();
+    let cut = holder.snapshot(true, false, Duration::from_secs(5), "test", LIMIT).unwrap();
+    let memory = File::from(cut.memory);
+    let contents = || {
+        let mut bytes = vec![0; memory.metadata().unwrap().len() as usize];
+        memory.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    let before = contents();
+    let _server = server.again(dir.path());
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndGone { .. }));
+    // It is tried five times a second.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(contents() == before, "memory that is held was written to");
+    drop(holder);
+    let back = vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndBack { .. }));
+    assert_eq!(back.kind, EventKind::BackEndBack { id: "far".into(), resumed: true });
+    vm.wait_for("verified=");
+    vm.wait_for("verified=");
+    vm.signal(nix::sys::signal::Signal::SIGTERM);
+    vm.ends_well();
+}

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use cellblock::control::client::Client;
 use cellblock::control::protocol::{EventKind, State};
 use common::snapshot::{cellblock, refused_restore};
 use common::{LIMIT, Vm};
@@ -260,4 +261,28 @@ fn a_direct_disk_goes_on_as_a_cow_disk() {
         vm.wait_for("pause: ok");
         vm.ends_well();
     }
+}
+
+/// The process of a disk hangs when it is to go on after a cut: with the next one the disk is as
+/// good as before, also to whoever takes a snapshot.
+#[test]
+fn a_disk_whose_process_hung_at_a_thaw_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=20 ");
+    let events = vm.events();
+    let process = vm.pid_of("blk", "disk0");
+    let mut holder = Client::connect(&vm.path("control")).unwrap();
+    holder.snapshot(true, false, Duration::from_secs(5), "test", LIMIT).unwrap();
+    common::send(process, Signal::SIGSTOP);
+    drop(holder);
+    common::deaths::replaced(&mut vm, &events, "disk0", 1);
+    vm.snapshot(&at, &["--stop"]);
+    let mut restored = Vm::restore(&at).start();
+    restored.wait_for_line("pause: n=");
+    restored.wait_for_line("pause: n=");
+    restored.say(b"q");
+    restored.wait_for("pause: ok");
+    restored.ends_well();
 }

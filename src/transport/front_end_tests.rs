@@ -182,6 +182,11 @@ fn a_back_end_that_refuses_a_queue_is_not_started() {
 
 /// A front end whose ring was stopped at 7 before its back end was lost.
 fn lost_at_rest() -> FrontEnd {
+    at_rest().0
+}
+
+/// A front end that is watched, and whose ring was stopped at 7, with its back end.
+fn at_rest() -> (FrontEnd, Peer) {
     let (front_end, mut peer) = opened();
     front_end.watch(Box::new(|_| {}));
     let started = front_end.activate(activation());
@@ -192,7 +197,7 @@ fn lost_at_rest() -> FrontEnd {
     assert!(peer.behave_until(script::GET_VRING_BASE).is_empty());
     peer.reply_to(script::GET_VRING_BASE, &[0u32, 7].map(u32::to_le_bytes).concat());
     assert_eq!(front_end.wait(&frozen).expect("at rest"), [(0, 7)]);
-    front_end
+    (front_end, peer)
 }
 
 /// The far end of another connection, up to the start of its ring, and where that was set to.
@@ -221,6 +226,17 @@ fn rings_at_rest_go_on_where_they_were_over_another_connection() {
     let front_end = lost_at_rest();
     let (_peer, base) = reconnected(&front_end);
     assert_eq!(base, [0u32, 7].map(u32::to_le_bytes).concat());
+}
+
+/// A back end that hangs when it is to go on is lost, and the rings run with the next one: whoever
+/// thawed them is not told that they never will.
+#[test]
+fn a_thaw_that_nobody_answers_is_left_to_another_connection() {
+    let (front_end, peer) = at_rest();
+    assert!(front_end.wait_thawed(&front_end.thaw()).is_ok());
+    let (_next, base) = reconnected(&front_end);
+    assert_eq!(base, [0u32, 7].map(u32::to_le_bytes).concat());
+    drop(peer);
 }
 
 /// A cut that fails for want of a connection stops nothing after it.

@@ -5,10 +5,15 @@
 //! is queued behind the freeze it undoes: it is right also where nobody waited for the freeze
 //! to end. A connection that is lost in between has everything set up anew, and running.
 
+use std::time::Duration;
+
 use vhost::VhostBackend;
 
 use super::worker::Worker;
-use super::{Answer, FrontEnd, FrontEndError, Job};
+use super::{Answer, DEADLINE, FrontEnd, FrontEndError, Job, Waited};
+
+/// How long the thread takes at most to see that its connection was given up.
+const GIVEN_UP: Duration = Duration::from_secs(1);
 
 impl FrontEnd {
     /// Stops every ring that runs; answers with index and position of each.
@@ -19,6 +24,19 @@ impl FrontEnd {
     /// Has the rings go on that [`FrontEnd::freeze`] stopped, where they stand.
     pub fn thaw(&self) -> Answer<()> {
         self.post(Job::Thaw)
+    }
+
+    /// Waits until they do. A back end that is silent for too long is given up, which is no
+    /// failure of the thaw where somebody watches: over the next connection they run.
+    pub fn wait_thawed(&self, answer: &Answer<()>) -> Result<(), FrontEndError> {
+        let error = match self.wait(answer) {
+            Err(error @ FrontEndError::Silent { .. }) => error,
+            result => return result,
+        };
+        match answer.wait(DEADLINE + GIVEN_UP) {
+            Waited::Done(result) => result,
+            Waited::Kicked | Waited::TimedOut => Err(error),
+        }
     }
 }
 

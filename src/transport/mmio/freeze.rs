@@ -132,7 +132,7 @@ impl VirtioMmio {
 
     /// Waits until it goes on. Where it cannot, its driver has to reset it.
     pub fn finish_thaw(&self, begun: &Answer<()>) -> Result<(), FreezeError> {
-        self.front_end.wait(begun).map_err(|error| {
+        self.front_end.wait_thawed(begun).map_err(|error| {
             self.fail();
             FreezeError::FrontEnd(error)
         })

@@ -30,6 +30,9 @@ use crate::vm::memory::GuestRam;
 
 /// Bytes of `struct virtio_blk_config` (virtio 1.2 section 5.2.4).
 const CONFIG_LEN: u32 = 60;
+/// Topology and the alignment of discards: they are of the image's file system, and another image
+/// can be on another.
+const CONFIG_ADVICE: &[Range<usize>] = &[24..32, 44..48];
 /// Its only byte that a driver writes: the cache mode, `writeback`.
 const CONFIG_WRITEBACK: Range<u64> = 32..33;
 /// How many queues it has, `num_queues`.
@@ -285,7 +288,8 @@ impl StartingDisk {
         if let Some(socket) = self.socket.take() {
             // What another program lacks is said when it has said what it has.
             let least = if self.cell.is_some() { self.queues } else { 1 };
-            let needs = Needs { config_len: CONFIG_LEN, least, most: self.queues };
+            let (config_len, advice, most) = (CONFIG_LEN, CONFIG_ADVICE, self.queues);
+            let needs = Needs { config_len, advice, least, most };
             let front_end = FrontEnd::start(&self.id, socket, needs, ram.clone(), confine)?;
             let answer = front_end.open();
             self.front_end = Some((front_end, answer));

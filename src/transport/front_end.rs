@@ -22,6 +22,7 @@ mod worker;
 
 use std::fs::File;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -120,6 +121,8 @@ pub struct DeviceInfo {
 pub struct Needs {
     /// Bytes of the device configuration space.
     pub config_len: u32,
+    /// Those of them that only advise a driver: they may differ in who comes after.
+    pub advice: &'static [Range<usize>],
     /// Queues it has to serve.
     pub least: u16,
     /// Queues that there is a use for.

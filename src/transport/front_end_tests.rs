@@ -7,7 +7,7 @@ use crate::event::event;
 use crate::transport::script::{self, Peer};
 
 const CONFIG_LEN: u32 = 8;
-const NEEDS: Needs = Needs { config_len: CONFIG_LEN, least: 1, most: 1 };
+const NEEDS: Needs = Needs { config_len: CONFIG_LEN, advice: &[6..8], least: 1, most: 1 };
 
 fn front_end() -> (FrontEnd, Peer) {
     let (near, far) = UnixStream::pair().expect("pair");
@@ -200,15 +200,22 @@ fn at_rest() -> (FrontEnd, Peer) {
     (front_end, peer)
 }
 
-/// The far end of another connection, up to the start of its ring, and where that was set to.
-fn reconnected(front_end: &FrontEnd) -> (Peer, Vec<u8>) {
+/// The far end of another connection, which has said that its configuration is `contents`.
+fn introduced(front_end: &FrontEnd, contents: &[u8]) -> Peer {
     let (near, far) = UnixStream::pair().expect("pair");
     let mut peer = Peer(far);
     front_end.reconnect(near).expect("asked");
     peer.behave_until(script::GET_CONFIG);
     let mut config = [0u32, CONFIG_LEN, 0].map(u32::to_le_bytes).concat();
-    config.extend_from_slice(b"contents");
+    config.extend_from_slice(contents);
     peer.reply_to(script::GET_CONFIG, &config);
+    peer
+}
+
+/// The far end of another connection, up to the start of its ring, and where that was set to. Its
+/// configuration is another in what is only advice.
+fn reconnected(front_end: &FrontEnd) -> (Peer, Vec<u8>) {
+    let mut peer = introduced(front_end, b"conten--");
     let base = loop {
         let message = peer.next().expect("the ring is set up");
         if message.request == script::SET_VRING_BASE {
@@ -237,6 +244,19 @@ fn a_thaw_that_nobody_answers_is_left_to_another_connection() {
     let (_next, base) = reconnected(&front_end);
     assert_eq!(base, [0u32, 7].map(u32::to_le_bytes).concat());
     drop(peer);
+}
+
+/// What a driver was told of its device holds, however often another one is offered.
+#[test]
+fn a_back_end_that_is_another_is_refused_each_time() {
+    let front_end = lost_at_rest();
+    for _ in 0..3 {
+        let mut peer = introduced(&front_end, b"another!");
+        peer.0.set_read_timeout(Some(DEADLINE)).expect("timeout");
+        assert!(peer.listen_to_the_end().is_empty(), "it is set up");
+    }
+    let (_peer, base) = reconnected(&front_end);
+    assert_eq!(base, [0u32, 7].map(u32::to_le_bytes).concat());
 }
 
 /// A cut that fails for want of a connection stops nothing after it.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
@@ -255,14 +256,16 @@ impl Worker {
         let before = self.info.clone();
         let info = self.open()?;
         if let Some(before) = before {
+            // Also for whoever comes after one that is refused.
+            let before = self.info.insert(before);
             let changed = |what| FrontEndError::Changed { id: self.id.clone(), what };
             if before.features & !info.features != 0 {
                 return Err(changed("fewer features than before"));
             }
-            if before.config != info.config || info.queues < before.queues {
+            let same = is_same(&before.config, &info.config, self.needs.advice);
+            if !same || info.queues < before.queues {
                 return Err(changed("another configuration than before"));
             }
-            self.info = Some(before);
         }
         let Some(mut active) = self.active.take() else { return Ok(true) };
         let result = match active.record {
@@ -482,6 +485,14 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// Whether two configurations differ in nothing but `advice`.
+fn is_same(one: &[u8], other: &[u8], advice: &[Range<usize>]) -> bool {
+    let given = |(at, (one, other)): (usize, (&u8, &u8))| {
+        one == other || advice.iter().any(|range| range.contains(&at))
+    };
+    one.len() == other.len() && one.iter().zip(other).enumerate().all(given)
 }
 
 /// Whether the connection is of no more use: everything but a polite refusal.

@@ -21,7 +21,7 @@ const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
-const NEEDS: Needs = Needs { config_len: 60, least: 1, most: 1 };
+const NEEDS: Needs = Needs { config_len: 60, advice: &[], least: 1, most: 1 };
 const DISK: u64 = 1 << 20;
 
 /// A device, and the front end's other half of the connection.

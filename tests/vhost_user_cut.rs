@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use cellblock::control::client::Client;
 use cellblock::control::protocol::EventKind;
+use common::snapshot::refused_restore;
 use common::{LIMIT, Options, Vm, poll, proc};
 
 /// A `cellblock vhost-user-blk` that serves `image` at `socket`, both in its directory.
@@ -87,4 +88,19 @@ fn a_back_end_that_comes_back_waits_for_the_end_of_a_cut() {
     vm.wait_for("verified=");
     vm.signal(nix::sys::signal::Signal::SIGTERM);
     vm.ends_well();
+}
+
+/// Nobody would keep its writes off the image.
+#[test]
+fn a_back_ends_disk_is_not_restored_as_cow() {
+    let (dir, _server) = served();
+    let mut vm = vm_on(dir.path(), "mode=pause every=20").start();
+    vm.wait_for_line("pause: n=20 ");
+    let at = dir.path().join("s");
+    vm.snapshot(&at, &["--stop"]);
+    let before = fs::read(dir.path().join("image")).unwrap();
+    let line = refused_restore(&at, &["--disk", "id=far,cow"]);
+    assert!(line.contains("disk 'far' is served by another program"), "{line}");
+    assert!(line.contains("leave 'cow' away"), "{line}");
+    assert!(fs::read(dir.path().join("image")).unwrap() == before);
 }

@@ -137,6 +137,8 @@ pub enum RestoreError {
     NotLazy(String),
     #[error("disk '{0}' is served by another program, which clones would share")]
     NotCloned(String),
+    #[error("disk '{0}' is served by another program, which has the image")]
+    NotKept(String),
     #[error(transparent)]
     Pager(#[from] PagerError),
     #[error("setting the machine's state")]
@@ -151,6 +153,9 @@ impl Remedy for RestoreError {
             }
             RestoreError::Userfaultfd(_) | RestoreError::NotLazy(_) => {
                 Some("use '--memory-mode eager'; lazy memory needs to open that device".into())
+            }
+            RestoreError::NotKept(_) => {
+                Some("leave 'cow' away here, and give it to 'cellblock vhost-user-blk'".into())
             }
             RestoreError::NeedsPlugin(name) if name == plugin::OWNER => {
                 Some("give its program with '--plugin PATH', and its arguments with '-p'".into())
@@ -457,6 +462,9 @@ fn open_disks(
             }
             Saved::BackEnd(disk) => {
                 let other = named.iter().find(|other| other.id == id);
+                if other.is_some_and(|other| other.cow.is_some()) {
+                    return Err(RestoreError::NotKept(id).into());
+                }
                 let socket = other.and_then(|other| other.path.clone()).unwrap_or(disk.socket);
                 // No more than any disk has, or it is not opened.
                 let queues = u16::try_from(disk.transport.queues.len()).unwrap_or(u16::MAX);

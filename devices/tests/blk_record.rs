@@ -6,7 +6,8 @@
 mod blk_driver;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,8 @@ use cellblock_devices::protocol::{Rate, ThrottleLimits};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserInflight, VhostUserVirtioFeatures,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserVirtioFeatures,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -132,6 +134,43 @@ fn a_cache_that_was_turned_off_stays_off_until_the_driver_starts_over() {
     hand_over(&mut successor, &record);
     assert_eq!(writeback(&mut successor), 1);
     drop(queue);
+}
+
+/// The state of a device is taken before its driver's features are told, or after.
+#[test]
+fn a_cache_that_was_turned_off_stays_off_where_its_state_is_taken() {
+    let features = FEATURES | F_CONFIG_WCE;
+    let mut device = Device::start(&Options::default(), features);
+    set_config(&mut device, WRITEBACK, 0);
+    let (mut from, to) = std::io::pipe().expect("pipe");
+    transfer(&device, VhostTransferStateDirection::SAVE, to.into());
+    let mut state = Vec::new();
+    from.read_to_end(&mut state).expect("state");
+    let take = |device: &Device| {
+        let (from, mut to) = std::io::pipe().expect("pipe");
+        transfer(device, VhostTransferStateDirection::LOAD, from.into());
+        to.write_all(&state).expect("state");
+        drop(to);
+        device.front.check_device_state().expect("taken");
+    };
+    let mut after = Device::start(&Options::default(), features);
+    take(&after);
+    assert_eq!(config(&mut after, WRITEBACK), 0);
+    let (mut before, _) = Device::bare(&Options::default());
+    before.agree();
+    take(&before);
+    before.tell(features);
+    assert_eq!(config(&mut before, WRITEBACK), 0);
+    // The next driver has a cache again.
+    before.front.reset_device().expect("reset");
+    before.tell(features);
+    assert_eq!(config(&mut before, WRITEBACK), 1);
+}
+
+fn transfer(device: &Device, direction: VhostTransferStateDirection, pipe: OwnedFd) {
+    let phase = VhostTransferStatePhase::STOPPED;
+    let own = device.front.set_device_state_fd(direction, phase, pipe).expect("transfer");
+    assert!(own.is_none());
 }
 
 /// A driver without flushes has no cache to begin with, and the next one has again.

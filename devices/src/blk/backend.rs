@@ -82,6 +82,8 @@ pub(super) struct Backend {
     transferred: bool,
     /// Where a state comes from that is still to be taken.
     incoming: Option<File>,
+    /// The cache mode of one that was taken before its driver's features were told.
+    loaded: Option<u8>,
 }
 
 impl Backend {
@@ -113,6 +115,7 @@ impl Backend {
             failed: false,
             transferred: false,
             incoming: None,
+            loaded: None,
             disk,
         }
     }
@@ -255,7 +258,8 @@ impl Backend {
         }
         // Without flushes there is no cache to begin with (virtio 1.2, 5.2.5.2).
         if features != self.acked && has(features, VIRTIO_BLK_F_CONFIG_WCE) {
-            self.config[WRITEBACK] = has(features, VIRTIO_BLK_F_FLUSH).into();
+            let first = has(features, VIRTIO_BLK_F_FLUSH).into();
+            self.config[WRITEBACK] = self.loaded.take().unwrap_or(first);
             self.record_cache_mode();
         }
         self.acked = features;
@@ -371,7 +375,7 @@ impl Backend {
     fn reset(&mut self) -> Result<()> {
         self.stop()?;
         self.acked = 0;
-        self.records = None;
+        (self.records, self.loaded) = (None, None);
         self.config = config::space(&self.disk, self.vrings.len() as u16);
         for vring in &mut self.vrings {
             vring.forget();

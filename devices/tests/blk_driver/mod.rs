@@ -164,6 +164,12 @@ impl Device {
     }
 
     pub fn negotiate(&mut self, features: u64) {
+        self.agree();
+        self.tell(features);
+    }
+
+    /// Agrees on how to speak with it.
+    pub fn agree(&mut self) {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.front.set_owner().expect("owner");
         self.offered = self.front.get_features().expect("features");
@@ -172,6 +178,11 @@ impl Device {
         self.front.set_protocol_features(offered).expect("set protocol features");
         assert!(offered.contains(VhostUserProtocolFeatures::REPLY_ACK));
         self.front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+
+    /// Tells it what its driver accepted.
+    pub fn tell(&mut self, features: u64) {
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.front.set_features(features | protocol).expect("set features");
     }
 

@@ -88,6 +88,8 @@ impl Backend {
             return Err(Error::InvalidOperation("the state is of another disk, or none"));
         }
         self.config[WRITEBACK] = bytes[17];
+        // A front end may tell of the driver only after that.
+        self.loaded = (self.acked == 0).then_some(bytes[17]);
         Ok(())
     }
 }

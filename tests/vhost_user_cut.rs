@@ -1,4 +1,4 @@
-//! Snapshots of a machine whose disk another program serves.
+//! A machine whose disk another program serves: its snapshots, and one connection at a time.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 mod common;
@@ -12,17 +12,21 @@ use std::time::Duration;
 use cellblock::control::client::Client;
 use cellblock::control::protocol::EventKind;
 use common::snapshot::refused_restore;
-use common::{LIMIT, Options, Vm, poll, proc};
+use common::{LIMIT, Options, Vm, poll, proc, send};
+use nix::sys::signal::Signal;
 
-/// A `cellblock vhost-user-blk` that serves `image` at `socket`, both in its directory.
+/// A `cellblock vhost-user-blk` that serves `image` at `socket`, both in its directory, and says
+/// what it does in `log`.
 struct Server(Child);
 
 impl Server {
     #[track_caller]
     fn start(dir: &Path) -> Server {
         let child = Command::new(env!("CARGO_BIN_EXE_cellblock"))
-            .args(["vhost-user-blk", "--die-with-parent", "--socket", "socket", "--disk", "image"])
+            .args(["--log", "info", "vhost-user-blk", "--die-with-parent"])
+            .args(["--socket", "socket", "--disk", "image"])
             .current_dir(dir)
+            .stderr(File::create(dir.join("log")).unwrap())
             .spawn()
             .unwrap();
         assert!(poll(LIMIT, || dir.join("socket").exists().then_some(())).is_some(), "no socket");
@@ -86,7 +90,7 @@ fn a_back_end_that_comes_back_waits_for_the_end_of_a_cut() {
     assert_eq!(back.kind, EventKind::BackEndBack { id: "far".into(), resumed: true });
     vm.wait_for("verified=");
     vm.wait_for("verified=");
-    vm.signal(nix::sys::signal::Signal::SIGTERM);
+    vm.signal(Signal::SIGTERM);
     vm.ends_well();
 }
 
@@ -103,4 +107,30 @@ fn a_back_ends_disk_is_not_restored_as_cow() {
     assert!(line.contains("disk 'far' is served by another program"), "{line}");
     assert!(line.contains("leave 'cow' away"), "{line}");
     assert!(fs::read(dir.path().join("image")).unwrap() == before);
+}
+
+/// Who is slow to connect is asked again. Of two connections the first is used, and not ended for
+/// the other.
+#[test]
+fn a_slow_spawner_makes_no_second_connection() {
+    let (dir, server) = served();
+    let mut vm = vm_on(dir.path(), "mode=blk mib=2 rounds=1000000 qd=16").start();
+    vm.wait_for("generation=3");
+    let events = vm.events();
+    let spawner = vm.pid_of("spawner", "");
+    send(spawner, Signal::SIGSTOP);
+    let _server = server.again(dir.path());
+    vm.wait_for_event(&events, |kind| matches!(kind, EventKind::BackEndGone { .. }));
+    // It is asked at once, and after 5 s.
+    std::thread::sleep(Duration::from_secs(6));
+    send(spawner, Signal::SIGCONT);
+    let is_back = |kind: &EventKind| matches!(kind, EventKind::BackEndBack { .. });
+    vm.wait_for_event(&events, is_back);
+    std::thread::sleep(Duration::from_secs(1)); // what must not happen gives no notice
+    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    assert_eq!(log.matches("a front end connected").count(), 1, "{log}");
+    vm.wait_for("verified=");
+    vm.wait_for("verified=");
+    vm.signal(Signal::SIGTERM);
+    vm.ends_well();
 }

@@ -56,11 +56,19 @@ impl Vm {
         }
     }
 
+    /// Whether a connection is waited for. A spawner that was slow was asked more than once, and
+    /// another answer has come before.
+    fn is_asked_for(&self, w: usize) -> bool {
+        matches!(self.supervisor.watched[w].phase, Phase::Resting(_))
+    }
+
     /// The spawner could not connect.
     pub(super) fn back_end_absent(&mut self, place: u32, why: &str) {
         let Some(back_end) = self.back_ends.get(place as usize) else { return };
         tracing::debug!(device = back_end.id, why, "the back end is not there yet");
-        if let Some(w) = self.supervisor.find(&back_end.id) {
+        if let Some(w) = self.supervisor.find(&back_end.id)
+            && self.is_asked_for(w)
+        {
             self.supervisor.watched[w].phase = Phase::Resting(Instant::now() + RETRY);
         }
     }
@@ -71,7 +79,7 @@ impl Vm {
         let Some(id) = self.back_ends.get(place).map(|back_end| back_end.id.clone()) else {
             return;
         };
-        let Some(w) = self.supervisor.find(&id) else { return };
+        let Some(w) = self.supervisor.find(&id).filter(|w| self.is_asked_for(*w)) else { return };
         let Kind::BackEnd { device, .. } = self.supervisor.watched[w].kind else { return };
         let socket = UnixStream::from(socket);
         let number = socket.try_clone().map_err(|error| error.to_string()).and_then(|copy| {

@@ -11,7 +11,9 @@ use cellblock_devices::protocol::{BlkStart, Start, ThrottleLimits};
 use cellblock_seccomp::filter::FilterError;
 use cellblock_seccomp::spawner::Spawner;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 
@@ -333,13 +335,30 @@ impl StartingDisk {
             .map_err(kvm)?;
         let wiring = Wiring { kicks: queue_kicks, call: Arc::new(call), err: Arc::new(err) };
         let device = VirtioMmio::new(
-            Identity { id, device_type: VIRTIO_ID_BLOCK, info, writable: CONFIG_WRITEBACK },
+            Identity {
+                id,
+                device_type: VIRTIO_ID_BLOCK,
+                info,
+                writable: CONFIG_WRITEBACK,
+                adapt: first_cache_mode,
+            },
             front_end,
             wiring,
             ram.clone(),
             kicks,
         );
         Ok((self.cell, device))
+    }
+}
+
+/// A driver that chooses the cache mode and cannot flush finds the cache off (virtio 1.2, 5.2.5.2):
+/// so has the device it.
+pub fn first_cache_mode(config: &mut [u8], features: u64) {
+    const WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    if features & (WCE | 1 << VIRTIO_BLK_F_FLUSH) == WCE
+        && let Some(mode) = config.get_mut(CONFIG_WRITEBACK.start as usize)
+    {
+        *mode = 0;
     }
 }
 

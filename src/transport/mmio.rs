@@ -66,6 +66,8 @@ pub struct Identity {
     pub info: DeviceInfo,
     /// The bytes of its configuration space that a driver may write.
     pub writable: Range<u64>,
+    /// Makes the configuration space that of a device whose driver accepted these features.
+    pub adapt: fn(&mut [u8], u64),
 }
 
 /// The events between guest and device process.
@@ -85,6 +87,7 @@ pub struct VirtioMmio {
     device_type: u32,
     info: DeviceInfo,
     writable: Range<u64>,
+    adapt: fn(&mut [u8], u64),
     ram: GuestRam,
     front_end: FrontEnd,
     wiring: Wiring,
@@ -126,7 +129,7 @@ impl VirtioMmio {
         ram: GuestRam,
         vcpu_kicks: Arc<Kicks>,
     ) -> VirtioMmio {
-        let Identity { id, device_type, info, writable } = identity;
+        let Identity { id, device_type, info, writable, adapt } = identity;
         let registers = Registers::new(wiring.kicks.len());
         let state = Mutex::new(State {
             registers,
@@ -140,6 +143,7 @@ impl VirtioMmio {
             device_type,
             info,
             writable,
+            adapt,
             ram,
             front_end,
             wiring,
@@ -357,6 +361,9 @@ impl VirtioMmio {
         }
         let status = state.registers.asked_status(value, self.info.features);
         let added = status & !state.registers.status;
+        if added & FEATURES_OK != 0 {
+            (self.adapt)(&mut state.config, state.registers.driver_features);
+        }
         if added & DRIVER_OK == 0 || status & FEATURES_OK == 0 || status & NEEDS_RESET != 0 {
             state.registers.status = status & !(added & DRIVER_OK);
             return None;

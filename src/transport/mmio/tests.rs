@@ -13,6 +13,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::cell::blk::first_cache_mode;
 use crate::event::event;
 use crate::transport::front_end::Needs;
 use crate::transport::script::{self, Peer};
@@ -88,8 +89,8 @@ impl Rig {
     fn new(front_end: FrontEnd, info: DeviceInfo, ram: GuestRam, vcpus: usize) -> Rig {
         let [kick, call, err] = [(); 3].map(|()| Arc::new(event().expect("event")));
         let wiring = Wiring { kicks: vec![kick.clone()], call: call.clone(), err: err.clone() };
-        let identity =
-            Identity { id: "disk0".into(), device_type: VIRTIO_ID_BLOCK, info, writable: 32..33 };
+        let (id, adapt) = ("disk0".into(), first_cache_mode);
+        let identity = Identity { id, device_type: VIRTIO_ID_BLOCK, info, writable: 32..33, adapt };
         let device = VirtioMmio::new(identity, front_end, wiring, ram.clone(), Kicks::new(vcpus));
         Rig { device: Arc::new(device), call, kick, err, ram, back: None }
     }
@@ -272,6 +273,11 @@ fn the_configuration_is_read_in_any_width() {
     rig.negotiate(VERSION_1 | FLUSH | 1 << 11);
     assert_eq!((set(0), set(1), set(0)), (0, 1, 0));
     rig.write(reg::VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(mode(), 1);
+    // One that cannot flush has no cache to begin with.
+    rig.negotiate(VERSION_1 | 1 << 11);
+    assert_eq!((mode(), set(1), set(0)), (0, 1, 0));
+    rig.negotiate(VERSION_1 | FLUSH | 1 << 11);
     assert_eq!(mode(), 1);
     assert!(matches!(rig.device.write(0, config, &[0xff; 4]), Outcome::Done));
     assert_eq!(rig.read(reg::VIRTIO_MMIO_CONFIG), (DISK / 512) as u32);

@@ -7,7 +7,7 @@ use crate::event::event;
 use crate::transport::script::{self, Peer};
 
 const CONFIG_LEN: u32 = 8;
-const NEEDS: Needs = Needs { config_len: CONFIG_LEN, advice: &[6..8], least: 1, most: 1 };
+const NEEDS: Needs = Needs { config_len: CONFIG_LEN, advice: &[6..7, 7..8], least: 1, most: 1 };
 
 fn front_end() -> (FrontEnd, Peer) {
     let (near, far) = UnixStream::pair().expect("pair");

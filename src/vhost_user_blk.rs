@@ -33,6 +33,11 @@ use crate::vmm::{confine, drop_privileges};
 /// How long a block process may take at the end over what it holds.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether requests of a process that has ended are over.
+const DRAINING: Duration = Duration::from_millis(5);
+/// Looks within the time that a process may be silent.
+const LOOKS: u32 = 4;
+
 /// What to serve, and where.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -40,6 +45,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// The disk, with its id.
     pub disk: DiskSpec,
+    /// How long a block process may give no sign of life; zero for ever.
+    pub device_timeout: Duration,
     /// False only with `--disable-sandbox`.
     pub sandbox: bool,
     /// What happens on a system call outside a policy.
@@ -98,7 +105,8 @@ pub fn run(config: &Config) -> Result<(), ServeError> {
     };
     let disk = &config.disk;
     let counters = blk::page(disk.id(), queues(disk))?;
-    let mut server = Server { spawner, signals, common, disk, image, counters, now: None };
+    let watch = Watch::new(config.device_timeout);
+    let mut server = Server { spawner, signals, common, disk, image, counters, now: None, watch };
     server.try_out()?;
     let (listener, _node) = listen(config)?;
     if config.sandbox {
@@ -143,6 +151,27 @@ struct Server<'a> {
     counters: BlkCounters,
     /// The process of the front end that is served.
     now: Option<Cell>,
+    watch: Watch,
+}
+
+/// Finds a process that hangs: it would keep every front end waiting that comes after its own.
+struct Watch {
+    limit: Option<Duration>,
+    next: Instant,
+    silent: u32,
+}
+
+impl Watch {
+    fn new(limit: Duration) -> Watch {
+        Watch { limit: (!limit.is_zero()).then_some(limit), next: Instant::now(), silent: 0 }
+    }
+
+    /// Whether it is time to look.
+    fn is_due(&mut self) -> bool {
+        let Some(limit) = self.limit.filter(|_| self.next <= Instant::now()) else { return false };
+        self.next = Instant::now() + limit / LOOKS;
+        true
+    }
 }
 
 /// What there is to do.
@@ -172,6 +201,7 @@ impl Server<'_> {
             blk::process(spawner, self.common, disk, image, counters, queues, front_end)?;
         wait_ready(&mut [&mut cell], &mut self.spawner)?;
         self.now = Some(cell);
+        self.watch.silent = 0;
         Ok(())
     }
 
@@ -191,6 +221,9 @@ impl Server<'_> {
             if ready.spawner {
                 self.spawner_events()?;
             }
+            if self.watch.is_due() {
+                self.look_for_life();
+            }
             if ready.front_end && self.now.is_none() {
                 self.accept(listener)?;
             }
@@ -202,15 +235,21 @@ impl Server<'_> {
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.spawner.as_fd(), PollFlags::POLLIN),
         ];
+        let mut limit = None;
         match &self.now {
+            // What it wrote last may come after what the next front end writes.
+            None if self.image.held.any() => limit = Some(DRAINING),
             None => fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN)),
             Some(cell) if cell.is_open() => {
                 fds.push(PollFd::new(cell.channel().as_fd(), PollFlags::POLLIN));
+                let next = self.watch.next.saturating_duration_since(Instant::now());
+                limit = self.watch.limit.map(|_| next + Duration::from_millis(1));
             }
             // It is ending; the spawner will say how.
             Some(_) => {}
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        let limit = limit.map(|limit| PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX));
+        match poll(&mut fds, limit.unwrap_or(PollTimeout::NONE)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => {
                 return Err(ServeError::System {
@@ -267,6 +306,19 @@ impl Server<'_> {
                     return Err(ServeError::SpawnerDied);
                 }
             }
+        }
+    }
+
+    /// Ends a process that gave no sign of life for too long: its front end connects again.
+    fn look_for_life(&mut self) {
+        let (Some(cell), Some(limit)) = (&mut self.now, self.watch.limit) else { return };
+        self.watch.silent = if cell.ping() { 0 } else { self.watch.silent + 1 };
+        let (LOOKS.., Some(pid)) = (self.watch.silent, cell.pid()) else { return };
+        self.watch.silent = 0;
+        let device = self.disk.id();
+        tracing::error!(role = "blk", device, pid, "no sign of life in {limit:?}: it is ended");
+        if let Err(error) = self.spawner.kill(pid) {
+            tracing::error!(device, error = chain(&error), "ending a process");
         }
     }
 

@@ -32,17 +32,23 @@ struct Server {
 impl Server {
     #[track_caller]
     fn start(options: &str) -> Server {
+        Server::with(options, &[])
+    }
+
+    #[track_caller]
+    fn with(options: &str, args: &[&str]) -> Server {
         let dir = tempfile::tempdir().unwrap();
         File::create(dir.path().join("image")).unwrap().set_len(3 * MIB).unwrap();
-        let mut server = Server::start_in(dir, options);
+        let mut server = Server::start_in(dir, options, args);
         server.says("serving disk0 on socket");
         server
     }
 
-    fn start_in(dir: tempfile::TempDir, options: &str) -> Server {
+    fn start_in(dir: tempfile::TempDir, options: &str, args: &[&str]) -> Server {
         let mut child = Command::new(env!("CARGO_BIN_EXE_cellblock"))
             .args(["--log", "info", "vhost-user-blk", "--die-with-parent"])
             .args(["--socket", "socket", "--disk", &format!("image{options}")])
+            .args(args)
             .current_dir(dir.path())
             .stderr(Stdio::piped())
             .spawn()
@@ -172,6 +178,24 @@ fn a_dead_block_process_is_named_and_the_next_front_end_served() {
 
     let (_stream, features) = connect(&server.path("socket"));
     assert_ne!(features & VERSION_1, 0);
+    server.ends_well(Signal::SIGTERM);
+}
+
+/// One that does not even end with its front end keeps nobody else waiting.
+#[test]
+fn a_block_process_that_hangs_is_ended_and_the_next_front_end_served() {
+    let mut server = Server::with("", &["--device-timeout", "400ms"]);
+    let (stream, _) = connect(&server.path("socket"));
+    let pid = server.serves();
+    // As long as it lives it is left alone.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!server.stderr.text().contains("no sign of life"));
+    send(pid, Signal::SIGSTOP);
+    drop(stream);
+    let (_stream, features) = connect(&server.path("socket"));
+    assert_ne!(features & VERSION_1, 0);
+    let line = server.says("no sign of life in 400ms: it is ended");
+    assert!(line.contains(&format!("pid={pid}")), "{line}");
     server.ends_well(Signal::SIGTERM);
 }
 

@@ -121,6 +121,11 @@ impl Held {
         pipes
     }
 
+    /// Whether a process that has ended has requests under way in the kernel.
+    pub fn any(&self) -> bool {
+        !self.pipes().is_empty()
+    }
+
     /// Waits until nothing is held any more, for so long at most: the image is free then.
     pub fn wait_released(&self, limit: Duration) {
         let end = Instant::now() + limit;
@@ -169,7 +174,7 @@ impl Recipe {
 
     /// Whether a process that has ended has requests under way in the kernel.
     pub fn is_held(&self) -> bool {
-        !self.held.pipes().is_empty()
+        self.held.any()
     }
 
     /// Asks for a process that serves the front end at the other end of `socket` under

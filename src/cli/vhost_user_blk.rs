@@ -1,6 +1,7 @@
 //! `cellblock vhost-user-blk`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cellblock_devices::protocol::{LogLevel, SeccompMode};
 use clap::Args;
@@ -33,6 +34,10 @@ pub(super) struct VhostUserBlk {
     /// The disk
     #[arg(long, value_name = "SPEC")]
     disk: DiskSpec,
+    /// A device process that gives no sign of life for so long is ended, so that the next front
+    /// end is served; 0 for never
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = config::device_timeout)]
+    device_timeout: Duration,
     /// Run the device processes without jails: for debugging only
     #[arg(long)]
     disable_sandbox: bool,
@@ -61,6 +66,7 @@ impl VhostUserBlk {
         vhost_user_blk::run(&Config {
             socket: self.socket,
             disk,
+            device_timeout: self.device_timeout,
             sandbox: !self.disable_sandbox,
             seccomp: self.seccomp.unwrap_or_default(),
             log,

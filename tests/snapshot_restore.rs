@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -97,6 +97,42 @@ fn a_restored_vm_can_do_what_any_can() {
     }
     vm.ends_well();
     restored.ends_well();
+    again.ends_well();
+}
+
+/// What has the image's name by now, and is another file, is not taken for it: neither to copy it,
+/// nor to refer to it when the VM, which has the image, ends.
+#[test]
+fn another_file_in_the_place_of_an_image_is_not_in_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    let (image, aside) = (vm.path("disk0"), vm.path("aside"));
+    fs::rename(&image, &aside).unwrap();
+    let other: [&dyn Fn(); 2] =
+        [&|| File::create(&image).unwrap().set_len(4 << 20).unwrap(), &|| {
+            nix::unistd::mkfifo(&image, nix::sys::stat::Mode::S_IRUSR).unwrap()
+        }];
+    for make in other {
+        make();
+        for options in [["--disks", "copy"].as_slice(), &["--stop"]] {
+            let ended = vm.try_snapshot(&at, options);
+            let line = String::from_utf8(ended.stderr).unwrap();
+            assert_eq!((ended.status.code(), line.lines().count()), (Some(1), 1), "{line}");
+            assert!(line.contains("is not the image that disk 'disk0' has"), "{line}");
+            assert!(!at.exists());
+            vm.wait_for_line("pause: n=");
+        }
+        fs::remove_file(&image).unwrap();
+    }
+    fs::rename(&aside, &image).unwrap();
+    vm.snapshot(&at, &["--stop"]);
+    assert_eq!(vm.wait_exit().code(), Some(0));
+    let mut again = Vm::restore(&at).start();
+    again.wait_for_line("pause: n=");
+    again.say(b"q");
+    again.wait_for("pause: ok");
     again.ends_well();
 }
 

@@ -10,13 +10,15 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use super::control::{Target, duration};
 use super::{Failure, output};
 use crate::control::client::{Client, Cut};
-use crate::control::protocol::{Reply, Request};
+use crate::control::protocol::{Reply, Request, SnapshotDisk};
 use crate::snapshot::format::{Base, CHUNK, Chain, Contents, Manifest, Writer};
+use crate::snapshot::state::device::Fingerprint;
+use crate::snapshot::state::{DiskRecord, MicrovmState, StateError};
 use crate::spec::time;
 
 /// What the VM may take beyond the phases' own limits: copying its memory.
@@ -93,9 +95,9 @@ impl Snapshot {
         let base = parent.as_ref().map(|chain| Base::of(chain.snapshot(), &self.directory));
         let base = base.transpose().map_err(|e| Failure::Error(format!("naming PARENT: {e}")))?;
         let mut writer = Writer::create(&self.directory, contents, base).map_err(Failure::error)?;
-        super::cancel_on_signals(&writer.cancel())?;
-        // Whoever holds the VM has to be connected: it goes on when we end, however that is.
-        let hold = self.stop || self.disks == Disks::Copy;
+        let cancel = writer.cancel();
+        super::cancel_on_signals(&cancel)?;
+        let hold = self.holds();
         let limit = self.timeout * 2 + COPYING;
         let cut = client.snapshot(hold, self.live, self.timeout, &trigger, limit);
         let cut = cut.map_err(Failure::error)?;
@@ -128,6 +130,12 @@ impl Snapshot {
         self.report(&cut, &manifest, still_us, begun.elapsed())
     }
 
+    /// Whether the VM stands still until all is read. Whoever holds it has to be connected: it goes
+    /// on when we end, however that is.
+    fn holds(&self) -> bool {
+        self.stop || self.disks == Disks::Copy
+    }
+
     fn connect(&self) -> Result<Client, Failure> {
         if !self.when_triggered {
             return self.target.connect();
@@ -151,12 +159,15 @@ impl Snapshot {
         let mut file = File::from(cut.state.try_clone().map_err(state_error)?);
         file.rewind().and_then(|()| file.read_to_end(&mut state)).map_err(state_error)?;
         writer.state(&state).map_err(Failure::error)?;
+        let records = if self.holds() { records(&state)? } else { Vec::new() };
         let mut written = cut.written.iter();
         for disk in &cut.report.disks {
+            let mut record = records.iter().filter(|(id, _)| !disk.cow && *id == disk.id);
+            let image = record.next().map(|(_, record)| open_image(disk, record)).transpose()?;
             // The image of a cow disk is never written to: a reference will do.
             let image = match (disk.cow, self.disks) {
                 (true, _) => written.next().map(|fd| fd.try_clone().map(File::from)).transpose(),
-                (false, Disks::Copy) => open(&disk.id, &disk.path).map(|f| Ok(Some(f)))?,
+                (false, Disks::Copy) => Ok(image),
                 (false, Disks::Reference) => Ok(None),
             };
             if let Some(image) = image.map_err(state_error)? {
@@ -243,9 +254,41 @@ fn make_durable(cut: &Cut) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What the disks of a VM are made of, but for those of other programs.
+fn records(state: &[u8]) -> Result<Vec<(String, DiskRecord)>, Failure> {
+    let read = |error: StateError| {
+        Failure::Error(format!("reading the state of the VM: {}", crate::remedy::chain(&error)))
+    };
+    let mut records = Vec::new();
+    for device in MicrovmState::decode(state).map_err(read)?.device_states {
+        if let Some(disk) = device.as_disk().map_err(read)? {
+            records.push((device.id, disk.record));
+        }
+    }
+    Ok(records)
+}
+
+/// Opens the image of a VM that stands still: what has its name may be another file by now.
+fn open_image(disk: &SnapshotDisk, record: &DiskRecord) -> Result<File, Failure> {
+    let image = open(&disk.id, &disk.path)?;
+    match Fingerprint::of(image.as_fd()) {
+        Ok(found) if found == record.fingerprint => Ok(image),
+        Ok(_) => Err(Failure::Error(format!(
+            "the file at {} is not the image that disk '{}' has: it was put there since; put that \
+             image back",
+            crate::remedy::printable(&disk.path.to_string_lossy()),
+            disk.id
+        ))),
+        Err(errno) => Err(Failure::Error(format!("looking at disk '{}': {errno}", disk.id))),
+    }
+}
+
 fn open(id: &str, path: &Path) -> Result<File, Failure> {
-    File::open(path)
-        .map_err(|e| Failure::Error(format!("opening disk '{id}' at {}: {e}", path.display())))
+    let nonblock = nix::libc::O_NONBLOCK; // of a pipe, whose other end nobody has
+    File::options().read(true).custom_flags(nonblock).open(path).map_err(|e| {
+        let path = crate::remedy::printable(&path.to_string_lossy());
+        Failure::Error(format!("opening disk '{id}' at {path}: {e}"))
+    })
 }
 
 fn stop(client: &mut Client) -> Result<(), Failure> {

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use cellblock::snapshot::format::{
-    Base, CHUNK, Chain, Contents, Fault, FormatError, PAGE, Snapshot, WriteError, Writer, describe,
-    merge,
+    Base, CHUNK, Chain, Contents, Fault, FormatError, MAX_CHAIN, PAGE, Snapshot, WriteError,
+    Writer, describe, merge,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -154,7 +154,7 @@ fn a_chain_of_diffs_is_its_last_and_survives_a_move() {
         ram.write_all_at(&[0; PAGE], (round * 64 * PAGE) as u64).unwrap();
         dirty[round] |= 1;
         let target = dir.path().join(format!("diff{round}"));
-        let base = Base::of(&Snapshot::open(&parent).unwrap(), &target).unwrap();
+        let base = Base::of(&Chain::open(&parent).unwrap(), &target).unwrap();
         let mut writer = Writer::create(&target, CONTENTS, Some(base)).unwrap();
         writer.copy_pages(ram.as_fd(), &dirty).unwrap();
         writer.state(format!("state {round}").as_bytes()).unwrap();
@@ -189,6 +189,30 @@ fn a_chain_of_diffs_is_its_last_and_survives_a_move() {
     assert!(matches!(wrong.fault, Fault::WrongParent { .. }), "{wrong:?}");
     fs::remove_dir_all(elsewhere.path().join("one")).unwrap();
     assert!(refused(&elsewhere.path().join("diff4")).contains("opening its parent"));
+}
+
+/// A diff to the end of the longest chain that is followed would be one that nobody can read.
+#[test]
+fn no_chain_becomes_longer_than_one_is_followed() {
+    let (dir, mut last) = place();
+    let link = |n: usize| dir.path().join(format!("link{n}"));
+    let mut links = 1;
+    let error = loop {
+        let base = match Base::of(&Chain::open(&last).unwrap(), &link(links)) {
+            Ok(base) => base,
+            Err(error) => break error,
+        };
+        last = link(links);
+        let mut writer = Writer::create(&last, CONTENTS, Some(base)).unwrap();
+        writer.state(STATE).unwrap();
+        writer.commit().unwrap();
+        links += 1;
+        verify(&last).unwrap();
+    };
+    assert_eq!(links, MAX_CHAIN);
+    let line = cellblock::remedy::one_line(&error);
+    assert!(line.contains("a chain of 64") && line.ends_with("can be diffs"), "{line}");
+    merge(&Chain::open(&last).unwrap(), &link(links), Arc::default(), |_, _| {}).unwrap();
 }
 
 #[test]

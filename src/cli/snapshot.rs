@@ -92,8 +92,8 @@ impl Snapshot {
         let contents = Contents { memory: stats.memory, vcpus, live: self.live };
         // Before the VM is disturbed: whether there is a place to write to.
         let parent = self.diff.as_deref().map(Chain::open).transpose().map_err(Failure::error)?;
-        let base = parent.as_ref().map(|chain| Base::of(chain.snapshot(), &self.directory));
-        let base = base.transpose().map_err(|e| Failure::Error(format!("naming PARENT: {e}")))?;
+        let base = parent.as_ref().map(|chain| Base::of(chain, &self.directory));
+        let base = base.transpose().map_err(Failure::error)?;
         let mut writer = Writer::create(&self.directory, contents, base).map_err(Failure::error)?;
         let cancel = writer.cancel();
         super::cancel_on_signals(&cancel)?;

@@ -147,7 +147,7 @@ impl Remedy for FormatError {
                 Fault::Version { .. } => "use the version of Cellblock that made it, or a newer",
                 Fault::Foreign(_) => "give the directory that 'cellblock snapshot' made",
                 Fault::WrongParent { .. } => "put the parent back where it was",
-                Fault::Depth(_) => "flatten it with 'cellblock snapshot merge'",
+                Fault::Depth(_) => "use one of its parents, or take a full snapshot",
                 Fault::Parent(parent) => return parent.remedy(),
                 Fault::Mismatched { .. } => {
                     "put the files of one snapshot together, or take another"
@@ -168,6 +168,12 @@ pub enum WriteError {
     /// Something is there already.
     #[error("writing snapshot {}: it exists", .0.display())]
     Exists(PathBuf),
+    /// A diff that nobody could read.
+    #[error(
+        "snapshot {} is the end of a chain of {}, and no longer one is followed",
+        .0.display(), super::MAX_CHAIN
+    )]
+    Depth(PathBuf),
     /// A step failed.
     #[error("writing snapshot {}: {step}", .path.display())]
     Step {
@@ -221,6 +227,9 @@ impl Remedy for WriteError {
         match self {
             WriteError::Name(_) | WriteError::Exists(_) => {
                 Some("give a path at which nothing is yet".into())
+            }
+            WriteError::Depth(_) => {
+                Some("take a full snapshot, to which the next can be diffs".into())
             }
             WriteError::Step { source, .. } => match source.raw_os_error() {
                 Some(libc::ENOSPC | libc::EDQUOT) => {

@@ -25,8 +25,8 @@ use super::files::{self, MANIFEST, MEMORY, STATE};
 use super::leftover;
 use super::table::{self, Entry};
 use super::{
-    CHUNK, Chain, DiskCopy, FORMAT_MAJOR, FORMAT_MINOR, MAX_DISKS, MAX_MEMORY, MAX_STATE, Manifest,
-    PAGE, Snapshot, SnapshotId, WriteError, reader,
+    CHUNK, Chain, DiskCopy, FORMAT_MAJOR, FORMAT_MINOR, MAX_CHAIN, MAX_DISKS, MAX_MEMORY,
+    MAX_STATE, Manifest, PAGE, Snapshot, SnapshotId, WriteError, reader,
 };
 
 /// What is known of a snapshot before it is made.
@@ -66,21 +66,34 @@ pub struct Writer {
 }
 
 impl Base {
-    /// `base` as seen from a diff that will be at `target`.
-    pub fn of(base: &Snapshot, target: &Path) -> io::Result<Base> {
+    /// The snapshot that `chain` is, as seen from a diff that will be at `target`. A chain that
+    /// would be longer than one is followed is not begun.
+    pub fn of(chain: &Chain, target: &Path) -> Result<Base, WriteError> {
+        let base = chain.snapshot();
+        if chain.links().len() >= MAX_CHAIN {
+            return Err(WriteError::Depth(base.path().to_owned()));
+        }
+        let path = Base::seen_from(base, target).map_err(|source| WriteError::Step {
+            path: target.to_owned(),
+            step: "naming its parent",
+            source,
+        })?;
+        Ok(Base { id: base.manifest().id, path })
+    }
+
+    fn seen_from(base: &Snapshot, target: &Path) -> io::Result<PathBuf> {
         let at = base.path().canonicalize()?;
         let parent = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let path = match (at.parent(), at.file_name()) {
+        Ok(match (at.parent(), at.file_name()) {
             // Siblings can be moved together.
             (Some(of_base), Some(name)) if of_base == parent.canonicalize()? => {
                 Path::new("..").join(name)
             }
             _ => at,
-        };
-        Ok(Base { id: base.manifest().id, path })
+        })
     }
 }
 

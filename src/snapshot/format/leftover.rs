@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
@@ -14,8 +15,8 @@ use nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 
-use super::SnapshotId;
-use super::files::{MANIFEST, MEMORY, STATE};
+use super::files::{self, MANIFEST, MEMORY, STATE};
+use super::{SnapshotId, manifest};
 
 /// A directory without any file may be of a writer that is about to lock it.
 const YOUNG: Duration = Duration::from_secs(60);
@@ -34,36 +35,53 @@ fn lock(parent: &OwnedFd, name: &OsStr, how: FlockArg) -> Result<Flock<OwnedFd>,
     Flock::lock(directory, how).map_err(|(_, errno)| errno)
 }
 
-/// The name of the temporary directory of snapshot `id`, which will be `last`.
+/// Most bytes of a name on any file system.
+const MOST: usize = 255;
+
+/// The name of the temporary directory of snapshot `id`, which will be `last`: of a long one its
+/// beginning, for there has to be room for the rest.
 pub(super) fn name(last: &OsStr, id: SnapshotId) -> OsString {
+    let end = format!(".{id}");
+    let most = MOST - 1 - end.len();
     let mut name = OsString::from(".");
-    name.push(last);
-    name.push(format!(".{id}"));
+    name.push(OsStr::from_bytes(&last.as_bytes()[..last.len().min(most)]));
+    name.push(end);
     name
 }
 
 /// Removes what killed writers left in `parent`. What cannot be removed stays, and is in nobody's
 /// way.
 pub(super) fn sweep(parent: &OwnedFd) {
-    for name in entries(parent).unwrap_or_default().iter().filter(|name| is_ours(name)) {
-        if let Ok(true) = remove(parent, name) {
+    for name in entries(parent).unwrap_or_default() {
+        if let Some(id) = id_of(&name)
+            && let Ok(true) = remove(parent, &name, id)
+        {
             let name = crate::remedy::printable(&name.to_string_lossy());
             tracing::warn!(name, "removed what a snapshot that was killed had left");
         }
     }
 }
 
-/// `.NAME.ID`, of an id in hexadecimal digits.
-fn is_ours(name: &OsStr) -> bool {
+/// The id in `.NAME.ID`, where it is one in hexadecimal digits.
+fn id_of(name: &OsStr) -> Option<SnapshotId> {
     let bytes = name.as_bytes();
-    let Some(at) = bytes.len().checked_sub(33) else { return false };
-    let (front, back) = bytes.split_at(at);
+    let (front, back) = bytes.split_at(bytes.len().checked_sub(33)?);
     let digits = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
-    front.len() > 1 && front[0] == b'.' && back[0] == b'.' && back[1..].iter().all(digits)
+    let ours =
+        front.len() > 1 && front[0] == b'.' && back[0] == b'.' && back[1..].iter().all(digits);
+    SnapshotId::parse(std::str::from_utf8(&back[1..]).ok().filter(|_| ours)?)
+}
+
+/// Whether what is in a directory is snapshot `id`, as far as there is a manifest that says so. A
+/// snapshot that was completed, and is called like one that was not, is another.
+fn is_of(directory: &OwnedFd, id: SnapshotId) -> bool {
+    let Ok((manifest, _)) = files::regular(directory, MANIFEST) else { return true };
+    let mut found = [0; 16];
+    manifest.read_exact_at(&mut found, manifest::ID).is_err() || SnapshotId(found) == id
 }
 
 /// Removes one, if it is nobody's.
-fn remove(parent: &OwnedFd, name: &OsStr) -> io::Result<bool> {
+fn remove(parent: &OwnedFd, name: &OsStr, id: SnapshotId) -> io::Result<bool> {
     let directory = lock(parent, name, FlockArg::LockExclusiveNonblock)?;
     let facts = fstat(&*directory)?;
     let files = entries(&directory)?;
@@ -73,7 +91,11 @@ fn remove(parent: &OwnedFd, name: &OsStr) -> io::Result<bool> {
     };
     let age = SystemTime::UNIX_EPOCH + Duration::from_secs(facts.st_mtime.unsigned_abs());
     let young = age.elapsed().is_ok_and(|age| age < YOUNG) && files.is_empty();
-    if facts.st_uid != geteuid().as_raw() || young || !files.iter().all(ours) {
+    if facts.st_uid != geteuid().as_raw()
+        || young
+        || !files.iter().all(ours)
+        || !is_of(&directory, id)
+    {
         return Ok(false);
     }
     for file in &files {
@@ -120,11 +142,16 @@ mod tests {
                 std::fs::write(dir.path().join(name).join(file), b"x").expect("file");
             }
         };
-        let [left, locked, foreign, young] = [1, 2, 3, 4].map(|n| name(OsStr::new("s"), id(n)));
+        let [left, locked, foreign, young, other] =
+            [1, 2, 3, 4, 5].map(|n| name(OsStr::new("s"), id(n)));
         make(&left, &["memory", "state", "disk-a"]);
         make(&locked, &["memory"]);
         make(&foreign, &["memory", "letter"]);
         make(&young, &[]);
+        // Somebody has called a snapshot so.
+        make(&other, &["memory", "state"]);
+        std::fs::write(dir.path().join(&other).join("manifest"), [9; 64]).expect("file");
+        make(&name(OsStr::new(&"s".repeat(255)), id(6)), &["memory"]);
         make(OsStr::new(".s.0123"), &["memory"]);
         make(OsStr::new("s"), &["memory", "state", "manifest"]);
         let held = open(&parent, &locked).expect("locked");
@@ -133,7 +160,8 @@ mod tests {
         sweep(&parent);
         let there = |name: &OsStr| dir.path().join(name).exists();
         assert!(!there(&left));
-        assert!(there(&locked) && there(&foreign) && there(&young));
+        assert!(!there(&name(OsStr::new(&"s".repeat(255)), id(6))));
+        assert!(there(&locked) && there(&foreign) && there(&young) && there(&other));
         assert!(there(OsStr::new(".s.0123")) && there(OsStr::new("s")));
         drop(held);
         sweep(&parent);

@@ -24,6 +24,8 @@ use super::{
     SnapshotId, files,
 };
 
+/// Where the snapshot's id is.
+pub(super) const ID: u64 = 16;
 /// Bytes before the variable part.
 const HEADER: usize = 256;
 /// Bytes of a copied disk's record.

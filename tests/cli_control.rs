@@ -282,6 +282,33 @@ fn a_client_that_leaves_with_a_request_in_flight_is_forgotten() {
     vm.stop();
 }
 
+/// It may have left something undone, like any that goes.
+#[test]
+fn a_client_that_is_found_gone_when_it_is_told_something_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm");
+    let mut server = ControlServer::bind(&path).unwrap();
+    let mut vm = Vm::default();
+    let connect = |request: &str| {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        writeln!(stream, "{{\"request\":\"{request}\"}}").unwrap();
+        stream
+    };
+    let streams = [connect("ps"), connect("events")];
+    let end = Instant::now() + Duration::from_secs(10);
+    while vm.later.is_empty() || server.clients() < 2 {
+        assert!(Instant::now() < end);
+        server.poll(&mut vm);
+    }
+    server.poll(&mut vm);
+    drop(streams);
+    server.complete(vm.later[0], &Reply::Ps { processes: processes() });
+    assert_eq!((server.take_lost().len(), server.clients()), (1, 1));
+    server.broadcast(EventKind::Start);
+    assert_eq!((server.take_lost().len(), server.clients()), (1, 0));
+    assert!(server.take_lost().is_empty());
+}
+
 #[test]
 fn garbage_is_answered_with_an_error_and_the_end() {
     let vm = Running::start();

@@ -271,6 +271,28 @@ fn a_hold_is_its_clients_alone() {
     vm.ends_well();
 }
 
+/// Who holds a VM and is found dead when it is told something has it go on like any that is.
+#[test]
+fn a_hold_ends_with_its_client_however_that_is_found() {
+    let mut vm = Vm::with("mode=pause every=10").disk(4).start();
+    vm.wait_for("pause: n=10 ");
+    let disk = vm.pid_of("blk", "disk0");
+    let (mut client, _held) = cut_within(&vm, true, Duration::from_secs(5)).unwrap();
+    client.ask(Request::Events).unwrap();
+    // An event is there for the VMM before the end of who is to hear of it.
+    vm.signal(Signal::SIGSTOP);
+    common::send(disk, Signal::SIGKILL);
+    let dead = || (!std::path::Path::new(&format!("/proc/{disk}")).exists()).then_some(());
+    common::poll(LIMIT, dead).expect("it is reaped");
+    std::thread::sleep(Duration::from_millis(50));
+    drop(client);
+    vm.signal(Signal::SIGCONT);
+    vm.wait_for("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 /// The VM ends while the command reads it: what it has then is not given out as a snapshot.
 #[test]
 fn a_hold_that_ended_before_all_was_read_makes_no_snapshot() {

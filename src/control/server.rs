@@ -50,7 +50,9 @@ pub trait Handler {
     /// to [`ControlServer::complete`]. [`Request::Events`] never comes here.
     fn handle(&mut self, request: Request, token: Token) -> Response;
 
-    /// The connection of a client is no more; it may have left something undone.
+    /// The connection of a client is no more; it may have left something undone. Told by
+    /// [`ControlServer::poll`], and of one that goes while it is sent something by
+    /// [`ControlServer::take_lost`].
     fn gone(&mut self, client: u64) {
         let _ = client;
     }
@@ -115,6 +117,8 @@ pub struct ControlServer {
     clients: HashMap<u64, Peer>,
     /// The one that was handed over.
     adopted: Option<u64>,
+    /// Those that went while something was sent to them, which the handler has not heard of.
+    lost: Vec<u64>,
     next_client: u64,
     next_event: u64,
     /// Lines of the last events.
@@ -170,6 +174,7 @@ impl ControlServer {
             uid: geteuid().as_raw(),
             clients: HashMap::new(),
             adopted: None,
+            lost: Vec::new(),
             next_client: LISTENER + 1,
             next_event: 1,
             history: VecDeque::with_capacity(HISTORY),
@@ -237,6 +242,12 @@ impl ControlServer {
         }
         self.history.push_back(line);
         event
+    }
+
+    /// Clients that have gone outside of [`ControlServer::poll`]: to be asked for after whatever
+    /// sends them something, and to be treated as [`Handler::gone`] says.
+    pub fn take_lost(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.lost)
     }
 
     /// Lets every client go, and forgets what has happened: who comes next is to see nothing
@@ -393,7 +404,7 @@ impl ControlServer {
             }
         }
         self.settle(id);
-        if !self.clients.contains_key(&id) {
+        for id in self.take_lost() {
             handler.gone(id);
         }
     }
@@ -401,14 +412,11 @@ impl ControlServer {
     /// Watches a client for what it needs next, or lets it go.
     fn settle(&mut self, id: u64) {
         let Some(client) = self.clients.get_mut(&id) else { return };
-        if client.is_done() {
+        let mut event = EpollEvent::new(client.interest(), id);
+        if client.is_done() || self.epoll.modify(&client.stream, &mut event).is_err() {
             // Closing the stream takes it out of the epoll set.
             self.clients.remove(&id);
-            return;
-        }
-        let mut event = EpollEvent::new(client.interest(), id);
-        if self.epoll.modify(&client.stream, &mut event).is_err() {
-            self.clients.remove(&id);
+            self.lost.push(id);
         }
     }
 }

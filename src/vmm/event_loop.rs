@@ -232,6 +232,7 @@ impl Vm {
             }
             self.supervise(&epoll);
             self.copy_on();
+            self.clients_lost();
         }
     }
 

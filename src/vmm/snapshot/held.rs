@@ -4,6 +4,7 @@
 
 use super::super::event_loop::Vm;
 use crate::control::protocol::{Reply, Request};
+use crate::control::server::ControlServer;
 use crate::snapshot::coordinator::Input;
 
 impl Vm {
@@ -46,6 +47,15 @@ impl Vm {
         {
             tracing::warn!("who took the snapshot is gone; the VM goes on");
             self.end_hold();
+        }
+    }
+
+    /// What clients had of the VM that went while they were sent something is given up too.
+    pub(in super::super) fn clients_lost(&mut self) {
+        while let Some(lost) = self.control.as_mut().map(ControlServer::take_lost)
+            && !lost.is_empty()
+        {
+            lost.into_iter().for_each(|client| self.client_gone(client));
         }
     }
 

@@ -83,6 +83,21 @@ fn a_cut_is_a_whole_state_and_the_memory_that_belongs_to_it() {
     vm.ends_well();
 }
 
+/// Whoever restores it is in another directory than the VM was.
+#[test]
+fn no_path_in_a_state_is_relative() {
+    let mut vm = Vm::with("mode=pause every=20").disk_with(4 << 20, ",cow=.").start();
+    vm.wait_for("pause: n=20 ");
+    let state = MicrovmState::decode(&contents(cut(&mut vm).state)).unwrap();
+    let record = state.device_states[1].as_disk().unwrap().unwrap().record;
+    let at = vm.path("disk0");
+    let directory = at.parent().unwrap().to_path_buf();
+    assert_eq!((record.path, record.cow), (at, Some(Some(directory))));
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
 /// The guest counts, writes and checks blocks, reads its console and watches its clocks.
 #[test]
 fn cut_after_cut_leaves_no_trace_in_the_guest() {

@@ -32,6 +32,16 @@ pub enum Place {
     Directory(PathBuf),
 }
 
+impl Place {
+    /// The same place, whatever directory a process is in.
+    pub fn absolute(&self) -> io::Result<Place> {
+        Ok(match self {
+            Place::Memory => Place::Memory,
+            Place::Directory(directory) => Place::Directory(std::path::absolute(directory)?),
+        })
+    }
+}
+
 /// An overlay that cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum OverlayError {

@@ -388,6 +388,8 @@ fn facts(
     disks: Vec<Backing>,
     devices: &[(String, Arc<VirtioMmio>)],
 ) -> Result<Vec<DiskFacts>, VmmError> {
+    // A snapshot is restored in another directory than this process is in.
+    let naming = |source| VmmError::System { what: "naming a disk", source };
     let mut facts = Vec::with_capacity(disks.len());
     for ((spec, disk), (id, device)) in specs.iter().zip(disks).zip(devices) {
         let (size, read_only) = match &disk {
@@ -397,10 +399,14 @@ fn facts(
         let image = match disk {
             Backing::BackEnd(_) => None,
             Backing::Image(image) => Some(ImageFacts {
-                path: std::path::absolute(&spec.path)
-                    .map_err(|source| VmmError::System { what: "naming a disk", source })?,
+                path: std::path::absolute(&spec.path).map_err(naming)?,
                 fd: image.fd,
-                overlay: image.overlay.zip(spec.cow.clone()),
+                overlay: match (image.overlay, &spec.cow) {
+                    (Some(overlay), Some(place)) => {
+                        Some((overlay, place.absolute().map_err(naming)?))
+                    }
+                    _ => None,
+                },
                 serial: image.serial,
                 poll_us: spec.poll_us,
                 queues: spec.queues(cpus),

@@ -419,6 +419,7 @@ pub(crate) fn open_others(
     let both = specs.into_iter().zip(disks).filter_map(|(mut spec, disk)| match disk {
         Backing::Image(image) if named.iter().any(|disk| disk.id == spec.id()) => {
             spec.path = spec.path.canonicalize().unwrap_or(spec.path);
+            spec.cow = spec.cow.map(|place| place.absolute().unwrap_or(place));
             Some((spec, image))
         }
         _ => None,

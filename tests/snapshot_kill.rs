@@ -198,3 +198,25 @@ fn an_interrupt_leaves_nothing() {
     vm.wait_for("pause: ok");
     vm.ends_well();
 }
+
+/// It is heard while the VM is still at work on the cut, too.
+#[test]
+fn an_interrupt_does_not_wait_for_the_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=pause every=20").disk(4).start();
+    vm.wait_for_line("pause: n=40 ");
+    let pid = vm.pid_of("blk", "disk0");
+    common::send(pid, Signal::SIGSTOP);
+    let mut writer = begin_with(&vm, &at, &["--timeout", "25s"]);
+    std::thread::sleep(Duration::from_millis(300));
+    common::send(writer.id() as i32, Signal::SIGINT);
+    let ended = poll(Duration::from_secs(5), || writer.try_wait().unwrap());
+    common::send(pid, Signal::SIGCONT);
+    assert_eq!(ended.expect("it waits for the VM").code(), Some(1));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "something is left");
+    vm.wait_for_line("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}

@@ -99,7 +99,7 @@ impl Snapshot {
         super::cancel_on_signals(&cancel)?;
         let hold = self.holds();
         let limit = self.timeout * 2 + COPYING;
-        let cut = client.snapshot(hold, self.live, self.timeout, &trigger, limit);
+        let cut = client.snapshot_unless(&cancel, hold, self.live, self.timeout, &trigger, limit);
         let cut = cut.map_err(Failure::error)?;
         let held = Instant::now();
         self.fill(&mut writer, &cut, parent.as_ref())?;

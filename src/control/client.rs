@@ -4,7 +4,8 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -18,6 +19,8 @@ use crate::remedy::Remedy;
 
 /// Longest wait for an answer.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How often it is looked whether a cut is still wanted.
+const LOOK: Duration = Duration::from_millis(100);
 /// Longest line accepted from a VM, in bytes.
 const MAX_ANSWER: u64 = 4 << 20;
 
@@ -45,6 +48,12 @@ pub enum ClientError {
     /// No answer in time.
     #[error("the VM did not answer within {} s", ANSWER.as_secs())]
     Timeout,
+    /// No cut in time.
+    #[error("the VM did not answer within {} s", .0.as_secs())]
+    Late(Duration),
+    /// It was not waited for.
+    #[error("waiting for the VM was called off")]
+    Cancelled,
     /// End of file in place of an answer.
     #[error("the VM closed the connection without an answer")]
     Gone,
@@ -80,14 +89,14 @@ impl Remedy for ClientError {
                 }
                 _ => None,
             },
-            ClientError::Timeout => {
+            ClientError::Timeout | ClientError::Late(_) => {
                 Some("see with 'ps' whether its process is stopped or starved".into())
             }
             ClientError::Gone | ClientError::Vanished => {
                 Some("it ended or was killed; its standard error says why".into())
             }
             ClientError::Refused { remedy, .. } => remedy.clone(),
-            ClientError::Talk { .. } | ClientError::Garbage(_) => None,
+            ClientError::Talk { .. } | ClientError::Garbage(_) | ClientError::Cancelled => None,
         }
     }
 }
@@ -179,6 +188,20 @@ impl Client {
         trigger: &str,
         limit: Duration,
     ) -> Result<Cut, ClientError> {
+        self.snapshot_unless(&AtomicBool::new(false), hold, live, timeout, trigger, limit)
+    }
+
+    /// The same, until `cancel` is set: the VM goes on when the connection ends.
+    pub fn snapshot_unless(
+        &mut self,
+        cancel: &AtomicBool,
+        hold: bool,
+        live: bool,
+        timeout: Duration,
+        trigger: &str,
+        limit: Duration,
+    ) -> Result<Cut, ClientError> {
+        let is_cancelled = || cancel.load(Ordering::Relaxed);
         let timeout_us = Some(u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX));
         let request = Request::Snapshot { hold, live, timeout_us, trigger: Some(trigger.into()) };
         let mut line = serde_json::to_vec(&request).map_err(|e| ClientError::Garbage(Some(e)))?;
@@ -186,13 +209,20 @@ impl Client {
         let talk = |doing| move |source| ClientError::Talk { doing, source };
         let stream = self.stream.get_mut();
         stream.write_all(&line).map_err(talk("sending the request to"))?;
-        stream.set_read_timeout(Some(limit)).map_err(talk("waiting for"))?;
-        let (answer, fds) =
-            fds::line(stream, MAX_ANSWER as usize).map_err(|source| match source.kind() {
-                ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Timeout,
+        stream.set_read_timeout(Some(LOOK.min(limit))).map_err(talk("waiting for"))?;
+        let end = Instant::now() + limit;
+        let waits = || !is_cancelled() && Instant::now() < end;
+        let (answer, fds) = fds::line(stream, MAX_ANSWER as usize, waits).map_err(|source| {
+            match source.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut if is_cancelled() => {
+                    ClientError::Cancelled
+                }
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Late(limit),
                 ErrorKind::UnexpectedEof => ClientError::Gone,
                 _ => ClientError::Talk { doing: "waiting for", source },
-            })?;
+            }
+        })?;
+        stream.set_read_timeout(Some(limit)).map_err(talk("waiting for"))?;
         match serde_json::from_str(&answer).map_err(|e| ClientError::Garbage(Some(e)))? {
             Reply::Error { message, remedy } => Err(ClientError::Refused { message, remedy }),
             Reply::Snapshot(report) => {

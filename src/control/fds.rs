@@ -12,8 +12,13 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 const MOST: usize = 64;
 
 /// Reads up to the next line feed, which is the last byte there is, and the fds that came
-/// with it.
-pub fn line(stream: &UnixStream, limit: usize) -> io::Result<(String, Vec<OwnedFd>)> {
+/// with it. Where the stream has a limit to how long a read waits, it waits on for as long as
+/// `waits` says.
+pub fn line(
+    stream: &UnixStream,
+    limit: usize,
+    mut waits: impl FnMut() -> bool,
+) -> io::Result<(String, Vec<OwnedFd>)> {
     let (mut line, mut fds) = (Vec::new(), Vec::new());
     while line.last() != Some(&b'\n') {
         let mut chunk = [0; 4096];
@@ -23,6 +28,7 @@ pub fn line(stream: &UnixStream, limit: usize) -> io::Result<(String, Vec<OwnedF
         let message = match recvmsg::<()>(stream.as_raw_fd(), &mut buffers, Some(&mut space), flags)
         {
             Err(nix::errno::Errno::EINTR) => continue,
+            Err(nix::errno::Errno::EAGAIN) if waits() => continue,
             other => other?,
         };
         let count = message.bytes;

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cellblock::control::protocol::EventKind;
+use cellblock::control::client::ClientError;
+use cellblock::control::protocol::{EventKind, Request};
 use cellblock::snapshot::format::Chain;
 use cellblock::snapshot::state::MicrovmState;
 use common::{LIMIT, Vm, poll};
@@ -78,6 +79,45 @@ fn each_life_runs_the_workload_from_its_beginning() {
         assert!(!life.console.text().contains("cellblock guest"), "it was started anew");
         life.ends_well();
     }
+}
+
+/// A place is a place, whatever it is called.
+#[test]
+fn a_place_that_looks_like_an_option_is_none() {
+    let mut vm = Vm::with("mode=pause every=20 marks=2")
+        .arg("--snapshot-on-pre-exec")
+        .arg("--snapshot-out=-s")
+        .start();
+    let out = vm.path("-s");
+    taken(&mut vm, &out);
+    assert_eq!(trigger_of(&out), "pre-exec");
+    vm.wait_for_line("pause: n=");
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
+}
+
+/// What the process that writes is told is told to nobody in its place.
+#[test]
+fn nobody_else_is_told_that_it_is_time() {
+    let mut vm = Vm::with("mode=pause every=20 heartbeat");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("s");
+    for word in ["--snapshot-at-heartbeat", "5", "--snapshot-out", out.to_str().unwrap()] {
+        vm = vm.arg(word);
+    }
+    let mut vm = vm.start();
+    let refused = loop {
+        match vm.try_ask(Request::AwaitTrigger) {
+            Err(ClientError::Connect { .. }) => std::thread::sleep(Duration::from_millis(1)),
+            other => break other.expect_err("it is another's"),
+        }
+    };
+    assert!(refused.to_string().contains("another process's"), "{refused}");
+    taken(&mut vm, &out);
+    vm.say(b"q");
+    vm.wait_for("pause: ok");
+    vm.ends_well();
 }
 
 /// A guest that stops listening while things settle has not what was waited for.

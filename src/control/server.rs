@@ -182,10 +182,13 @@ impl ControlServer {
     }
 
     /// Serves a connection that somebody else has made.
-    /// Its client learns the end of the VM before all is over: this process waits for it.
-    pub fn adopt(&mut self, stream: UnixStream) {
-        self.adopted = Some(self.next_client);
+    /// Its client learns the end of the VM before all is over: this process waits for it. Returns
+    /// the client's number.
+    pub fn adopt(&mut self, stream: UnixStream) -> u64 {
+        let id = self.next_client;
+        self.adopted = Some(id);
         self.admit(stream);
+        id
     }
 
     /// Does what can be done now for every client that needs something. To be called

@@ -77,9 +77,10 @@ pub(super) fn assemble(mut config: VmConfig, scribe: Option<UnixStream>) -> Resu
             Some(server) => server,
             None => ControlServer::without_socket().map_err(OpenError::Control)?,
         };
-        control.insert(server).adopt(stream);
+        let writer = control.insert(server).adopt(stream);
         let resources = std::mem::take(&mut config.snapshot);
-        triggers = Some(Triggers::new(resources, hold.clone()).map_err(|e| made(e.into()))?);
+        let new = Triggers::new(resources, writer, hold.clone());
+        triggers = Some(new.map_err(|e| made(e.into()))?);
     }
     let guests = Guests::open(&config, &ram)?;
     let VmConfig { sandbox, seccomp, log, .. } = config;

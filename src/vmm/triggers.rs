@@ -34,7 +34,7 @@ impl Scribe {
         let Some(path) = &resources.out_path else { return Ok(None) };
         let (near, far) = UnixStream::pair()?;
         let child = Command::new("/proc/self/exe")
-            .args(["snapshot", "--when-triggered", "-"])
+            .args(["snapshot", "--when-triggered", "--", "-"])
             .arg(path)
             .stdin(Stdio::from(std::os::fd::OwnedFd::from(far)))
             .stdout(Stdio::null())
@@ -60,13 +60,19 @@ pub(super) struct Triggers {
     due: Option<(Trigger, Instant)>,
     /// Where the guest waits that is about to run its workload.
     hold: Arc<Hold>,
-    /// Who asked, and has to be told.
+    /// The connection of the process that writes.
+    writer: u64,
+    /// Its request, once it has asked.
     waiting: Option<Token>,
     told: bool,
 }
 
 impl Triggers {
-    pub(super) fn new(resources: SnapshotResources, hold: Arc<Hold>) -> nix::Result<Triggers> {
+    pub(super) fn new(
+        resources: SnapshotResources,
+        writer: u64,
+        hold: Arc<Hold>,
+    ) -> nix::Result<Triggers> {
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
         Ok(Triggers {
@@ -76,6 +82,7 @@ impl Triggers {
             timer,
             due: None,
             hold,
+            writer,
             waiting: None,
             told: false,
         })
@@ -154,6 +161,10 @@ impl Vm {
     pub(super) fn await_trigger(&mut self, token: Token) -> Option<Reply> {
         match &mut self.triggers {
             None => Some(Reply::error("no snapshot was asked for", Some("see --snapshot-out"))),
+            Some(triggers) if token.client() != triggers.writer => Some(Reply::error(
+                "the snapshot is another process's, which waits for it",
+                Some("take one with 'cellblock snapshot'"),
+            )),
             Some(triggers) => {
                 triggers.waiting = Some(token);
                 // The answer cannot be given while the request is being carried out.
@@ -180,11 +191,9 @@ impl Vm {
     }
 
     /// `client` has its cut, or none, or is gone: if it is the writer, there is nothing to
-    /// hold the guest for any more.
+    /// hold the guest for any more, whether it has asked or not.
     pub(super) fn release_guest(&self, client: u64) {
-        if let Some(triggers) = &self.triggers
-            && triggers.waiting.is_some_and(|token| token.client() == client)
-        {
+        if let Some(triggers) = self.triggers.as_ref().filter(|t| t.writer == client) {
             triggers.hold.release();
         }
     }

@@ -410,6 +410,8 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         (&["--snapshot", path, "--min", "3", "--max", "2"], 1, "min_size is 3"),
         (&["--snapshot", path, "--live", "0"], 1, "max_live of 1"),
         (&["--snapshot", path, "--memory-limit", "64M"], 1, "give more memory"),
+        (&["--snapshot", path, "--disk", "id=disk9,cow"], 1, "no disk 'disk9'"),
+        (&["--snapshot", path, "--mode", "shape", "--disk", "id=disk9,cow"], 1, "no disk 'disk9'"),
         (
             &["--snapshot", path, "--mode", "shape", "--on-release", "reset"],
             2,

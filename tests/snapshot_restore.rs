@@ -191,6 +191,9 @@ fn what_cannot_be_restored_is_refused_with_the_remedy() {
     let named = format!("id=disk0,path={}", short.display());
     assert!(refused(&["--disk", &named]).contains("has 512 bytes"));
     assert!(refused(&["--disk", "id=other,path=x"]).contains("its disks are disk0"));
+    // Neither of the two is what is left out silently.
+    let twice = refused(&["--disk", "id=disk0,cow", "--disk", "id=disk0,path=x"]);
+    assert!(twice.contains("disk 'disk0' is changed twice"), "{twice}");
     // Once it is free, it shows that it was written to.
     let kept = fs::read(&disk).unwrap();
     vm.resume();

@@ -20,7 +20,7 @@ use crate::snapshot::format::{Chain, FormatError, SnapshotId};
 use crate::spec::DiskSpec;
 use crate::vm::metadata::MAX_DATA;
 use crate::vmm::VmmError;
-use crate::vmm::restore::{DiskOverride, RestoreError};
+use crate::vmm::restore::{DiskOverride, RestoreError, overrides};
 use crate::vmm::shell::EmptyError;
 use crate::vmm::snapshot::Kept;
 
@@ -206,9 +206,13 @@ impl Shape {
         let chain = Chain::open(&path)?;
         let state = crate::vmm::restore::read_state(&path, &chain)?;
         let damaged = |error| RestoreError::State(path.clone(), error);
-        let mut specs = Vec::new();
+        let (mut specs, mut ids) = (Vec::new(), Vec::new());
         for device in &state.device_states {
+            if device.as_back_end().map_err(damaged)?.is_some() {
+                return Err(RestoreError::NotCloned(device.id.clone()).into());
+            }
             let Some(disk) = device.as_disk().map_err(damaged)? else { continue };
+            ids.push(device.id.as_str());
             let named = disks.iter().find(|named| named.id == device.id);
             let copy = chain.manifest().disks.iter().find(|copy| copy.id == device.id);
             // The copy of a cow disk is of what was written to it.
@@ -228,6 +232,7 @@ impl Shape {
             }
             specs.push(spec);
         }
+        overrides::check(disks, &ids)?;
         Ok(Shape { memory: state.vm_info.memory, cpus: state.vm_info.cpus, disks: specs })
     }
 }

@@ -4,7 +4,7 @@
 //! jails while memory is filled and KVM set up. Last, what the state says is set in it.
 
 mod copies;
-mod overrides;
+pub(crate) mod overrides;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -113,6 +113,8 @@ pub enum RestoreError {
     Other(PathBuf),
     #[error("the snapshot has no disk '{0}': its disks are {1}")]
     NoDisk(String, String),
+    #[error("disk '{0}' is changed twice")]
+    Twice(String),
     #[error("disk '{id}' ({}) has {found} bytes, and had {wanted} when the snapshot was taken", .path.display())]
     DiskSize { id: String, path: PathBuf, found: u64, wanted: u64 },
     #[error("disk '{id}' ({}) was changed since the snapshot was taken", .path.display())]
@@ -164,6 +166,7 @@ impl Remedy for RestoreError {
                 Some("let it attach with '--plugin-socket PATH': the VM runs when all have".into())
             }
             RestoreError::NoPlugin => Some("leave '--plugin' away".into()),
+            RestoreError::Twice(_) => Some("say all that is different about it at once".into()),
             RestoreError::Host(..) => Some("restore it on a host like the one it is from".into()),
             RestoreError::DiskSize { id, .. } | RestoreError::DiskChanged { id, .. } => {
                 Some(format!(
@@ -450,10 +453,7 @@ fn open_disks(
             saved.push((device.id.clone(), Saved::BackEnd(disk)));
         }
     }
-    if let Some(other) = named.iter().find(|disk| !saved.iter().any(|(id, _)| *id == disk.id)) {
-        let ids: Vec<&str> = saved.iter().map(|(id, _)| id.as_str()).collect();
-        return Err(RestoreError::NoDisk(other.id.clone(), ids.join(", ")).into());
-    }
+    overrides::check(named, &saved.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>())?;
     let (mut specs, mut disks) = (Vec::new(), Vec::new());
     for (id, disk) in saved {
         let disk = match disk {

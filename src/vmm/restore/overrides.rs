@@ -3,8 +3,21 @@
 use std::path::Path;
 use std::str::FromStr;
 
-use super::DiskOverride;
+use super::{DiskOverride, RestoreError};
 use crate::cell::overlay::Place;
+
+/// Whether all that is `named` is of one of the disks `ids` each.
+pub(crate) fn check(named: &[DiskOverride], ids: &[&str]) -> Result<(), RestoreError> {
+    for (n, disk) in named.iter().enumerate() {
+        if !ids.contains(&disk.id.as_str()) {
+            return Err(RestoreError::NoDisk(disk.id.clone(), ids.join(", ")));
+        }
+        if named[..n].iter().any(|other| other.id == disk.id) {
+            return Err(RestoreError::Twice(disk.id.clone()));
+        }
+    }
+    Ok(())
+}
 
 impl FromStr for DiskOverride {
     type Err = String;

@@ -13,10 +13,17 @@ use crate::snapshot::format::{self, Chain};
 /// `snapshot merge` is a command of its own: `snapshot` itself begins with a control socket.
 pub(super) fn one_word(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut args: Vec<OsString> = args.into_iter().collect();
-    if let [_, snapshot, merge, ..] = args.as_slice()
+    // What is said of all commands may come before.
+    let mut at = 1;
+    while let Some(word) = args.get(at).and_then(|word| word.to_str())
+        && word.starts_with("--log")
+    {
+        at += if word == "--log" { 2 } else { 1 };
+    }
+    if let Some([snapshot, merge, ..]) = args.get(at..)
         && (snapshot == "snapshot" && merge == "merge")
     {
-        args.splice(1..3, [OsString::from("snapshot-merge")]);
+        args.splice(at..at + 2, [OsString::from("snapshot-merge")]);
     }
     args
 }
@@ -44,5 +51,27 @@ impl Merge {
         progress.end();
         let manifest = merged.map_err(Failure::error)?;
         output::print_line(&format!("snapshot {} is at {}", manifest.id, self.target.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_all_commands_may_come_first() {
+        let words = |text: &str| {
+            let words = one_word(text.split(' ').map(OsString::from));
+            words.join(&OsString::from(" ")).into_string().expect("text")
+        };
+        for options in ["", "--log info ", "--log=info "] {
+            let found = words(&format!("cellblock {options}snapshot merge a b"));
+            assert_eq!(found, format!("cellblock {options}snapshot-merge a b"));
+        }
+        for same in
+            ["cellblock", "cellblock --log", "cellblock snapshot ./merge a", "cellblock stop merge"]
+        {
+            assert_eq!(words(same), same);
+        }
     }
 }

@@ -243,6 +243,24 @@ fn another_disk_is_put_behind_a_shell_that_waits() {
     assert_eq!((pool.stats().violations, pool.stats().alive), (0, 0));
 }
 
+/// Another place for what is written is no other image than the pool's.
+#[test]
+fn a_claim_that_names_no_image_has_the_pools() {
+    let (snapshot, kept) = (Snapshot::take(",cow"), tempfile::tempdir().unwrap());
+    let image = snapshot.disk().with_extension("pools");
+    std::fs::copy(snapshot.disk(), &image).unwrap();
+    let disk = format!("id=disk0,path={},cow={}", image.display(), kept.path().display());
+    let machine = Machine::Primed { snapshot: snapshot.path(), disks: vec![disk.parse().unwrap()] };
+    let pool = RestorePool::new(base(machine), small()).unwrap();
+    for disks in [vec![], vec!["id=disk0,cow".parse().unwrap()]] {
+        let vm = pool.claim(&ClaimOrder { disks, ..order("") }).unwrap();
+        Console::of(&vm).who();
+        let cut = vm.control().unwrap().snapshot(false, false, LIMIT, "test", LIMIT).unwrap();
+        assert_eq!(cut.report.disks[0].path, image);
+    }
+    assert!(pool.drain_all(LIMIT));
+}
+
 /// What the guest had asked for when the snapshot was taken is carried out when a shell is made: on
 /// the disk that the shell has.
 #[test]

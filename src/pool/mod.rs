@@ -350,11 +350,16 @@ impl RestorePool {
         if let Some(disk) = disks.iter().find(uncounted) {
             return Err(PoolError::Uncounted(disk.id.clone()));
         }
-        let named: Vec<DiskOverride> = disks
+        let mut named: Vec<DiskOverride> = disks
             .iter()
             .chain(own.iter().filter(|own| disks.iter().all(|disk| disk.id != own.id)))
             .cloned()
             .collect();
+        // Who says nothing of the image means the pool's, and not that of the snapshot.
+        for disk in named.iter_mut().filter(|disk| disk.path.is_none()) {
+            let own = own.iter().find(|own| own.id == disk.id);
+            disk.path = own.and_then(|own| own.path.clone());
+        }
         let mut opened =
             restore::open_others(snapshot, SnapshotId(*wanted), &named).map_err(Box::new)?;
         opened.retain(|(spec, _)| disks.iter().any(|disk| disk.id == spec.id()));

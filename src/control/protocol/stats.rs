@@ -37,7 +37,7 @@ pub enum DeviceState {
     Failed,
 }
 
-/// Answer to [`Request::Stats`].
+/// Answer to [`Request::Stats`](super::Request::Stats).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     /// Version of the program that runs the VM.

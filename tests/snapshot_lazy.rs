@@ -2,10 +2,12 @@
 //! down as a difference.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+mod attach_support;
 mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output as Ended};
 use std::time::{Duration, Instant};
@@ -13,8 +15,10 @@ use std::time::{Duration, Instant};
 use cellblock::control::client::{Client, ClientError};
 use cellblock::control::protocol::{EventKind, Request, Shutdown};
 use cellblock::snapshot::format::{CHUNK, Chain, Snapshot};
+use cellblock::snapshot::pager::LAST_RESORT;
 use common::trace::Traced;
 use common::{LIMIT, Vm};
+use nix::sys::signal::Signal;
 
 fn cellblock(args: &[&str]) -> Ended {
     Command::new(env!("CARGO_BIN_EXE_cellblock")).args(args).output().unwrap()
@@ -55,8 +59,12 @@ fn goes_on_and_ends(mut vm: Vm) -> Vm {
 }
 
 fn restored(from: &Path, mode: &str) -> Vm {
-    let mut vm = Vm::restore(from).arg("--memory-mode").arg(mode).start();
-    // It can be asked for things as soon as its socket is there, and no sooner.
+    reachable(Vm::restore(from).arg("--memory-mode").arg(mode).start())
+}
+
+/// It can be asked for things as soon as its socket is there, and no sooner.
+#[track_caller]
+fn reachable(mut vm: Vm) -> Vm {
     let end = Instant::now() + LIMIT;
     while !vm.path("control").exists() {
         if Instant::now() > end {
@@ -240,6 +248,74 @@ fn a_bad_chunk_ends_the_vm_with_an_event() {
     assert_eq!(vm.wait_exit().code(), Some(1));
 }
 
+/// Damages the first page of every chunk from `from` on that has one; says how many.
+fn damage(at: &Path, from: usize) -> usize {
+    let whole = Snapshot::open(at).unwrap();
+    let file = File::options().read(true).write(true).open(at.join("memory")).unwrap();
+    let all = whole.entries().iter().enumerate().skip(from / CHUNK);
+    let damaged = all.filter(|(_, entry)| entry.data != 0).map(|(index, entry)| {
+        let offset = (index * CHUNK) as u64 + u64::from(entry.data.trailing_zeros()) * 4096;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    });
+    damaged.count()
+}
+
+/// A vCPU in the middle of an instruction that KVM emulates cannot be interrupted.
+#[test]
+fn memory_that_a_vcpu_waits_for_keeps_no_vm_from_its_end() {
+    const FROM: usize = 8 << 20;
+    // No interrupts from the PIC; `sti`; from 8 to 24 MiB: counts in every page, over and over.
+    const CODE: &[u8] = &[
+        0xb0, 0xff, 0xe6, 0x21, 0xe6, 0xa1, 0xfb, 0x48, 0xc7, 0xc7, 0, 0, 0x80, 0, 0x48, 0xff, 7,
+        0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0x48, 0x81, 0xff, 0, 0, 0x80, 1, 0x72, 0xed, 0xeb, 0xe4,
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let vm = Vm::with("").kernel(&attach_support::kernel(dir.path(), CODE)).start();
+    let mut vm = reachable(vm);
+    std::thread::sleep(Duration::from_millis(300));
+    snapshot(&mut vm, &at, &["--stop"]);
+    assert_eq!(damage(&at, FROM), (16 << 20) / CHUNK, "the guest did not get round");
+    let begun = Instant::now();
+    let mut vm = restored(&at, "lazy");
+    assert_eq!(vm.wait_exit().code(), Some(1));
+    vm.wait_for_error("is damaged");
+    assert!(begun.elapsed() < LAST_RESORT, "it ended by the last resort");
+}
+
+/// For a vCPU that could be interrupted KVM has memory brought beside it, and KVM's end waits for
+/// that: such a process could not even be killed.
+#[test]
+fn memory_that_kvm_waits_for_beside_a_vcpu_keeps_no_vm_from_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("s");
+    let mut vm = Vm::with("mode=snap touch=100").memory("128M").start();
+    vm.wait_for_line("snap: ready");
+    snapshot(&mut vm, &at, &["--stop"]);
+    assert!(damage(&at, 16 << 20) > 300);
+    let waiting = || {
+        let mut vm = restored(&at, "lazy");
+        vm.wait_for(".\n");
+        let pager = Traced::hold(vm.pid(), "pager");
+        // It writes to 64 MiB now.
+        vm.say(b"t");
+        std::thread::sleep(Duration::from_millis(500));
+        (vm, pager)
+    };
+    let (mut vm, pager) = waiting();
+    let begun = Instant::now();
+    pager.release();
+    assert_eq!(vm.wait_exit().code(), Some(1));
+    vm.wait_for_error("is damaged");
+    assert!(begun.elapsed() < LAST_RESORT, "it ended by the last resort");
+
+    let (mut vm, pager) = waiting();
+    pager.kill();
+    assert_eq!(vm.wait_exit().signal(), Some(Signal::SIGKILL as i32));
+}
+
 /// Every chunk that has anything is damaged: whichever the VM needs first ends it.
 #[test]
 fn a_bad_chunk_ends_the_vm_with_a_line() {
@@ -247,14 +323,7 @@ fn a_bad_chunk_ends_the_vm_with_a_line() {
     let at: PathBuf = dir.path().join("s");
     let mut vm = busy();
     snapshot(&mut vm, &at, &["--stop"]);
-    let whole = Snapshot::open(&at).unwrap();
-    let file = File::options().read(true).write(true).open(at.join("memory")).unwrap();
-    for (index, entry) in whole.entries().iter().enumerate().filter(|(_, e)| e.data != 0) {
-        let offset = (index * CHUNK) as u64 + u64::from(entry.data.trailing_zeros()) * 4096;
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, offset).unwrap();
-        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
-    }
+    assert!(damage(&at, 0) > 0);
     for mode in ["lazy", "eager"] {
         let args = ["restore", at.to_str().unwrap(), "--serial", "null", "--memory-mode", mode];
         let begun = std::time::Instant::now();

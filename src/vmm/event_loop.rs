@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use cellblock_devices::protocol::ring::{Fault, Producer};
 use cellblock_devices::protocol::{EngineKind, FromCell, ThrottleLimits};
@@ -24,13 +23,13 @@ use super::snapshot::{Origin, Snapshots};
 use super::supervise::Supervisor;
 use super::triggers::Triggers;
 use super::watchdog::Watchdog;
-use super::{STOP_LIMIT, VmEnd, VmmError, requests};
+use super::{VmEnd, VmmError, requests};
 use crate::bus::VmExit;
 use crate::cell::overlay::{Overlay, Place};
 use crate::cell::{Cell, ROUND};
 use crate::console::Keep;
 use crate::control::protocol::EventKind;
-use crate::control::protocol::{Reply, Request, Shutdown};
+use crate::control::protocol::{Reply, Request};
 use crate::control::server::{ControlServer, Handler, Response, Token};
 use crate::plugin::{Hub, Plugins};
 use crate::plugin_process::PluginProcess;
@@ -193,12 +192,8 @@ impl Source {
     }
 }
 
-/// How long the spawner may take to end every device process.
-const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 /// More messages than one socket holds.
 const LAST_WORDS: usize = 4096;
-/// How long control clients may take to read their last lines.
-const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 
 /// Whether the machine goes on.
 pub(super) type Flow = std::ops::ControlFlow<Result<VmEnd, VmmError>>;
@@ -408,7 +403,7 @@ impl Vm {
         }
     }
 
-    fn notices(&mut self) -> Result<(), VmmError> {
+    pub(super) fn notices(&mut self) -> Result<(), VmmError> {
         for notice in self.notifier.take() {
             match notice {
                 Notice::Marker(marker) => {
@@ -550,47 +545,6 @@ impl Vm {
             // Sent when the request that is being carried out is done.
             None if self.defers_events => self.events.push(kind),
             None => {}
-        }
-    }
-
-    /// Takes the machine down: vCPUs, then what devices hold, then the processes.
-    pub(super) fn shut_down(mut self, end: &Result<VmEnd, VmmError>) {
-        if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
-            tracing::warn!(error = crate::remedy::chain(&error), "stopping vCPUs");
-        }
-        let _ = self.notices(); // markers of the guest's last moments
-        self.plugins = None;
-        self.end_supervision();
-        // All at once, so that they share one deadline.
-        let drains: Vec<_> = self.devices.iter().map(|(_, device)| device.begin_drain()).collect();
-        for ((id, device), drain) in self.devices.iter().zip(drains) {
-            if let Err(error) = device.finish_drain(&drain) {
-                tracing::warn!(
-                    device = id,
-                    error = crate::remedy::chain(&error),
-                    "finishing requests"
-                );
-            }
-        }
-        self.deliver_consoles();
-        let (reason, message) = match end {
-            Ok(VmEnd::Shutdown | VmEnd::Plugin) => (Shutdown::PowerOff, None),
-            Ok(VmEnd::Reset) => (Shutdown::Reset, None),
-            Ok(VmEnd::Stopped | VmEnd::Signal) => (Shutdown::Stopped, None),
-            Err(error) => (Shutdown::Error, Some(crate::remedy::chain(error))),
-        };
-        self.event(EventKind::Shutdown { reason, message });
-        self.give_triggers_up();
-        let held: Vec<_> = self.cells.iter_mut().filter_map(Cell::take_held).collect();
-        self.cells.clear(); // end of file on its channel ends a cell
-        if !self.spawner.shutdown(SPAWNER_LIMIT) {
-            tracing::warn!("the spawner is slow to end");
-        }
-        for held in held {
-            held.wait_released(SPAWNER_LIMIT);
-        }
-        if let Some(control) = self.control.take() {
-            control.finish(CLIENTS_LIMIT).at_exit();
         }
     }
 }

@@ -11,6 +11,7 @@
 //! | `plugin_vm` | the machine of a plugin without a kernel |
 //! | `restore` | from a snapshot to a machine that is ready to run |
 //! | `shell` | a machine that waits in a pool for its claim |
+//! | `shut_down` | how a machine is taken down |
 //! | `snapshot` | one cut through all processes |
 //! | `triggers` | snapshots that the VM takes by itself |
 //! | `reconnect` | back ends of other programs that go away and come back |
@@ -38,6 +39,7 @@ mod remedy;
 mod requests;
 pub mod restore;
 pub mod shell;
+mod shut_down;
 pub(crate) mod signals;
 pub(crate) mod snapshot;
 mod supervise;
@@ -57,8 +59,6 @@ use crate::vm::cpu::CpuError;
 use crate::vm::kvm::KvmError;
 use crate::vm::memory::MemoryError;
 
-/// How long the vCPUs may take to stop at the end of the VM.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// How long a slow console reader may hold the end of the VM up.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 

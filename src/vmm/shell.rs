@@ -44,8 +44,6 @@ const RECORD_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// How long consoles may take to forget.
 const PART_LIMIT: Duration = Duration::from_secs(5);
-/// How long the spawner may take to end every device process.
-const SPAWNER_LIMIT: Duration = Duration::from_secs(2);
 
 /// A shell that does not become a VM.
 #[derive(Debug, thiserror::Error)]
@@ -440,17 +438,5 @@ impl Vm {
             }
         }
         Ok(())
-    }
-
-    /// Ends everything at once: nobody wants what the guest still had to say.
-    fn discard(mut self) {
-        if let Err(error) = self.vcpus.stop(STOP_LIMIT) {
-            tracing::warn!(error = chain(&error), "stopping vCPUs");
-        }
-        self.plugins = None;
-        self.cells.clear();
-        if !self.spawner.shutdown(SPAWNER_LIMIT) {
-            tracing::warn!("the spawner is slow to end");
-        }
     }
 }

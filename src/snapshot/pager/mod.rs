@@ -18,7 +18,8 @@
 //! The pager is a thread that waits for nobody but the snapshot's file: it shares no lock
 //! with vCPUs, touches no guest mapping, and is watched. If it fails, ends or stalls the VM
 //! ends; it must not go on with memory that is not there, nor hang. Its userfaultfd then
-//! stays open to the end of the process: closed, missing pages would become zeros.
+//! stays open to the end of the process: closed, missing pages would become zeros. Only when
+//! nobody is left who could use them is memory given up ([`Pager::let_go`]).
 
 mod coming;
 mod record;
@@ -170,6 +171,8 @@ pub struct Pager {
     shared: Arc<Shared>,
     chain: Arc<Chain>,
     device: OwnedFd,
+    /// The VMM's mapping.
+    target: Arc<Target>,
 }
 
 /// What a device process needs to take part: it goes with the fds of its hello.
@@ -325,13 +328,14 @@ impl Source {
         presence::register(&uffd, &windows, shared.presence.presence())
             .map_err(step("registering guest memory with userfaultfd"))?;
         shared.prefetch.store(config.prefetch == Prefetch::All, Ordering::Relaxed);
-        let target = Target::new(uffd, windows);
+        let target = Arc::new(Target::new(uffd, windows));
         let record = config.prefetch != Prefetch::Nothing;
-        let worker = Worker::new(shared.clone(), chain.clone(), target, record, config.stall_limit);
+        let (stall, own) = (config.stall_limit, target.clone());
+        let worker = Worker::new(shared.clone(), chain.clone(), own, record, stall);
         thread::spawn(worker, config.confine.clone())?;
         let watch = Watch { limit: config.stall_limit, last_resort: config.last_resort };
         watch::spawn(shared.clone(), watch, config.confine)?;
-        Ok(Pager { shared, chain, device })
+        Ok(Pager { shared, chain, device, target })
     }
 }
 
@@ -393,6 +397,31 @@ impl Pager {
         self.shared.coming.settle(|| self.shared.ended.load(Ordering::Acquire))
     }
 
+    /// Whether it ended by itself, and something is missing for ever.
+    pub fn has_failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Acquire)
+    }
+
+    /// The kernel need not wait for what is missing any more, and finds zeros: a vCPU in the
+    /// middle of an instruction that KVM emulates, and KVM itself, which has memory brought beside
+    /// a vCPU and whose end waits for that, in a state in which nobody can be killed. To be called
+    /// when nobody is left who could take the zeros for what they are not: no device process
+    /// lives, and no vCPU is to run again.
+    pub fn let_go(mut self) {
+        self.stop();
+        self.target.let_go();
+    }
+
+    fn stop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        let _ = self.shared.bell.write(1);
+        // It has a record to keep. One that hangs is not waited for.
+        let end = Instant::now() + LAST_WORD;
+        while !self.shared.ended.load(Ordering::Acquire) && Instant::now() < end {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
     /// Whether everything is there.
     pub fn is_complete(&self) -> bool {
         self.shared.complete.load(Ordering::Acquire)
@@ -440,13 +469,7 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        let _ = self.shared.bell.write(1);
-        // It has a record to keep. One that hangs is not waited for.
-        let end = Instant::now() + LAST_WORD;
-        while !self.shared.ended.load(Ordering::Acquire) && Instant::now() < end {
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        self.stop();
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     chain: Arc<Chain>,
     /// Memory is filled through its mapping.
-    vmm: Target,
+    vmm: Arc<Target>,
     devices: Vec<Device>,
     buffer: Vec<u8>,
     /// Chunks to bring early, the next last; whether or not anything else is.
@@ -72,6 +72,13 @@ pub(super) struct Worker {
 impl Target {
     pub(super) fn new(uffd: Uffd, windows: Vec<FaultWindow>) -> Target {
         Target { uffd, windows }
+    }
+
+    /// Nobody waits for anything of it any more. It fails for a process that is no more.
+    pub(super) fn let_go(&self) {
+        for window in &self.windows {
+            let _ = self.uffd.unregister(window.start, window.len);
+        }
     }
 
     /// The offset in guest memory of an address of the process.
@@ -125,7 +132,7 @@ impl Worker {
     pub(super) fn new(
         shared: Arc<Shared>,
         chain: Arc<Chain>,
-        vmm: Target,
+        vmm: Arc<Target>,
         early: bool,
         stall_limit: Duration,
     ) -> Worker {
@@ -259,7 +266,7 @@ impl Worker {
             return Ok(());
         }
         // It came just now; or it is of zeros, between two ranges that are registered.
-        let target = device.and_then(|n| self.devices[n].target.as_ref()).unwrap_or(&self.vmm);
+        let target = device.and_then(|n| self.devices[n].target.as_ref()).unwrap_or(&*self.vmm);
         let page = address & !(PAGE as u64 - 1);
         if self.chain.is_zero(index) {
             let _ = target.uffd.zero(page, PAGE as u64); // there is one, or it was not to be
@@ -376,9 +383,7 @@ impl Worker {
             let result = self.vmm.uffd.unregister(window.start, window.len);
             result.map_err(step("taking guest memory from userfaultfd"))?;
         }
-        for device in &self.devices {
-            device.let_go();
-        }
+        self.devices.iter().filter_map(|device| device.target.as_ref()).for_each(Target::let_go);
         Ok(())
     }
 }
@@ -403,14 +408,6 @@ impl Device {
                 Ok(None) => return true,
                 Err(_) => return false,
             }
-        }
-    }
-
-    fn let_go(&self) {
-        let Some(target) = &self.target else { return };
-        for window in &target.windows {
-            // It fails for a process that is no more.
-            let _ = target.uffd.unregister(window.start, window.len);
         }
     }
 }

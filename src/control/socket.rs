@@ -16,6 +16,7 @@ use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat};
 use nix::unistd::{LinkatFlags, UnlinkatFlags, linkat, unlinkat};
 
 use crate::remedy::Remedy;
+use crate::snapshot::random;
 
 /// Longest path a Unix socket can have, in bytes.
 const PATH_MAX: usize = 107;
@@ -186,19 +187,25 @@ impl Hidden {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-        let name = hidden_name(std::process::id());
+        let mut name = hidden_name(std::process::id());
         // However long the path of the directory is, this one is short.
-        let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
-        let address = UnixAddr::new(short.as_str())?;
-        let made = match bind(socket.as_raw_fd(), &address) {
-            // Of a process of this number that was killed.
-            Err(Errno::EADDRINUSE) => {
-                unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
-                bind(socket.as_raw_fd(), &address)
-            }
-            made => made,
+        let make = |name: &str| {
+            let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+            bind(socket.as_raw_fd(), &UnixAddr::new(short.as_str())?)
         };
-        made?;
+        match make(&name) {
+            Err(Errno::EADDRINUSE) => {
+                // Of a process of this number that was killed; or somebody else's, who cannot
+                // guess the other name.
+                if unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir).is_err() {
+                    let mut number = [0; 8];
+                    random::fill(&mut number).map_err(|_| Errno::EADDRINUSE)?;
+                    name = format!("{name}-{:016x}", u64::from_le_bytes(number));
+                }
+                make(&name)?;
+            }
+            made => made?,
+        }
         let mut hidden = Hidden { directory, name, identity: (0, 0), _turn: turn };
         let stat = fstatat(&hidden.directory, hidden.name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
         hidden.identity = (stat.st_dev, stat.st_ino);
@@ -322,6 +329,12 @@ mod tests {
         std::fs::write(&left, "").unwrap();
         let made = ListeningSocket::bind(&path).unwrap();
         assert!(!left.exists());
+        drop(made);
+        // What cannot be removed either.
+        std::fs::create_dir(&left).unwrap();
+        let made = ListeningSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        std::fs::remove_dir(&left).unwrap();
         std::mem::forget(made.node);
         std::fs::write(&left, "").unwrap();
         clear(&path, std::process::id());

@@ -16,7 +16,7 @@ pub mod dirty;
 pub mod eager;
 pub mod format;
 pub mod pager;
-mod random;
+pub(crate) mod random;
 pub mod state;
 pub mod trigger;
 pub mod write_logs;
